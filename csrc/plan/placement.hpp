@@ -1,0 +1,88 @@
+#pragma once
+// Planner: pages -> pieces -> iovecs. A Placement says where every byte of a segment lies in this
+// side's memory, in a size that does not grow with the number of pages (block ids are shared).
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "plan/geometry.hpp"
+
+namespace kvwire {
+
+// A regular pattern: nested levels (outer to inner), and inside the innermost iteration one run of
+// bytes per leg, leg after leg. A leg whose base is null stands for bytes that have no place here
+// (a conv column the receiver does not keep): they are skipped.
+struct Piece {
+    static constexpr int LEVELS_MAX = 5;
+    struct Leg {
+        uint8_t* base = nullptr;
+        int64_t stride[LEVELS_MAX] = {};
+        int64_t block_stride = 0;  // times block_ids[table index]
+        uint64_t run_bytes = 0;
+    };
+
+    int level_count = 0;
+    uint64_t count[LEVELS_MAX] = {};
+    uint64_t table_step[LEVELS_MAX] = {};  // how far one step of the level moves in the block table
+    uint64_t table_start = 0;
+    std::shared_ptr<const std::vector<int64_t>> block_ids;  // null: no table
+    std::vector<Leg> legs;
+    uint64_t bytes = 0;
+
+    uint64_t inner_bytes() const;  // bytes of one innermost iteration: sum of the legs' runs
+};
+
+// One item of a segment announcement: a token range of one tensor of one layer.
+struct Item {
+    uint16_t group = 0;
+    uint16_t tensor = 0;
+    uint32_t layer = 0;
+    uint64_t token_start = 0;  // both 0 for tensors without a token axis
+    uint64_t token_stop = 0;
+};
+
+uint64_t item_raw_bytes(const TensorDesc& tensor, const Item& item);
+
+class Placement {
+public:
+    // Appends the bytes of `item`. Throws Error(SPEC_MISMATCH) when a leaf, dtype or extent does not
+    // fit the memory, TOKENS_MISMATCH when the token range or a block id table does not cover it.
+    void append(const GroupDesc& group, const Item& item, const MemoryMap& memory);
+
+    uint64_t bytes() const { return bytes_; }
+
+    // Mean run length over the whole placement; how a chunk is moved is decided by it.
+    uint64_t mean_run_bytes() const;
+    bool has_skips() const { return has_skips_; }
+
+    // Fills at most `iov_max` entries for the bytes from `offset`, never past `offset + bytes`;
+    // adjacent runs are merged. Returns the count; `*covered` is how many bytes they cover.
+    // Skipped runs come out with iov_base == nullptr.
+    size_t iovecs(uint64_t offset, uint64_t bytes, iovec* iov, size_t iov_max,
+                  uint64_t* covered) const;
+
+    void gather(uint64_t offset, uint64_t bytes, uint8_t* out) const;      // skipped bytes become 0
+    void scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) const;
+    uint32_t crc32c(uint64_t offset, uint64_t bytes) const;                // of the bytes in place
+
+private:
+    std::vector<Piece> pieces_;
+    std::vector<uint64_t> piece_start_;  // offset of each piece in the segment
+    uint64_t bytes_ = 0;
+    uint64_t run_count_ = 0;
+    bool has_skips_ = false;
+};
+
+// Zeroes the conv columns of `memory` that a peer with fewer columns does not carry.
+void zero_missing_columns(const GroupDesc& group, const Item& item, const MemoryMap& memory);
+
+// Describes how the leaves of `tensor` (in `layer`) disagree with `memory`, "" when they fit:
+// "group full_attention, layer 3, leaf k: dtype bf16 at the sender, fp16 here".
+std::string leaf_mismatch(const GroupDesc& group, const TensorDesc& tensor, uint32_t layer,
+                          const MemoryMap& memory);
+
+}  // namespace kvwire
