@@ -8,7 +8,7 @@ PYTHON ?= python3
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -P -m pytest -q
+PYTEST := $(VENV)/bin/pytest -q
 SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(filter csrc/tests/%, $(SOURCES))
 NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
@@ -75,11 +75,11 @@ cpp-test:
 	$(SANITIZED)/cpp-test
 
 $(SANITIZED)/cpp-test: $(SANITIZED_OBJECTS)
-	$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl
+	@$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl
 
 $(SANITIZED)/%.o: %.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(SANITIZED_FLAGS) -MMD -MP -c $< -o $@
+	@mkdir -p $(@D) && echo "sanitized $<"
+	@$(CXX) $(SANITIZED_FLAGS) -MMD -MP -c $< -o $@
 
 -include $(SANITIZED_OBJECTS:.o=.d)
 

@@ -47,7 +47,9 @@ CpuFeatures detect() {
 
 CpuFeatures detect() {
     CpuFeatures found;
-    found.arm_crc32 = getauxval(AT_HWCAP) & HWCAP_CRC32;
+    const unsigned long caps = getauxval(AT_HWCAP);
+    found.arm_crc32 = caps & HWCAP_CRC32;
+    found.arm_pmull = caps & HWCAP_PMULL;
     return found;
 }
 

@@ -12,6 +12,7 @@ struct CpuFeatures {
     bool avx512vl = false;
     bool vpclmulqdq = false;
     bool arm_crc32 = false;
+    bool arm_pmull = false;
 };
 
 const CpuFeatures& cpu_features();

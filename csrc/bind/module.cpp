@@ -1,0 +1,12 @@
+#include <pybind11/pybind11.h>
+
+namespace kvwire {
+
+void register_checksum(pybind11::module_& module);
+
+}  // namespace kvwire
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The C++ core of kvwire.";
+    kvwire::register_checksum(module);
+}
