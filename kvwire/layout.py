@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from kvwire.errors import UsageError
 from kvwire.tensor_spec import (
     Axis, AxisSpec, DType, GroupKind, Leaf, Slice, TensorSpec, check_integer, check_member,
-    check_members,
+    check_members, check_text,
 )
 
 __all__ = [
@@ -35,7 +35,11 @@ __all__ = [
 REQUEST_LAYER = 0xFFFFFFFF
 """The layer number of request tensors, which belong to no layer."""
 
-_MODEL_BYTES_MAX = 255
+# Limits of FORMAT.md section 10.
+_GROUP_COUNT_MAX = 64
+_TENSOR_COUNT_MAX = 16
+_LAYER_COUNT_MAX = 4096
+
 _PER_TOKEN_KINDS = (GroupKind.FULL_ATTENTION, GroupKind.LATENT, GroupKind.SLIDING_WINDOW)
 _FIXED_KINDS = (GroupKind.RECURRENT, GroupKind.CONVOLUTION, GroupKind.REQUEST)
 
@@ -56,8 +60,8 @@ class LayerGroup:
     def __post_init__(self):
         check_member("group kind", self.kind, GroupKind)
         where = f"group {self.label}: "
-        check_members(self, "layers", int, where)
-        check_members(self, "tensors", TensorSpec, where)
+        check_members(self, "layers", int, _LAYER_COUNT_MAX, where)
+        check_members(self, "tensors", TensorSpec, _TENSOR_COUNT_MAX, where)
         self._check_layers(where)
         if not self.tensors:
             raise UsageError(f"{where}tensors are empty; at least one is needed")
@@ -128,11 +132,8 @@ class CacheSpec:
     groups: tuple[LayerGroup, ...]
 
     def __post_init__(self):
-        if (not isinstance(self.model, str) or not self.model.isprintable()
-                or len(self.model.encode()) > _MODEL_BYTES_MAX):
-            raise UsageError(f"model is {self.model!r}; it must be printable text of at most "
-                             f"{_MODEL_BYTES_MAX} UTF-8 bytes")
-        check_members(self, "groups", LayerGroup)
+        check_text("model", self.model, 0)
+        check_members(self, "groups", LayerGroup, _GROUP_COUNT_MAX)
         seen = set()
         for group, layer, _, leaf in self.leaves():
             if (group.kind, layer, leaf.name) in seen:
@@ -209,51 +210,46 @@ class CacheSpec:
     def difference(self, other: CacheSpec, complete: bool = False) -> str | None:
         """Return in words the first field about which two specs disagree, or None.
 
-        They agree when their models have one name and every common leaf has the same dtype, the
-        same window and the same full extent along each axis (COLUMN excepted). Order of axes,
-        blocks, fusing and slices may differ. With `complete`, a leaf on one side only counts too.
+        They agree when the models have one name (an empty one fits any) and every common leaf has
+        the same dtype, the same axes and the same full extent along each (COLUMN excepted). Order
+        of axes, blocks, windows, fusing and slices may differ. With `complete`, a leaf that only
+        one side has is a difference too. Source: FORMAT.md section 7.3.
         """
-        if self.model != other.model:
+        if self.model and other.model and self.model != other.model:
             return f"model: {self.model!r} here, {other.model!r} there"
-        here, there = self._identities(), other._identities()
+        here, there = ({(group.kind, layer, leaf.name): leaf for group, layer, _, leaf in leaves}
+                       for leaves in (self.leaves(), other.leaves()))
         for key in sorted(here.keys() | there.keys()):
             mine, yours = here.get(key), there.get(key)
             if mine is None or yours is None:
                 if complete:
                     return f"{_leaf_words(*key)}: {'there' if mine is None else 'here'} only"
                 continue
-            for field in mine | yours:
-                a, b = mine.get(field, "absent"), yours.get(field, "absent")
-                if a != b:
-                    return f"{_leaf_words(*key)}: {field} {a} here, {b} there"
+            field = _leaf_difference(mine, yours)
+            if field is not None:
+                return f"{_leaf_words(*key)}: {field}"
         return None
 
     def fingerprint(self) -> bytes:
-        """Return 16 bytes that are the same for all specs that agree completely.
+        """Return 16 bytes that are equal for specs that agree completely.
 
         The first 16 bytes of SHA-256 over UTF-8 lines, each ended by a line feed: first
-        ``kvwire spec 1``, then the model, then one line per leaf of each layer, in rising order
-        of (kind number, layer, leaf name):
+        ``kvwire spec 1``, then ``<length>:<model>``, then for each leaf of each layer, in rising
+        order of (kind number, layer, leaf name as bytes):
 
-            <kind> <layer> <leaf name> <dtype> <window_tokens> <axis>:<full> <axis>:<full> ...
+            <kind> <layer> <length>:<leaf name> <dtype> <axis>:<full> <axis>:<full> ...
 
-        in decimal, with the axes in rising order of their numbers, ``*`` as the extent of TOKEN
-        and of COLUMN. For example ``1 3 k 3 0 1:* 2:8 3:128``.
+        with lengths in bytes, numbers in decimal, axes in rising order of their numbers, and
+        ``*`` for the extent of TOKEN and COLUMN. For example ``1 3 1:k 3 1:* 2:8 3:128``.
         """
-        lines = ["kvwire spec 1", self.model]
-        keyed = {(group.kind, layer, leaf.name): (group, leaf)
+        lines = [b"kvwire spec 1", _counted(self.model)]
+        keyed = {(group.kind, layer, leaf.name.encode()): leaf
                  for group, layer, _, leaf in self.leaves()}
-        for (kind, layer, name), (group, leaf) in sorted(keyed.items(), key=lambda item: item[0]):
-            full = {spec.axis: leaf.full.get(spec.axis, "*") for spec in leaf.axes}
-            full = full | {Axis.COLUMN: "*"} if Axis.COLUMN in full else full
-            axes = " ".join(f"{axis:d}:{full[axis]}" for axis in sorted(full))
-            lines.append(f"{kind:d} {layer} {name} {leaf.dtype:d} {group.window_tokens} {axes}")
-        return hashlib.sha256("".join(line + "\n" for line in lines).encode()).digest()[:16]
-
-    def _identities(self) -> dict[tuple[GroupKind, int, str], dict[str, object]]:
-        """Return what must agree, field by field, of each leaf."""
-        return {(group.kind, layer, leaf.name): _identity(group, leaf)
-                for group, layer, _, leaf in self.leaves()}
+        for (kind, layer, _), leaf in sorted(keyed.items(), key=lambda item: item[0]):
+            axes = "".join(f" {axis:d}:{full}" for axis, full in _agreed_extents(leaf).items())
+            lines.append(b"%d %d %s %d%s" % (kind, layer, _counted(leaf.name), leaf.dtype,
+                                              axes.encode()))
+        return hashlib.sha256(b"".join(line + b"\n" for line in lines)).digest()[:16]
 
     def bytes(self, tokens: int) -> int:
         """Return the held bytes of one request of `tokens` tokens, not rounded up to blocks."""
@@ -277,12 +273,26 @@ def _leaf_words(kind: GroupKind, layer: int, name: str) -> str:
     return f"group {kind.name.lower()}, {where}leaf {name}"
 
 
-def _identity(group: LayerGroup, leaf: Leaf) -> dict[str, object]:
-    fields = {"dtype": leaf.dtype.name.lower(), "window_tokens": group.window_tokens}
-    for spec in sorted(leaf.axes, key=lambda spec: spec.axis):
-        fields[f"{spec.axis.name.lower()} extent"] = (
-            "any" if spec.axis in (Axis.TOKEN, Axis.COLUMN) else spec.slices[0].full)
-    return fields
+def _leaf_difference(here: Leaf, there: Leaf) -> str | None:
+    if here.dtype != there.dtype:
+        return f"dtype {here.dtype.name.lower()} here, {there.dtype.name.lower()} there"
+    mine, yours = _agreed_extents(here), _agreed_extents(there)
+    if mine.keys() != yours.keys():
+        names = [", ".join(axis.name.lower() for axis in axes) for axes in (mine, yours)]
+        return f"axes {names[0]} here, {names[1]} there"
+    return next((f"{axis.name.lower()} extent {mine[axis]} here, {yours[axis]} there"
+                 for axis in mine if mine[axis] != yours[axis]), None)
+
+
+def _agreed_extents(leaf: Leaf) -> dict[Axis, int | str]:
+    """Return the full extent by axis, in rising order; "*" where sides may differ."""
+    free = (Axis.TOKEN, Axis.COLUMN)
+    return {spec.axis: "*" if spec.axis in free else spec.slices[0].full
+            for spec in sorted(leaf.axes, key=lambda spec: spec.axis)}
+
+
+def _counted(text: str) -> bytes:
+    return b"%d:%s" % (len(text.encode()), text.encode())
 
 
 def attention(layers: Iterable[int], *, kv_heads: int, head_dim: int, value_dim: int | None = None,

@@ -77,7 +77,7 @@ def _runs(numbers: Sequence[int]) -> str:
             end += 1
         if step == 1 and end > index:
             words.append(f"{numbers[index]}-{numbers[end]}")
-        elif end - index >= 3:
+        elif end - index >= 4:
             words += [str(number) for number in numbers[index:index + 3]]
             words[-1] += f"..{numbers[end]}"
         else:

@@ -11,8 +11,12 @@ from kvwire.errors import UsageError
 
 __all__ = ["Axis", "AxisSpec", "DType", "GroupKind", "Leaf", "Slice", "TensorSpec"]
 
-_EXTENT_MAX = 0xFFFFFFFF
-_NAME_BYTES_MAX = 64
+# Limits of FORMAT.md section 10.
+EXTENT_MAX = 16777216
+NAME_BYTES_MAX = 255
+_AXIS_COUNT_MAX = 5
+_SLICE_COUNT_MAX = 16
+_UINT32_MAX = 0xFFFFFFFF
 
 
 class Axis(IntEnum):
@@ -80,16 +84,19 @@ class GroupKind(IntEnum):
     REQUEST = 7
 
 
-def check_integer(what: str, value: object, low: int, high: int = _EXTENT_MAX) -> None:
+def check_integer(what: str, value: object, low: int, high: int = _UINT32_MAX) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{what} is {value!r}; it must be an integer from {low} to {high}")
 
 
-def check_name(what: str, value: object) -> None:
-    if (not isinstance(value, str) or not value.isascii() or not value.isprintable()
-            or not 0 < len(value) <= _NAME_BYTES_MAX or " " in value):
-        raise UsageError(f"{what} is {value!r}; it must be 1 to {_NAME_BYTES_MAX} printable ASCII "
-                         "characters without a space")
+def check_text(what: str, value: object, bytes_min: int = 1) -> None:
+    try:
+        length = len(value.encode())
+    except (AttributeError, UnicodeEncodeError):
+        length = -1
+    if not bytes_min <= length <= NAME_BYTES_MAX:
+        raise UsageError(f"{what} is {value!r}; it must be a string of {bytes_min} to "
+                         f"{NAME_BYTES_MAX} bytes in UTF-8")
 
 
 def check_member(what: str, value: object, kind: type) -> None:
@@ -97,13 +104,15 @@ def check_member(what: str, value: object, kind: type) -> None:
         raise UsageError(f"{what} is {value!r}; it must be a {kind.__name__}")
 
 
-def check_members(owner: object, field: str, kind: type, where: str = "") -> None:
+def check_members(owner: object, field: str, kind: type, count_max: int, where: str = "") -> None:
     """Turn any iterable of `kind` into a tuple, in place of the frozen field."""
     try:
         values = tuple(getattr(owner, field))
     except TypeError:
         raise UsageError(f"{where}{field} is {getattr(owner, field)!r}; it must be a sequence of "
                          f"{kind.__name__}") from None
+    if len(values) > count_max:
+        raise UsageError(f"{where}{field} are {len(values)}; they must be at most {count_max}")
     for value in values:
         check_member(f"{where}a member of {field}", value, kind)
     object.__setattr__(owner, field, values)
@@ -120,8 +129,8 @@ class Slice:
 
     def __post_init__(self):
         if self.name != "":
-            check_name("slice name", self.name)
-        check_integer(f"slice {self.name!r}: full", self.full, 1)
+            check_text("slice name", self.name)
+        check_integer(f"slice {self.name!r}: full", self.full, 1, EXTENT_MAX)
         check_integer(f"slice {self.name!r}: start", self.start, 0, self.full - 1)
         check_integer(f"slice {self.name!r}: stop", self.stop, self.start + 1, self.full)
 
@@ -148,7 +157,7 @@ class AxisSpec:
     def __post_init__(self):
         check_member("axis", self.axis, Axis)
         label = self.axis.name.lower()
-        check_members(self, "slices", Slice, f"axis {label}: ")
+        check_members(self, "slices", Slice, _SLICE_COUNT_MAX, f"axis {label}: ")
         names = [part.name for part in self.slices]
         if self.axis == Axis.TOKEN:
             if names:
@@ -219,10 +228,10 @@ class TensorSpec:
     replicated: bool = False
 
     def __post_init__(self):
-        check_name("tensor name", self.name)
+        check_text("tensor name", self.name)
         where = f"tensor {self.name!r}: "
         check_member(f"{where}dtype", self.dtype, DType)
-        check_members(self, "axes", AxisSpec, where)
+        check_members(self, "axes", AxisSpec, _AXIS_COUNT_MAX, where)
         check_integer(f"{where}block_tokens", self.block_tokens, 0)
         check_member(f"{where}replicated", self.replicated, bool)
         kinds = [spec.axis for spec in self.axes]
