@@ -19,7 +19,7 @@ def missing_tool(directory):
             return tool
     probe = directory / "probe.cpp"
     probe.write_text("int main() {}")
-    command = [*compiler, "-fsanitize=address,undefined", str(probe), "-o", str(directory / "probe")]
+    command = [*compiler, "-fsanitize=address,undefined", str(probe), "-o", str(probe) + ".out"]
     linked = subprocess.run(command, capture_output=True).returncode == 0
     return "" if linked else f"{compiler[0]}'s sanitizer libraries"
 
