@@ -68,6 +68,8 @@ struct GroupDesc {
     std::vector<TensorDesc> tensors;
 };
 
+using BlockTable = std::shared_ptr<const std::vector<int64_t>>;
+
 // One leaf as it lies in this side's memory.
 // address(token, i...) = base + token part + sum over axes of (i - start) * stride, where the token
 // part is, with t = token - token_origin:
@@ -85,14 +87,23 @@ struct LeafMemory {
     DType dtype{};
     std::vector<AxisStride> axes;  // every axis but TOKEN
     bool has_tokens = false;
-    uint64_t token_origin = 0;     // absolute position of the first token that this memory covers
-    uint64_t token_count = 0;      // how many it covers
+    uint64_t token_origin = 0;     // absolute position of the first token of block_ids[0], or of base
+    uint64_t token_count = 0;      // how many this memory covers from there
+    uint64_t token_start = 0;      // first one that may be touched: a block can begin before it
     int64_t token_stride = 0;
     uint32_t block_tokens = 0;
     int64_t block_stride = 0;
-    std::shared_ptr<const std::vector<int64_t>> block_ids;
+    BlockTable block_ids;
     uint32_t ring_tokens = 0;
+
+    uint64_t token_first() const { return token_start > token_origin ? token_start : token_origin; }
+    uint64_t token_end() const { return token_origin + token_count; }
+    const AxisStride* find(Axis axis) const;
 };
+
+// One table serves all leaves of a group. Throws Error(USAGE) naming a negative id and its index;
+// only the owner of the array knows the upper bound.
+BlockTable make_block_table(std::vector<int64_t> block_ids);
 
 struct LeafKey {
     GroupKind kind{};

@@ -18,22 +18,25 @@ namespace kvwire {
 // (a conv column the receiver does not keep): they are skipped.
 struct Piece {
     static constexpr int LEVELS_MAX = 5;
+    static constexpr size_t LEGS_MAX = 64;
     struct Leg {
         uint8_t* base = nullptr;
         int64_t stride[LEVELS_MAX] = {};
         int64_t block_stride = 0;  // times block_ids[table index]
+        uint64_t table_start = 0;
         uint64_t run_bytes = 0;
+        uint32_t leaf = 0;         // which leaf of the tensor: the planner's
     };
 
     int level_count = 0;
     uint64_t count[LEVELS_MAX] = {};
     uint64_t table_step[LEVELS_MAX] = {};  // how far one step of the level moves in the block table
-    uint64_t table_start = 0;
-    std::shared_ptr<const std::vector<int64_t>> block_ids;  // null: no table
+    BlockTable block_ids;                   // null: no table
     std::vector<Leg> legs;
     uint64_t bytes = 0;
 
-    uint64_t inner_bytes() const;  // bytes of one innermost iteration: sum of the legs' runs
+    uint64_t inner_bytes() const;     // bytes of one innermost iteration: sum of the legs' runs
+    uint64_t iteration_count() const;
 };
 
 // One item of a segment announcement: a token range of one tensor of one layer.
@@ -45,12 +48,18 @@ struct Item {
     uint64_t token_stop = 0;
 };
 
+constexpr uint64_t SEGMENT_BYTES_MAX = (uint64_t{1} << 63) - 1;
+
+// Throws Error(SEGMENT_INVALID) for a token range that does not suit the tensor, or too many bytes.
 uint64_t item_raw_bytes(const TensorDesc& tensor, const Item& item);
 
 class Placement {
 public:
     // Appends the bytes of `item`. Throws Error(SPEC_MISMATCH) when a leaf, dtype or extent does not
-    // fit the memory, TOKENS_MISMATCH when the token range or a block id table does not cover it.
+    // fit the memory, TOKENS_MISMATCH when the token range or a block id table does not cover it,
+    // SEGMENT_INVALID when the item does not fit its own group, RESOURCES_EXHAUSTED when the two
+    // layouts have so little in common that the plan would need more than PIECES_MAX pieces.
+    static constexpr size_t PIECES_MAX = size_t{1} << 16;
     void append(const GroupDesc& group, const Item& item, const MemoryMap& memory);
 
     uint64_t bytes() const { return bytes_; }
@@ -69,7 +78,15 @@ public:
     void scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) const;
     uint32_t crc32c(uint64_t offset, uint64_t bytes) const;                // of the bytes in place
 
+    size_t piece_count() const { return pieces_.size(); }
+
 private:
+    friend void zero_missing_columns(const GroupDesc&, const Item&, const MemoryMap&);
+
+    void take(Piece&& piece);
+    template <class Sink>
+    void walk(uint64_t offset, uint64_t bytes, Sink& sink) const;
+
     std::vector<Piece> pieces_;
     std::vector<uint64_t> piece_start_;  // offset of each piece in the segment
     uint64_t bytes_ = 0;
