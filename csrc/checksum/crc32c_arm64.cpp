@@ -39,7 +39,7 @@ KVWIRE_TARGET inline uint32_t sum_blocks(uint32_t state, const uint8_t*& at, siz
 KVWIRE_TARGET uint32_t crc32c_arm64(uint32_t crc, const void* data, size_t size) {
     const auto* at = static_cast<const uint8_t*>(data);
     uint32_t state = ~crc;
-    state = sum_blocks<2048>(state, at, size);
+    state = sum_blocks<256>(state, at, size);
     state = sum_blocks<64>(state, at, size);
     for (; size >= 8; at += 8, size -= 8) state = __crc32cd(state, load_le<uint64_t>(at));
     for (; size > 0; ++at, --size) state = __crc32cb(state, *at);

