@@ -4,6 +4,7 @@ KVWIRE_CUDA=auto|0|1 decides whether ``kernels/*.cu`` are compiled into the exte
 ``auto`` does so when nvcc is found, ``1`` insists. Nothing here needs torch or a GPU.
 """
 
+import fcntl
 import os
 import shutil
 import sys
@@ -42,6 +43,13 @@ class BuildExt(build_ext):
         super().finalize_options()
         # One place for editable, in-place and wheel builds, so that none compiles twice.
         self.build_temp = f".build/{sys.implementation.cache_tag}-cuda{int(USE_CUDA)}"
+
+    def run(self):
+        # Two builds at once would write the same objects.
+        os.makedirs(self.build_temp, exist_ok=True)
+        with open(f"{self.build_temp}/lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
 
     def build_extension(self, ext):
         self.compiler.src_extensions.append(".cu")
