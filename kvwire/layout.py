@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvwire.errors import UsageError
+from kvwire.limits import GROUP_COUNT_MAX, LAYER_COUNT_MAX, TENSOR_COUNT_MAX
 from kvwire.tensor_spec import (
     Axis, AxisSpec, DType, GroupKind, Leaf, Slice, TensorSpec, check_integer, check_member,
     check_members, check_text,
@@ -34,11 +35,6 @@ __all__ = [
 
 REQUEST_LAYER = 0xFFFFFFFF
 """The layer number of request tensors, which belong to no layer."""
-
-# Limits of FORMAT.md section 10.
-_GROUP_COUNT_MAX = 64
-_TENSOR_COUNT_MAX = 16
-_LAYER_COUNT_MAX = 4096
 
 _PER_TOKEN_KINDS = (GroupKind.FULL_ATTENTION, GroupKind.LATENT, GroupKind.SLIDING_WINDOW)
 _FIXED_KINDS = (GroupKind.RECURRENT, GroupKind.CONVOLUTION, GroupKind.REQUEST)
@@ -60,8 +56,8 @@ class LayerGroup:
     def __post_init__(self):
         check_member("group kind", self.kind, GroupKind)
         where = f"group {self.label}: "
-        check_members(self, "layers", int, _LAYER_COUNT_MAX, where)
-        check_members(self, "tensors", TensorSpec, _TENSOR_COUNT_MAX, where)
+        check_members(self, "layers", int, LAYER_COUNT_MAX, where)
+        check_members(self, "tensors", TensorSpec, TENSOR_COUNT_MAX, where)
         self._check_layers(where)
         if not self.tensors:
             raise UsageError(f"{where}tensors are empty; at least one is needed")
@@ -133,7 +129,7 @@ class CacheSpec:
 
     def __post_init__(self):
         check_text("model", self.model, 0)
-        check_members(self, "groups", LayerGroup, _GROUP_COUNT_MAX)
+        check_members(self, "groups", LayerGroup, GROUP_COUNT_MAX)
         seen = set()
         for group, layer, _, leaf in self.leaves():
             if (group.kind, layer, leaf.name) in seen:
@@ -148,10 +144,10 @@ class CacheSpec:
         return preset(model, **options)
 
     @classmethod
-    def from_hf_config(cls, config: object, dtype: object = None) -> CacheSpec:
+    def from_hf_config(cls, config: object, dtype: object = None, **options) -> CacheSpec:
         """Return the spec of a transformers configuration; see `kvwire.hf_config`."""
         from kvwire.hf_config import spec_from_config
-        return spec_from_config(config, dtype)
+        return spec_from_config(config, dtype, **options)
 
     def leaves(self) -> Iterator[tuple[LayerGroup, int, TensorSpec, Leaf]]:
         """Yield every leaf of every layer, with the group and tensor that hold it."""

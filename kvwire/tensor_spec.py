@@ -8,14 +8,10 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from kvwire.errors import UsageError
+from kvwire.limits import AXIS_COUNT_MAX, EXTENT_MAX, NAME_BYTES_MAX, SLICE_COUNT_MAX
 
 __all__ = ["Axis", "AxisSpec", "DType", "GroupKind", "Leaf", "Slice", "TensorSpec"]
 
-# Limits of FORMAT.md section 10.
-EXTENT_MAX = 16777216
-NAME_BYTES_MAX = 255
-_AXIS_COUNT_MAX = 5
-_SLICE_COUNT_MAX = 16
 _UINT32_MAX = 0xFFFFFFFF
 
 
@@ -157,7 +153,7 @@ class AxisSpec:
     def __post_init__(self):
         check_member("axis", self.axis, Axis)
         label = self.axis.name.lower()
-        check_members(self, "slices", Slice, _SLICE_COUNT_MAX, f"axis {label}: ")
+        check_members(self, "slices", Slice, SLICE_COUNT_MAX, f"axis {label}: ")
         names = [part.name for part in self.slices]
         if self.axis == Axis.TOKEN:
             if names:
@@ -231,7 +227,7 @@ class TensorSpec:
         check_text("tensor name", self.name)
         where = f"tensor {self.name!r}: "
         check_member(f"{where}dtype", self.dtype, DType)
-        check_members(self, "axes", AxisSpec, _AXIS_COUNT_MAX, where)
+        check_members(self, "axes", AxisSpec, AXIS_COUNT_MAX, where)
         check_integer(f"{where}block_tokens", self.block_tokens, 0)
         check_member(f"{where}replicated", self.replicated, bool)
         kinds = [spec.axis for spec in self.axes]
