@@ -145,6 +145,7 @@ _PRESETS: dict[str, Groups] = {
     "nemotron-h-8b": _nemotron(_NEMOTRON_H_8B, 8, heads=128, head_dim=64),
     "nemotron-nano-9b-v2": _nemotron(_NEMOTRON_NANO_9B_V2, 8, heads=128, head_dim=80),
     "nemotron-3-nano-30b-a3b": _nemotron(_NEMOTRON_3_NANO_30B, 2, heads=64, head_dim=64),
+    # By the published configurations; the defaults of FalconH1Config are no published model.
     "falcon-h1-7b": _falcon(44, kv_heads=2, heads=24, groups=1),
     "falcon-h1-34b": _falcon(72, kv_heads=4, heads=32, groups=2),
     "minimax-m2.5": (attention(range(62), kv_heads=8, head_dim=128),),

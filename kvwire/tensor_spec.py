@@ -97,7 +97,7 @@ def check_text(what: str, value: object, bytes_min: int = 1) -> None:
 
 def check_member(what: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise UsageError(f"{what} is {value!r}; it must be a {kind.__name__}")
+        raise UsageError(f"{what} is {value!r}; it must be of type {kind.__name__}")
 
 
 def check_members(owner: object, field: str, kind: type, count_max: int, where: str = "") -> None:
