@@ -87,7 +87,7 @@ uint64_t TensorDesc::row_bytes() const {
         uint64_t extent = 0;
         for (const Slice& slice : axis.slices) extent += slice.extent();
         if (__builtin_mul_overflow(bytes, extent, &bytes))
-            throw Error(ErrorCode::FIELD_INVALID, "tensor " + name + ": more than 2^64 bytes a row");
+            throw Error(ErrorCode::FIELD_INVALID, "tensor " + name + ": 2^64 bytes or more a row");
     }
     return bytes;
 }

@@ -75,7 +75,8 @@ using BlockTable = std::shared_ptr<const std::vector<int64_t>>;
 // part is, with t = token - token_origin:
 //   ring_tokens > 0:   (token % ring_tokens) * token_stride          (absolute position)
 //   block_tokens == 0: t * token_stride
-//   otherwise:         block_ids[t / block_tokens] * block_stride + (t % block_tokens) * token_stride
+//   otherwise:         block_ids[t / block_tokens] * block_stride
+//                      + (t % block_tokens) * token_stride
 struct LeafMemory {
     struct AxisStride {
         Axis axis{};
@@ -87,7 +88,7 @@ struct LeafMemory {
     DType dtype{};
     std::vector<AxisStride> axes;  // every axis but TOKEN
     bool has_tokens = false;
-    uint64_t token_origin = 0;     // absolute position of the first token of block_ids[0], or of base
+    uint64_t token_origin = 0;     // absolute position of the first token of base, or block_ids[0]
     uint64_t token_count = 0;      // how many this memory covers from there
     uint64_t token_start = 0;      // first one that may be touched: a block can begin before it
     int64_t token_stride = 0;

@@ -307,19 +307,32 @@ private:
         return all;
     }
 
-    // Makes single runs that follow each other the legs of one piece.
+    // Makes a few runs that follow each other the legs of one piece.
     void fuse(Pieces& pieces) const {
-        size_t legs = 0;
+        uint64_t legs = 0;
         for (const Piece& piece : pieces) {
-            if (piece.level_count > 0) return;
-            legs += piece.legs.size();
+            if (piece.iteration_count() > Piece::LEGS_MAX) return;
+            legs += piece.iteration_count() * piece.legs.size();
         }
         if (legs > Piece::LEGS_MAX) return;
         Piece fused;
         for (const Piece& piece : pieces)
-            for (const Piece::Leg& leg : piece.legs)
-                if (fused.legs.empty() || !merge(fused.legs.back(), leg)) fused.legs.push_back(leg);
+            for (uint64_t iteration = 0; iteration < piece.iteration_count(); ++iteration)
+                add_legs(fused, piece, iteration);
         pieces.assign(1, fused);
+    }
+
+    void add_legs(Piece& fused, const Piece& piece, uint64_t iteration) const {
+        for (Piece::Leg leg : piece.legs) {
+            uint64_t outer = iteration;
+            for (int level = piece.level_count - 1; leg.base && level >= 0; --level) {
+                const uint64_t index = outer % piece.count[level];
+                outer /= piece.count[level];
+                leg.base += static_cast<int64_t>(index) * leg.stride[level];
+                leg.table_start += index * (leg.block_stride ? piece.table_step[level] : 0);
+            }
+            if (fused.legs.empty() || !merge(fused.legs.back(), leg)) fused.legs.push_back(leg);
+        }
     }
 
     bool merge(Piece::Leg& leg, const Piece::Leg& next) const {

@@ -277,6 +277,15 @@ void Placement::take(Piece&& piece) {
     pieces_.push_back(std::move(piece));
 }
 
+void Placement::append_skip(uint64_t bytes) {
+    if (bytes == 0) return;
+    Piece piece;
+    piece.legs.emplace_back();
+    piece.legs.back().run_bytes = bytes;
+    piece.bytes = bytes;
+    take(std::move(piece));
+}
+
 uint64_t Placement::mean_run_bytes() const { return run_count_ > 0 ? bytes_ / run_count_ : 0; }
 
 template <class Sink>

@@ -55,12 +55,15 @@ uint64_t item_raw_bytes(const TensorDesc& tensor, const Item& item);
 
 class Placement {
 public:
-    // Appends the bytes of `item`. Throws Error(SPEC_MISMATCH) when a leaf, dtype or extent does not
-    // fit the memory, TOKENS_MISMATCH when the token range or a block id table does not cover it,
-    // SEGMENT_INVALID when the item does not fit its own group, RESOURCES_EXHAUSTED when the two
-    // layouts have so little in common that the plan would need more than PIECES_MAX pieces.
+    // Appends the bytes of `item`. Throws Error(SPEC_MISMATCH) when a leaf, dtype or extent does
+    // not fit the memory, TOKENS_MISMATCH when the token range or a block id table does not cover
+    // it, SEGMENT_INVALID when the item does not fit its own group, RESOURCES_EXHAUSTED when the
+    // two layouts have so little in common that the plan would need more than PIECES_MAX pieces.
     static constexpr size_t PIECES_MAX = size_t{1} << 16;
     void append(const GroupDesc& group, const Item& item, const MemoryMap& memory);
+
+    // Appends bytes that have no place here (replicas of what is claimed already).
+    void append_skip(uint64_t bytes);
 
     uint64_t bytes() const { return bytes_; }
 

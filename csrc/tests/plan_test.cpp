@@ -374,6 +374,25 @@ TEST(plan_size_does_not_grow_with_pages) {
         }
 }
 
+// transformers keeps [channel, K columns], vLLM [K - 1 columns, channel].
+TEST(plan_turns_convolution_states_in_one_piece) {
+    World world;
+    TensorDesc tensor;
+    tensor.name = "conv";
+    tensor.dtype = DType::BF16;
+    tensor.axes = {whole(Axis::CHANNEL, 512), whole(Axis::COLUMN, 4)};
+    world.group = group_of(tensor, GroupKind::CONVOLUTION);
+    LeafMemory held;
+    held.axes = {{Axis::CHANNEL, 512, 0, 512, 0}, {Axis::COLUMN, 3, 0, 3, 0}};
+    Random random(1);
+    world.hold("conv", {Axis::COLUMN, Axis::CHANNEL}, held, random);
+    Placement placement;
+    placement.append(world.group, world.item, world.memory);
+    CHECK_EQ(placement.piece_count(), 1u);
+    CHECK(placement.has_skips());
+    check_world(world, random);
+}
+
 TEST(plan_refuses_by_name) {
     const World good = paged_world(4, true, false, 1);
     CHECK_EQ(code_of(good), ErrorCode::OK);
@@ -415,7 +434,7 @@ TEST(plan_refuses_by_name) {
 }
 
 TEST(plan_bounds_its_own_size) {
-    World world = paged_world(1 << 14, false, true, 1);
+    World world = paged_world(1 << 16, false, true, 0);
     world.group.tensors[0].block_tokens = 7;
     CHECK_EQ(code_of(world), ErrorCode::RESOURCES_EXHAUSTED);
 }
