@@ -3,10 +3,12 @@
 namespace kvwire {
 
 void register_checksum(pybind11::module_& module);
+void register_codec(pybind11::module_& module);
 
 }  // namespace kvwire
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The C++ core of kvwire.";
     kvwire::register_checksum(module);
+    kvwire::register_codec(module);
 }
