@@ -67,8 +67,8 @@ class Grant:
     def decode(cls, data: bytes) -> Grant:
         values = _unpack_one(GRANT, data)
         chunk_bytes_max = values["chunk_bytes_max"]
-        GRANT.require(values, "window_bytes", values["window_bytes"] >= chunk_bytes_max,
-                      expected=chunk_bytes_max)
+        GRANT.require(values, "window_bytes", values["window_bytes"] >= limits.CHUNK_BYTES_MIN,
+                      expected=limits.CHUNK_BYTES_MIN)
         GRANT.require(values, "codecs", values["codecs"] & 1)
         GRANT.require(values, "chunk_bytes_max",
                       limits.CHUNK_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX)
@@ -155,6 +155,8 @@ class End:
     @classmethod
     def decode(cls, data: bytes) -> End:
         values = END.unpack(data)
+        END.require(values, "segment_count", values["segment_count"] <= limits.SEGMENT_COUNT_MAX,
+                    ErrorCode.INCOMPLETE, limits.SEGMENT_COUNT_MAX)
         count = values.pop("metadata_count")
         END.require({"metadata_count": count}, "metadata_count",
                     count <= limits.METADATA_COUNT_MAX, ErrorCode.LIMIT_EXCEEDED,

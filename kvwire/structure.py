@@ -1,4 +1,4 @@
-"""Fixed structures of FORMAT.md, one after another in little-endian memory, and a checked cursor."""
+"""Fixed structures of FORMAT.md in little-endian bytes, and a cursor that checks what it reads."""
 
 from __future__ import annotations
 

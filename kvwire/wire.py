@@ -362,7 +362,7 @@ class FrameReader:
             return None
         payload = self._take(header.payload_bytes)
         self._header = None
-        if header.type != FrameType.CHUNK and not header.skippable:
+        if header.type != FrameType.CHUNK:
             crc = crc32c(payload)
             if crc != header.payload_crc:
                 fail(ErrorCode.CONTROL_CORRUPT, f"{header.name}: payload checksum differs",
