@@ -14,7 +14,7 @@ from kvwire.connectors.transformers import (  # noqa: E402
     allocate, describe, export, held_tokens, plan_cache, rebuild,
 )
 from kvwire.errors import RefusedError, UnsupportedError, UsageError  # noqa: E402
-from kvwire.layout import GroupKind  # noqa: E402
+from kvwire.layout import CacheSpec, GroupKind  # noqa: E402
 
 PROMPT_TOKENS = 37
 NEW_TOKENS = 24
@@ -233,6 +233,21 @@ def test_the_plan_knows_the_types_of_a_bf16_model(name):
     _, cache = forward(model, make_prompt())
     described = describe(cache, model, given_tokens(model, PROMPT_TOKENS))
     assert described == plan_cache(model, PROMPT_TOKENS)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek_v4"])
+def test_the_plan_agrees_with_the_engine_neutral_spec(name):
+    config = make_model(name).config
+    neutral = CacheSpec.from_hf_config(config, "bf16")
+    assert neutral.difference(plan_cache(config, PROMPT_TOKENS, "bf16"), complete=True) is None
+
+
+def test_a_model_with_plain_attention_needs_no_entry_of_its_own():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+    model = Olmo2ForCausalLM(Olmo2Config(**_COMMON | _ATTENTION)).eval()
+    exported = export(forward(model, make_prompt())[1], model)
+    assert exported.spec == plan_cache(model, PROMPT_TOKENS, "fp32")
+    assert exported.tensors[3, "v"].shape == (2, PROMPT_TOKENS, 16)
 
 
 def test_a_window_holds_one_token_less_than_the_model_sees():

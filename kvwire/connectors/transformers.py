@@ -65,24 +65,27 @@ def held_tokens(group: LayerGroup, tokens: int) -> range:
 
 
 def plan_cache(model_or_config: object, tokens: int, dtype: object = None,
-               state_dtype: object = "fp32") -> CacheSpec:
+               state_dtype: object = None) -> CacheSpec:
     """Return what transformers will hold after `tokens` tokens, without running the model.
 
     Args:
         model_or_config: a model or its configuration.
         tokens: at least 1.
         dtype: of the model; by default what the model or the configuration says.
-        state_dtype: of recurrent states, fp32 in transformers' own kernels whatever `dtype` is.
+        state_dtype: of recurrent states, by default what transformers' own kernels leave: fp32
+            whatever `dtype` is, except for MiniMax-01.
 
     Raises:
-        UnsupportedError: a layer's cache class, or a linear layer's model type, is not known.
+        UnsupportedError: a layer's cache class, or the type of a model with more than plain
+            attention, is not known.
     """
     config = places_of.decoder_config(model_or_config)
     dtype = dtype or getattr(model_or_config, "dtype", None) or getattr(config, "dtype", None)
     if dtype is None:
         raise UsageError("the configuration names no dtype; pass dtype, the model's")
     _check_tokens(tokens)
-    layers = places_of.layer_places(config, tokens, DType.of(dtype), DType.of(state_dtype))
+    state = None if state_dtype is None else DType.of(state_dtype)
+    layers = places_of.layer_places(config, tokens, DType.of(dtype), state)
     return _spec(config, [[(place, place.spec) for place in places] for places in layers])
 
 
@@ -138,7 +141,7 @@ def rebuild(model_or_config: object, tensors: Tensors, metadata: Mapping[str, ob
     config = places_of.decoder_config(model_or_config)
     cache = places_of.empty_cache(config)
     tokens = _agreed_tokens(cache, config, metadata)
-    layers = places_of.layer_places(config, tokens, DType.FP32, DType.FP32)
+    layers = places_of.layer_places(config, tokens, DType.FP32, None)
     for index, places in enumerate(layers):
         found = {place: _given(tensors, index, place, tokens) for place in places}
         for place, tensor in found.items():
@@ -222,7 +225,7 @@ def _found(cache: object, config: object,
                          "prefill with DynamicCache(config=model.config)",
                          expected=want, actual=have)
     described, tensors = [], {}
-    layers = places_of.layer_places(config, tokens, DType.FP32, DType.FP32)
+    layers = places_of.layer_places(config, tokens, DType.FP32, None)
     for index, places in enumerate(layers):
         if index < len(cache.layers):
             _check_layer(index, cache.layers[index])
