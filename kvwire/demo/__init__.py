@@ -1,0 +1,1 @@
+"""The demonstration: two processes, real models, one cache shipped between them."""
