@@ -14,7 +14,7 @@ from kvwire import limits
 from kvwire.checksum import crc32c, segment_digest, transfer_digest
 from kvwire.codec import decode_chunk
 from kvwire.control import (
-    Abort, ChunkRun, Done, End, Grant, Receipt, Repair, RepairEntry, Segment, SegmentEnd,
+    Abort, ChunkRun, Done, End, Grant, Item, Receipt, Repair, RepairEntry, Segment, SegmentEnd,
 )
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
 from kvwire.manifest import Manifest
@@ -50,6 +50,7 @@ class _Segment:
     payload: bytes
     announced: Segment
     item_bytes: int
+    replicas: frozenset[Item]
     chunks: list[_Chunk]
     end: SegmentEnd | None = None
     complete: bool = False
@@ -209,7 +210,7 @@ class ReferenceReceiver:
             chunk.state, chunk.lane, state.lease = ChunkState.MISSING, None, None
 
     def _try(self, transfer_id: bytes, act) -> None:
-        """Run `act`; an error that costs the transfer ends here, one that costs the lane goes on."""
+        """Run `act`; an error that costs the transfer ends here, one of the lane goes on."""
         try:
             act()
         except KvwireError as error:
@@ -332,10 +333,11 @@ class ReferenceReceiver:
             fail(ErrorCode.SEGMENT_INVALID, f"segment {index}: raw_bytes is not the items' sum",
                  expected=raw_bytes, actual=announced.raw_bytes)
         memory = transfer.ticket.memory
-        memory.claim(manifest.spec, announced.items)
+        replicas = memory.claim(manifest.spec, announced.items)
         memory.zero_missing_columns(manifest.spec, announced.items)
         chunks = [_Chunk() for _ in range(announced.chunk_count)]
-        transfer.segments[index] = _Segment(payload, announced, tensors[0].dtype.item_bytes, chunks)
+        transfer.segments[index] = _Segment(payload, announced, tensors[0].dtype.item_bytes, replicas,
+                                             chunks)
         self._check_end(transfer)
 
     def _on_chunk(self, lane: int, header: FrameHeader, payload: bytes | None) -> None:
@@ -403,7 +405,7 @@ class ReferenceReceiver:
             return
         chunk.state, chunk.crc = ChunkState.VERIFIED, header.raw_crc
         transfer.ticket.memory.scatter(transfer.manifest.spec, segment.announced.items,
-                                       header.raw_offset, raw)
+                                       segment.replicas, header.raw_offset, raw)
         self._receipt(lane, header.transfer_id, ChunkRun(header.segment_index, number, 1))
         self._check_segment(lane, transfer, header, segment)
 

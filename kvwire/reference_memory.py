@@ -1,4 +1,4 @@
-"""FORMAT.md §7.2, §7.3 and the claims of §7.5, one element at a time: memory for the reference."""
+"""FORMAT.md §7.2, §7.3 and the claims of §7.5, element by element: memory for the reference."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ class ReferenceMemory:
         self.spec, self.token_start, self.token_stop = spec, token_start, token_stop
         self.leaves: dict[Key, Leaf] = {}
         self.arrays: dict[Key, np.ndarray] = dict(arrays or {})
-        self._claimed: dict[Key, np.ndarray] = {}
+        self._owners: dict[Key, np.ndarray] = {}  # number of the slice that claims; 0: none
+        self._slices: dict[tuple[Key, frozenset], int] = {}
         self._replicated: dict[Key, np.ndarray] = {}
         self.verified: dict[Key, np.ndarray] = {}
         self._window_tokens: dict[Key, int] = {}
@@ -127,8 +128,8 @@ class ReferenceMemory:
             self.leaves[key] = leaf
             self._window_tokens[key] = group.window_tokens
             self.arrays.setdefault(key, np.full(count * leaf.dtype.item_bytes, 0xA5, np.uint8))
-            for cells in (self._claimed, self._replicated, self.verified):
-                cells[key] = np.zeros(count, bool)
+            self._owners[key] = np.zeros(count, int)
+            self._replicated[key], self.verified[key] = np.zeros((2, count), bool)
 
     def _shape(self, leaf: Leaf) -> list[int]:
         tokens = self.token_stop - self.token_start
@@ -152,28 +153,46 @@ class ReferenceMemory:
         return np.where(outside, -1, cells)
 
     def _places(self, group: LayerGroup, tensor: TensorSpec, item: Item
-                ) -> Iterator[tuple[Key, np.ndarray, np.ndarray]]:
+                ) -> Iterator[tuple[Key, Leaf, np.ndarray, np.ndarray]]:
         for leaf, where, coordinates in wire_elements(tensor, item):
             key = group.kind, item.layer, leaf.name
-            yield key, where, self._cells(key, leaf, coordinates)
+            yield key, leaf, where, self._cells(key, leaf, coordinates)
 
-    def claim(self, spec: CacheSpec, items: Sequence[Item]) -> None:
-        """Reserve what `items` of the sender's `spec` fill; OVERLAP when it is taken (§7.5)."""
+    def claim(self, spec: CacheSpec, items: Sequence[Item]) -> frozenset[Item]:
+        """Reserve what `items` of the sender's `spec` fill, and return those that are replicas.
+
+        Raises OVERLAP when something is taken, unless it is a replica (§7.5).
+        """
+        replicas = []
         for item in items:
             group = spec.groups[item.group_index]
             tensor = group.tensors[item.tensor_index]
-            for key, _, cells in self._places(group, tensor, item):
-                held = cells[cells >= 0]
-                shared = self._replicated[key][held] & tensor.replicated
-                if np.any(self._claimed[key][held] & ~shared):
-                    fail(ErrorCode.OVERLAP, f"group {group.label}, layer {item.layer}, leaf "
-                         f"{key[2]}: another part claims the same elements")
-                self._replicated[key][held] = tensor.replicated
-                self._claimed[key][held] = True
+            taken = [self._claim_leaf(key, cells[cells >= 0], leaf, tensor.replicated)
+                     for key, leaf, _, cells in self._places(group, tensor, item)]
+            replicas += [item] if taken and all(taken) else []
+        return frozenset(replicas)
 
-    def scatter(self, spec: CacheSpec, items: Sequence[Item], offset: int, data: bytes) -> None:
-        """Write the bytes [offset, offset + len(data)) of the segment that `items` make up."""
-        for key, where, places in self._segment_bytes(spec, items):
+    def _claim_leaf(self, key: Key, cells: np.ndarray, leaf: Leaf, replicated: bool) -> bool:
+        """Claim elements, and return whether they are claimed already, as a replica's may be."""
+        slices = frozenset((spec.axis, spec.slices) for spec in leaf.axes
+                           if spec.axis not in (Axis.TOKEN, Axis.COLUMN))
+        number = self._slices.setdefault((key, slices), len(self._slices) + 1)
+        owners = self._owners[key][cells]
+        if not owners.any():
+            self._owners[key][cells] = number
+            self._replicated[key][cells] = replicated
+            return False
+        if not (replicated and self._replicated[key][cells].all() and (owners == number).all()):
+            fail(ErrorCode.OVERLAP, f"group {key[0].name.lower()}, layer {key[1]}, leaf {key[2]}: "
+                 "another part claims some of these elements")
+        return True
+
+    def scatter(self, spec: CacheSpec, items: Sequence[Item], replicas: frozenset[Item],
+                offset: int, data: bytes) -> None:
+        """Write the bytes [offset, offset + len(data)) of a segment, but for its replicas."""
+        for item, key, where, places in self._segment_bytes(spec, items):
+            if item in replicas:
+                continue
             mine = (where >= offset) & (where < offset + len(data)) & (places >= 0)
             self.arrays[key][places[mine]] = np.frombuffer(data, np.uint8)[where[mine] - offset]
             self.verified[key][places[mine] // self.leaves[key].dtype.item_bytes] = True
@@ -181,23 +200,23 @@ class ReferenceMemory:
     def gather(self, spec: CacheSpec, items: Sequence[Item]) -> bytes:
         """Return all bytes of the segment; `spec` is this side's own."""
         parts = list(self._segment_bytes(spec, items))
-        out = np.zeros(sum(len(where) for _, where, _ in parts), np.uint8)
-        for key, where, places in parts:
+        out = np.zeros(sum(len(where) for _, _, where, _ in parts), np.uint8)
+        for _, key, where, places in parts:
             out[where] = self.arrays[key][places]
         return out.tobytes()
 
     def _segment_bytes(self, spec: CacheSpec, items: Sequence[Item]
-                       ) -> Iterator[tuple[Key, np.ndarray, np.ndarray]]:
-        """Yield for parts of the segment: key, offsets in the segment [n], bytes in the array [n]."""
+                       ) -> Iterator[tuple[Item, Key, np.ndarray, np.ndarray]]:
+        """Yield for parts of the segment: item, key, offsets in it [n], places in the array [n]."""
         base = 0
         for item in items:
             group = spec.groups[item.group_index]
             tensor = group.tensors[item.tensor_index]
             width = tensor.dtype.item_bytes
-            for key, where, cells in self._places(group, tensor, item):
+            for key, _, where, cells in self._places(group, tensor, item):
                 inner = np.arange(width)
                 places = np.where(cells[:, None] < 0, -1, cells[:, None] * width + inner)
-                yield key, (base + where[:, None] * width + inner).ravel(), places.ravel()
+                yield item, key, (base + where[:, None] * width + inner).ravel(), places.ravel()
             base += item_raw_bytes(tensor, item)
 
     def zero_missing_columns(self, spec: CacheSpec, items: Sequence[Item]) -> None:
