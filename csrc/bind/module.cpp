@@ -2,13 +2,21 @@
 
 namespace kvwire {
 
+void register_errors(pybind11::module_& module);
 void register_checksum(pybind11::module_& module);
 void register_codec(pybind11::module_& module);
+void register_plan(pybind11::module_& module);
+void register_wire(pybind11::module_& module);
+void register_transport(pybind11::module_& module);
 
 }  // namespace kvwire
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The C++ core of kvwire.";
+    kvwire::register_errors(module);
     kvwire::register_checksum(module);
     kvwire::register_codec(module);
+    kvwire::register_plan(module);
+    kvwire::register_wire(module);
+    kvwire::register_transport(module);
 }

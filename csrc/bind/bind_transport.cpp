@@ -1,0 +1,249 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+
+#include "bind/bind_plan.hpp"
+#include "codec/codec.hpp"
+#include "transport/endpoint.hpp"
+
+namespace py = pybind11;
+
+namespace kvwire {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+Id id_from(const std::string& bytes) {
+    Id id;
+    if (bytes.size() != id.bytes.size())
+        throw Error(ErrorCode::USAGE, "an id has 16 bytes", 16, bytes.size());
+    std::memcpy(id.bytes.data(), bytes.data(), bytes.size());
+    return id;
+}
+
+py::bytes to_python(const Id& id) {
+    return py::bytes(reinterpret_cast<const char*>(id.bytes.data()), id.bytes.size());
+}
+
+py::bytes to_python(const Bytes& bytes) {
+    return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+Bytes bytes_from(const std::string& text) { return Bytes(text.begin(), text.end()); }
+
+// (code, message, expected, actual, offset, remote), or None.
+py::object to_python(const Error& error) {
+    if (!error) return py::none();
+    return py::make_tuple(uint16_t(error.code), error.message, error.expected, error.actual,
+                          error.offset, error.remote);
+}
+
+EndpointOptions options_from(const py::dict& given) {
+    EndpointOptions options;
+    const auto take = [&](const char* name, auto& target) {
+        if (given.contains(name))
+            target = given[name].cast<std::remove_reference_t<decltype(target)>>();
+    };
+    options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
+    take("connections_max", options.connections_max);
+    take("connect_timeout_ns", options.connect_timeout_ns);
+    take("chunk_bytes", options.send.chunk_bytes);
+    take("send_transfers_max", options.send.transfers_max);
+    take("window_bytes", options.receive.window_bytes);
+    take("chunk_bytes_max", options.receive.chunk_bytes_max);
+    take("transfers_max", options.receive.transfers_max);
+    take("patience_ns", options.receive.patience_ns);
+    return options;
+}
+
+py::dict stats_of(Endpoint& endpoint) {
+    EndpointStats stats;
+    {
+        const py::gil_scoped_release release;
+        stats = endpoint.stats();
+    }
+    py::dict result;
+    result["connections"] = stats.connections;
+    result["links"] = stats.links;
+    result["open_transfers"] = stats.open_transfers;
+    result["bytes_sent"] = stats.bytes_sent;
+    result["bytes_received"] = stats.bytes_received;
+    result["send_calls"] = stats.send_calls;
+    result["receive_calls"] = stats.receive_calls;
+    result["lanes_lost"] = stats.lanes_lost;
+    return result;
+}
+
+// (verified_bytes, wire_bytes, repaired_chunks, granted, ended, error)
+py::tuple progress_of(const Handle& handle) {
+    const Progress p = handle.progress();
+    return py::make_tuple(p.verified_bytes, p.wire_bytes, p.repaired_chunks, p.granted, p.ended,
+                          to_python(p.error));
+}
+
+template <class Class>
+void bind_endpoint(Class& bound) {
+    using T = typename Class::type;
+    bound
+        .def("listen", [](T& self, const std::string& host, uint16_t port) {
+            return self.listen({host, port});
+        }, py::arg("host"), py::arg("port"), NoGil())
+        .def("dial", [](T& self, const std::string& host, uint16_t port, uint16_t lanes) {
+            Id id;
+            {
+                const py::gil_scoped_release release;
+                id = self.dial({host, port}, lanes);
+            }
+            return to_python(id);
+        }, py::arg("host"), py::arg("port"), py::arg("lanes"))
+        .def("wait_connected", [](T& self, const std::string& link, double timeout_s) {
+            self.wait_connected(id_from(link), timeout_s);
+        }, py::arg("link"), py::arg("timeout_s"), NoGil())
+        .def("link_ids", [](T& self) {
+            std::vector<Id> ids;
+            {
+                const py::gil_scoped_release release;
+                ids = self.link_ids();
+            }
+            py::list result;
+            for (const Id& id : ids) result.append(to_python(id));
+            return result;
+        })
+        .def("close", &T::close, NoGil())
+        .def("stats", [](T& self) { return stats_of(self); })
+        .def("event_fd", [](T& self) { return self.notifier().fd(); })
+        .def("drain_events", [](T& self) { return self.notifier().drain(); });
+}
+
+void bind_handles(py::module_& module) {
+    py::class_<Handle, std::shared_ptr<Handle>>(module, "Handle")
+        .def_property_readonly("number", [](const Handle& self) { return self.number; })
+        .def("progress", &progress_of)
+        .def("wait", &Handle::wait, py::arg("timeout_s"), NoGil());
+    py::class_<TransferHandle, Handle, std::shared_ptr<TransferHandle>>(module, "TransferHandle")
+        .def_property_readonly("id", [](const TransferHandle& self) { return to_python(self.id()); })
+        .def("push", [](TransferHandle& self, const py::object& items) {
+            std::vector<Item> taken = items_from_python(items);
+            const py::gil_scoped_release release;
+            return self.push(std::move(taken));
+        }, py::arg("items"))
+        .def("finish", [](TransferHandle& self, const std::string& metadata, uint16_t count) {
+            self.finish(bytes_from(metadata), count);
+        }, py::arg("metadata"), py::arg("metadata_count"), NoGil())
+        .def("cancel", &TransferHandle::cancel, NoGil())
+        .def("wait_push", &TransferHandle::wait_push, py::arg("push"), py::arg("timeout_s"), NoGil())
+        .def("pushes_returned", [](const TransferHandle& self) {
+            std::vector<bool> returned;
+            for (const auto state : self.push_states())
+                returned.push_back(state == TransferHandle::PushState::RETURNED);
+            return returned;
+        });
+    py::class_<TicketHandle, Handle, std::shared_ptr<TicketHandle>>(module, "TicketHandle")
+        .def_property_readonly("id", [](const TicketHandle& self) { return to_python(self.id()); })
+        .def("cancel", &TicketHandle::cancel, NoGil())
+        .def("wait_layer", &TicketHandle::wait_layer, py::arg("layer"), py::arg("timeout_s"), NoGil())
+        .def("layers_ready", &TicketHandle::layers_ready)
+        .def("metadata", [](const TicketHandle& self) {
+            py::list result;  // (source_rank, manifest entries, count, end entries, count)
+            for (const auto& m : self.metadata())
+                result.append(py::make_tuple(m.source_rank, to_python(m.manifest), m.manifest_count,
+                                             to_python(m.end), m.end_count));
+            return result;
+        });
+}
+
+std::shared_ptr<TicketHandle> bind_ticket(ReceiverEndpoint& self, const std::string& ticket_id,
+                                          const std::string& model, uint64_t token_start,
+                                          uint64_t token_stop,
+                                          const std::vector<uint16_t>& source_ranks,
+                                          uint16_t source_rank_count, uint16_t destination_rank,
+                                          uint16_t destination_rank_count,
+                                          const std::shared_ptr<MemoryMap>& memory,
+                                          double deadline_s) {
+    Ticket::Options options;
+    options.id = id_from(ticket_id);
+    options.model = model;
+    options.token_start = token_start;
+    options.token_stop = token_stop;
+    options.source_ranks = {source_ranks.begin(), source_ranks.end()};
+    options.source_rank_count = source_rank_count;
+    options.destination_rank = destination_rank;
+    options.destination_rank_count = destination_rank_count;
+    return self.bind(std::move(options), memory, deadline_s);
+}
+
+void bind_receiver(py::module_& module) {
+    py::class_<ReceiverEndpoint> receiver(module, "ReceiverEndpoint");
+    receiver.def(py::init([](const py::dict& options) {
+        return std::make_unique<ReceiverEndpoint>(options_from(options));
+    }), py::arg("options"));
+    bind_endpoint(receiver);
+    receiver
+        .def("bind", &bind_ticket, py::arg("ticket_id"), py::arg("model"), py::arg("token_start"),
+             py::arg("token_stop"), py::arg("source_ranks"), py::arg("source_rank_count"),
+             py::arg("destination_rank"), py::arg("destination_rank_count"), py::arg("memory"),
+             py::arg("deadline_s"), NoGil())
+        .def("pull", [](ReceiverEndpoint& self, const std::string& link, const std::string& ticket,
+                        const std::string& offer, uint64_t token_start, uint64_t token_stop,
+                        uint16_t source_rank, uint16_t destination_rank,
+                        uint16_t destination_rank_count) {
+            self.pull(id_from(link), id_from(ticket),
+                      {id_from(offer), token_start, token_stop, source_rank, destination_rank,
+                       destination_rank_count});
+        }, NoGil());
+}
+
+void bind_sender(py::module_& module) {
+    py::class_<SenderEndpoint> sender(module, "SenderEndpoint");
+    sender.def(py::init([](const py::dict& options) {
+        return std::make_unique<SenderEndpoint>(options_from(options));
+    }), py::arg("options"));
+    bind_endpoint(sender);
+    const auto manifest_from = [](const std::string& payload) {
+        return decode_manifest({reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});
+    };
+    sender
+        .def("open", [=](SenderEndpoint& self, const std::string& link, const std::string& manifest,
+                         const std::shared_ptr<MemoryMap>& memory, uint8_t codec,
+                         double deadline_s) {
+            return self.open(id_from(link), manifest_from(manifest), memory, codec, deadline_s);
+        }, py::arg("link"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
+             py::arg("deadline_s"), NoGil())
+        .def("offer", [=](SenderEndpoint& self, const std::string& offer,
+                          const std::string& manifest, const std::shared_ptr<MemoryMap>& memory,
+                          uint8_t codec, double deadline_s) {
+            return self.offer(id_from(offer), manifest_from(manifest), memory, codec, deadline_s);
+        }, py::arg("offer"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
+             py::arg("deadline_s"), NoGil())
+        .def("link_alive", [](SenderEndpoint& self, const std::string& link) {
+            return self.link_alive(id_from(link));
+        }, NoGil());
+}
+
+}  // namespace
+
+void register_errors(py::module_&) {
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const Error& e) {
+            const py::object make = py::module_::import("kvwire.errors").attr("error_from_code");
+            const py::object error =
+                make(uint16_t(e.code), e.message, py::arg("expected") = e.expected,
+                     py::arg("actual") = e.actual, py::arg("offset") = e.offset,
+                     py::arg("remote") = e.remote);
+            PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+        }
+    });
+}
+
+void register_transport(py::module_& module) {
+    bind_handles(module);
+    bind_receiver(module);
+    bind_sender(module);
+    module.def("random_id", [] { return to_python(random_id()); });
+}
+
+}  // namespace kvwire

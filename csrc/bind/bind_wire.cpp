@@ -1,0 +1,133 @@
+// The constants of FORMAT.md as C++ has them, and the protocol machines driven with bytes, for the
+// tests that hold them against the document and the Python reference.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bind/bind_plan.hpp"
+#include "wire/format.hpp"
+#include "wire/receive_link.hpp"
+
+namespace py = pybind11;
+
+namespace kvwire {
+namespace {
+
+template <class Enum, class Namer>
+py::dict enum_names(int count, Namer namer) {
+    py::dict names;
+    for (int i = 1; i <= count; ++i)
+        if (const char* name = namer(Enum(i))) names[py::str(name)] = i;
+    return names;
+}
+
+py::dict frame_types() {
+    return enum_names<FrameType>(int(FrameType::CLOSE), frame_type_name);
+}
+
+py::dict error_numbers() {
+    py::dict names;
+    for (int i = 1; i < 1000; ++i)
+        if (const char* name = error_name(ErrorCode(i))) names[py::str(name)] = i;
+    return names;
+}
+
+py::dict limit_values() {
+    py::dict values;
+#define KVWIRE_LIMIT(name) values[#name] = limits::name
+    KVWIRE_LIMIT(chunk_bytes_min);
+    KVWIRE_LIMIT(chunk_bytes_max);
+    KVWIRE_LIMIT(payload_bytes_min);
+    KVWIRE_LIMIT(control_bytes_min);
+    KVWIRE_LIMIT(control_bytes_max);
+    KVWIRE_LIMIT(index_bytes_max);
+    KVWIRE_LIMIT(lane_count_max);
+    KVWIRE_LIMIT(rank_count_max);
+    KVWIRE_LIMIT(group_count_max);
+    KVWIRE_LIMIT(tensor_count_max);
+    KVWIRE_LIMIT(layer_count_max);
+    KVWIRE_LIMIT(axis_count_max);
+    KVWIRE_LIMIT(slice_count_max);
+    KVWIRE_LIMIT(extent_max);
+    KVWIRE_LIMIT(name_bytes_max);
+    KVWIRE_LIMIT(metadata_count_max);
+    KVWIRE_LIMIT(metadata_bytes_max);
+    KVWIRE_LIMIT(message_bytes_max);
+    KVWIRE_LIMIT(item_count_max);
+    KVWIRE_LIMIT(receipt_count_max);
+    KVWIRE_LIMIT(repair_count_max);
+    KVWIRE_LIMIT(segment_count_max);
+    KVWIRE_LIMIT(segment_bytes_max);
+    KVWIRE_LIMIT(token_count_max);
+    KVWIRE_LIMIT(attempts_max);
+    KVWIRE_LIMIT(waiting_manifests_max);
+    KVWIRE_LIMIT(ended_transfers_min);
+    KVWIRE_LIMIT(greeting_timeout_ms);
+#undef KVWIRE_LIMIT
+    return values;
+}
+
+py::dict fields(const std::vector<std::tuple<const char*, size_t, size_t>>& list) {
+    py::dict result;
+    for (const auto& [name, offset, bytes] : list) result[name] = py::make_tuple(offset, bytes);
+    return result;
+}
+
+py::dict greeting_fields() {
+    using namespace greeting_at;
+    return fields({{"magic", MAGIC, 8}, {"version", VERSION, 2}, {"version_min", VERSION_MIN, 2},
+                   {"role", ROLE, 1}, {"reserved_a", RESERVED_A, 1}, {"flags", FLAGS, 2},
+                   {"link_id", LINK_ID, 16}, {"lane_index", LANE_INDEX, 2},
+                   {"lane_count", LANE_COUNT, 2}, {"codecs", CODECS, 4},
+                   {"payload_bytes_max", PAYLOAD_BYTES_MAX, 4},
+                   {"control_bytes_max", CONTROL_BYTES_MAX, 4},
+                   {"transfers_max", TRANSFERS_MAX, 4}, {"reserved_b", RESERVED_B, 8},
+                   {"greeting_crc", GREETING_CRC, 4}});
+}
+
+py::dict header_fields() {
+    using namespace header_at;
+    return fields({{"magic", MAGIC, 2}, {"type", TYPE, 1}, {"flags", FLAGS, 1},
+                   {"payload_bytes", PAYLOAD_BYTES, 4}, {"transfer_id", TRANSFER_ID, 16},
+                   {"segment_index", SEGMENT_INDEX, 4}, {"attempt", ATTEMPT, 4},
+                   {"raw_offset", RAW_OFFSET, 8}, {"raw_bytes", RAW_BYTES, 4},
+                   {"raw_crc", RAW_CRC, 4}, {"payload_crc", PAYLOAD_CRC, 4},
+                   {"table_index", TABLE_INDEX, 4}, {"codec", CODEC, 1}, {"unused", UNUSED, 1},
+                   {"reserved", RESERVED, 2}, {"header_crc", HEADER_CRC, 4}});
+}
+
+py::dict upper(const py::dict& names) {
+    py::dict result;
+    for (const auto& [name, number] : names) result[name.attr("upper")()] = number;
+    return result;
+}
+
+py::dict format_constants() {
+    py::dict constants;
+    constants["frame_types"] = frame_types();
+    constants["errors"] = error_numbers();
+    constants["limits"] = limit_values();
+    constants["codecs"] = py::dict(py::arg("RAW") = 0, py::arg("LZ4") = 1);
+    constants["greeting"] = greeting_fields();
+    constants["header"] = header_fields();
+    constants["group_kinds"] = upper(enum_names<GroupKind>(255, group_kind_name));
+    constants["axes"] = upper(enum_names<Axis>(255, axis_name));
+    constants["dtypes"] = upper(enum_names<DType>(255, dtype_name));
+    return constants;
+}
+
+}  // namespace
+
+void register_wire(py::module_& module) {
+    module.def("format_constants", &format_constants);
+    module.def("decode_manifest", [](const std::string& payload) {
+        const Manifest manifest = decode_manifest(
+            {reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});
+        const Bytes again = encode(manifest);
+        return py::bytes(reinterpret_cast<const char*>(again.data()), again.size());
+    }, "Decodes and encodes again: the same bytes, or the error.");
+}
+
+}  // namespace kvwire

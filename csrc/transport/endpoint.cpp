@@ -1,0 +1,348 @@
+#include "transport/endpoint.hpp"
+
+#include <cmath>
+#include <sys/epoll.h>
+#include <sys/random.h>
+
+namespace kvwire {
+namespace {
+
+constexpr uint64_t ACCEPT_PAUSE_NS = 50'000'000;
+
+class Acceptor : public Loop::Handler {
+public:
+    explicit Acceptor(Endpoint& endpoint) : endpoint_(endpoint) {}
+    void on_events(uint32_t) override { endpoint_.accept_some(); }
+
+private:
+    Endpoint& endpoint_;
+};
+
+uint64_t after(double seconds) { return Loop::now_ns() + uint64_t(seconds * 1e9); }
+
+}  // namespace
+
+Id random_id() {
+    Id id;
+    if (::getrandom(id.bytes.data(), id.bytes.size(), 0) != ssize_t(id.bytes.size()))
+        throw Error(ErrorCode::INTERNAL, "getrandom failed");
+    return id;
+}
+
+Endpoint::Endpoint(Role role, EndpointOptions options)
+    : role_(role), options_(options), loop_(std::make_shared<Loop>()),
+      notifier_(std::make_shared<Notifier>()) {}
+
+Endpoint::~Endpoint() = default;  // the two kinds close themselves
+
+Greeting Endpoint::greeting() const {
+    Greeting greeting;
+    greeting.role = role_;
+    greeting.codecs = options_.codecs;
+    greeting.payload_bytes_max =
+        role_ == Role::RECEIVER ? options_.receive.chunk_bytes_max : options_.send.chunk_bytes;
+    if (greeting.payload_bytes_max < limits::payload_bytes_min)
+        greeting.payload_bytes_max = uint32_t(limits::payload_bytes_min);
+    greeting.transfers_max =
+        role_ == Role::RECEIVER ? options_.receive.transfers_max : options_.send.transfers_max;
+    return greeting;
+}
+
+uint16_t Endpoint::listen(const Address& address) {
+    uint16_t port = 0;
+    Fd listener = listen_tcp(address, &port);
+    loop_->call([&] {
+        if (listener_) loop_->unwatch(listener_);
+        listener_ = std::move(listener);
+        loop_->watch(listener_, EPOLLIN, std::make_shared<Acceptor>(*this));
+    });
+    return port;
+}
+
+void Endpoint::accept_some() {
+    for (;;) {
+        if (counters_.connections >= options_.connections_max) break;
+        bool would_block = false;
+        Fd fd = accept_tcp(listener_, &would_block);
+        if (would_block) return;
+        if (!fd) break;
+        ++counters_.connections;
+        std::make_shared<Lane>(*this, std::move(fd), false)->start();
+    }
+    // Full, or out of descriptors: leave the rest in the backlog for a moment.
+    loop_->modify(listener_, 0);
+    loop_->timer(Loop::now_ns() + ACCEPT_PAUSE_NS, [this] { loop_->modify(listener_, EPOLLIN); });
+}
+
+std::shared_ptr<Link> Endpoint::find_link(const Id& link_id) {
+    const auto found = links_.find(link_id);
+    return found == links_.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
+    auto link = std::make_shared<Link>(*this, link_id);
+    if (role_ == Role::RECEIVER)
+        link->receive = std::make_unique<ReceiveLink>(
+            tickets_, options_.receive, [this, weak = std::weak_ptr<Link>(link)] {
+                loop_->post([weak] {
+                    if (const auto link = weak.lock()) link->pump();
+                });
+            });
+    else
+        link->send = std::make_unique<SendLink>(offers_, options_.send);
+    links_.emplace(link_id, link);
+    return link;
+}
+
+std::shared_ptr<Link> Endpoint::adopt(const Id& link_id) {
+    const auto link = find_link(link_id);
+    return link ? link : make_link(link_id);
+}
+
+Id Endpoint::dial(const Address& address, uint16_t lanes) {
+    if (lanes < 1 || lanes > limits::lane_count_max)
+        throw Error(ErrorCode::USAGE, "lanes must be 1 to 64", limits::lane_count_max, lanes);
+    const auto addresses = resolve(address);
+    const Id link_id = random_id();
+    {
+        std::lock_guard<std::mutex> lock(dialled_mutex_);
+        dialled_[link_id] = {};
+    }
+    loop_->call([&] { make_link(link_id)->dial(addresses, lanes); });
+    return link_id;
+}
+
+void Endpoint::wait_connected(const Id& link_id, double timeout_s) {
+    std::unique_lock<std::mutex> lock(dialled_mutex_);
+    const auto settled = [&] {
+        const auto found = dialled_.find(link_id);
+        return found == dialled_.end() || found->second.state != Dialled::PENDING;
+    };
+    if (!dialled_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), settled))
+        throw Error(ErrorCode::DEADLINE_EXCEEDED, "no lane came up in time");
+    const auto found = dialled_.find(link_id);
+    if (found != dialled_.end() && found->second.state == Dialled::DOWN) throw found->second.error;
+}
+
+void Endpoint::link_up(const Link& link) {
+    std::lock_guard<std::mutex> lock(dialled_mutex_);
+    const auto found = dialled_.find(link.id);
+    if (found != dialled_.end()) found->second.state = Dialled::UP;
+    dialled_changed_.notify_all();
+}
+
+void Endpoint::link_lost(const Link& link, const Error& why) {
+    {
+        std::lock_guard<std::mutex> lock(dialled_mutex_);
+        const auto found = dialled_.find(link.id);
+        if (found != dialled_.end()) found->second = {Dialled::DOWN, why};
+        dialled_changed_.notify_all();
+    }
+    // The link may be on the stack above: it goes when that has unwound.
+    const auto found = links_.find(link.id);
+    if (found == links_.end()) return;
+    loop_->post([gone = found->second] {});
+    links_.erase(found);
+}
+
+EndpointStats Endpoint::stats() {
+    EndpointStats stats;
+    loop_->call([&] {
+        stats = counters_;
+        stats.links = links_.size();
+        for (const auto& [id, link] : links_)
+            stats.open_transfers +=
+                link->send ? link->send->open_transfers() : link->receive->open_transfers();
+    });
+    return stats;
+}
+
+void Endpoint::close() {
+    if (closed_) return;
+    closed_ = true;
+    const Error why(ErrorCode::CLOSED, "the " +
+                                           std::string(role_ == Role::SENDER ? "sender" : "receiver") +
+                                           " was closed");
+    loop_->call([&] {
+        if (listener_) loop_->unwatch(listener_);
+        listener_.reset();
+        end_all(why);
+        const auto links = links_;
+        for (const auto& [id, link] : links) link->close(why);
+    });
+    loop_->stop();
+    links_.clear();
+}
+
+// ---- receiver
+
+std::shared_ptr<TicketHandle> ReceiverEndpoint::bind(Ticket::Options options,
+                                                     std::shared_ptr<const MemoryMap> memory,
+                                                     double deadline_s) {
+    const Id ticket_id = options.id;
+    auto handle = std::make_shared<TicketHandle>(loop_, notifier_, *this, std::move(options),
+                                                 std::move(memory));
+    const bool running = loop_->post([this, handle, ticket_id, deadline_s] {
+        handle->hold(handle);
+        tickets_.add(handle->ticket_);
+        if (deadline_s >= 0)
+            handle->deadline_ = loop_->timer(after(deadline_s), [handle] {
+                handle->deadline_.reset();
+                handle->endpoint_.cancel(
+                    *handle, Error(ErrorCode::DEADLINE_EXCEEDED, "the ticket's deadline passed"));
+            });
+        const auto links = links_;
+        for (const auto& [id, link] : links) {
+            link->receive->ticket_added(ticket_id);
+            link->pump();
+        }
+    });
+    if (!running) throw Error(ErrorCode::USAGE, "the receiver is closed");
+    return handle;
+}
+
+void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& pull) {
+    loop_->post([this, link_id, ticket_id, pull] {
+        if (const auto link = find_link(link_id)) {
+            link->receive->pull(ticket_id, pull);
+            return link->pump();
+        }
+        if (const auto ticket = tickets_.find(ticket_id))
+            ticket->fail(Error(ErrorCode::LINK_LOST, "the link to the sender is gone"));
+    });
+}
+
+void ReceiverEndpoint::cancel(TicketHandle& handle, const Error& error) {
+    handle.ticket_->fail(error);
+    const auto links = links_;
+    for (const auto& [id, link] : links) {
+        link->receive->pull_withdrawn(handle.id());
+        link->pump();
+    }
+}
+
+void ReceiverEndpoint::ticket_ended(const Id& ticket_id) { tickets_.remove(ticket_id); }
+
+void ReceiverEndpoint::end_all(const Error& why) {
+    for (const auto& ticket : tickets_.all()) ticket->fail(why);
+}
+
+// ---- sender
+
+std::shared_ptr<TransferHandle> SenderEndpoint::make(Manifest manifest,
+                                                     std::shared_ptr<const MemoryMap> memory,
+                                                     uint8_t codec) {
+    return std::make_shared<TransferHandle>(loop_, notifier_, *this, random_id(),
+                                            std::move(manifest), std::move(memory), codec);
+}
+
+void SenderEndpoint::start_deadline(const std::shared_ptr<TransferHandle>& handle,
+                                    double deadline_s) {
+    if (deadline_s < 0) return;
+    handle->deadline_ = loop_->timer(after(deadline_s), [handle] {
+        handle->deadline_.reset();
+        handle->endpoint_.fail(
+            *handle, Error(ErrorCode::DEADLINE_EXCEEDED, "the transfer's deadline passed"));
+    });
+}
+
+std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest manifest,
+                                                     std::shared_ptr<const MemoryMap> memory,
+                                                     uint8_t codec, double deadline_s) {
+    auto handle = make(std::move(manifest), std::move(memory), codec);
+    const bool running = loop_->post([this, handle, link_id, deadline_s] {
+        handle->hold(handle);
+        const auto link = find_link(link_id);
+        if (!link) {
+            handle->transfer_->ended = true;
+            return handle->on_end(Error(ErrorCode::LINK_LOST, "the link to the receiver is gone"));
+        }
+        start_deadline(handle, deadline_s);
+        link->send->open(handle->transfer_);
+        link->pump();
+    });
+    if (!running) throw Error(ErrorCode::USAGE, "the sender is closed");
+    return handle;
+}
+
+std::shared_ptr<TransferHandle> SenderEndpoint::offer(const Id& offer_id, Manifest manifest,
+                                                      std::shared_ptr<const MemoryMap> memory,
+                                                      uint8_t codec, double deadline_s) {
+    const uint16_t rank = manifest.destination_rank;
+    auto handle = make(std::move(manifest), std::move(memory), codec);
+    const bool running = loop_->post([this, handle, offer_id, rank, deadline_s] {
+        handle->hold(handle);
+        handle->transfer_->offered = true;
+        if (!offers_.offers.emplace(OfferBook::Key{offer_id, rank}, handle->transfer_).second) {
+            handle->transfer_->ended = true;
+            return handle->on_end(Error(ErrorCode::USAGE, "the offer id is in use"));
+        }
+        start_deadline(handle, deadline_s);
+    });
+    if (!running) throw Error(ErrorCode::USAGE, "the sender is closed");
+    return handle;
+}
+
+std::shared_ptr<Link> SenderEndpoint::link_of(const TransferHandle& handle) {
+    for (const auto& [id, link] : links_)
+        if (link->send.get() == handle.transfer_->home) return link;
+    return nullptr;
+}
+
+void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items) {
+    SendTransfer& transfer = *handle.transfer_;
+    if (transfer.ended) return;  // the end gave all pushes back
+    const auto link = link_of(handle);
+    if (!link) {  // offered, not pulled yet
+        transfer.pushes.push_back({});
+        transfer.pushes.back().items = std::move(items);
+        return;
+    }
+    link->send->push(transfer, std::move(items));
+    link->pump();
+}
+
+void SenderEndpoint::finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count) {
+    SendTransfer& transfer = *handle.transfer_;
+    if (transfer.ended) return;
+    SendLink::finish(transfer, std::move(metadata), metadata_count);
+    if (const auto link = link_of(handle)) link->pump();
+}
+
+void SenderEndpoint::fail(TransferHandle& handle, const Error& error) {
+    const auto transfer = handle.transfer_;
+    if (transfer->ended) return;
+    if (const auto link = link_of(handle)) {
+        link->send->fail(*transfer, error);
+        return link->pump();
+    }
+    for (auto it = offers_.offers.begin(); it != offers_.offers.end();)
+        it = it->second == transfer ? offers_.offers.erase(it) : std::next(it);
+    SendLink::end_unopened(*transfer, error);
+}
+
+void SenderEndpoint::end_all(const Error& why) {
+    const auto offers = std::move(offers_.offers);
+    offers_.offers.clear();
+    for (const auto& [key, transfer] : offers) SendLink::end_unopened(*transfer, why);
+}
+
+bool SenderEndpoint::link_alive(const Id& link_id) {
+    bool alive = false;
+    loop_->call([&] {
+        const auto link = find_link(link_id);
+        alive = link && link->alive();
+    });
+    return alive;
+}
+
+std::vector<Id> Endpoint::link_ids() {
+    std::vector<Id> ids;
+    loop_->call([&] {
+        for (const auto& [id, link] : links_)
+            if (link->lane_count() > 0) ids.push_back(id);
+    });
+    return ids;
+}
+
+}  // namespace kvwire

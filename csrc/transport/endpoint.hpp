@@ -1,0 +1,130 @@
+#pragma once
+// One side of kvwire in one process: a loop thread, listeners, links, and the books of tickets or
+// offers. SenderEndpoint and ReceiverEndpoint add what the application calls.
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "transport/handles.hpp"
+#include "transport/link.hpp"
+
+namespace kvwire {
+
+struct EndpointOptions {
+    uint32_t connections_max = 1024;
+    uint64_t connect_timeout_ns = 10'000'000'000;
+    uint32_t codecs = 1;
+    SendOptions send;
+    ReceiveOptions receive;
+};
+
+struct EndpointStats {
+    uint64_t connections = 0;   // open now
+    uint64_t links = 0;
+    uint64_t open_transfers = 0;
+    uint64_t bytes_sent = 0;    // on the wire, headers included
+    uint64_t bytes_received = 0;
+    uint64_t send_calls = 0;
+    uint64_t receive_calls = 0;
+    uint64_t lanes_lost = 0;
+};
+
+class Endpoint {
+public:
+    Endpoint(Role role, EndpointOptions options);
+    virtual ~Endpoint();
+
+    uint16_t listen(const Address& address);
+    // Opens a link of `lanes` lanes; returns its id at once. Failure shows on its transfers.
+    Id dial(const Address& address, uint16_t lanes);
+    // Waits until a link dialled from here has a lane; throws what went wrong.
+    void wait_connected(const Id& link_id, double timeout_s);
+    // Aborts what is open, closes every connection, ends the thread. Idempotent.
+    void close();
+    EndpointStats stats();
+    Notifier& notifier() { return *notifier_; }
+
+    // Loop thread only, for lanes and links.
+    Loop& loop() { return *loop_; }
+    Role role() const { return role_; }
+    const EndpointOptions& options() const { return options_; }
+    EndpointStats& counters() { return counters_; }
+    Greeting greeting() const;
+    std::shared_ptr<Link> adopt(const Id& link_id);  // finds or makes the link of an accepted lane
+    void link_up(const Link& link);
+    void link_lost(const Link& link, const Error& why);
+    std::vector<Id> link_ids();  // of links with a lane; from any thread
+    void accept_some();
+
+protected:
+    std::shared_ptr<Link> find_link(const Id& link_id);
+    std::shared_ptr<Link> make_link(const Id& link_id);
+    virtual void end_all(const Error& why) = 0;  // what no link will end
+    const Role role_;
+    const EndpointOptions options_;
+    const std::shared_ptr<Loop> loop_;
+    const std::shared_ptr<Notifier> notifier_;
+    TicketBook tickets_;
+    OfferBook offers_;
+    std::map<Id, std::shared_ptr<Link>> links_;
+
+private:
+    struct Dialled {
+        enum State { PENDING, UP, DOWN } state = PENDING;
+        Error error;
+    };
+    Fd listener_;
+    bool closed_ = false;
+    EndpointStats counters_;
+    std::mutex dialled_mutex_;
+    std::condition_variable dialled_changed_;
+    std::map<Id, Dialled> dialled_;
+};
+
+class ReceiverEndpoint : public Endpoint {
+public:
+    explicit ReceiverEndpoint(EndpointOptions options) : Endpoint(Role::RECEIVER, options) {}
+    ~ReceiverEndpoint() override { close(); }
+
+    std::shared_ptr<TicketHandle> bind(Ticket::Options options,
+                                       std::shared_ptr<const MemoryMap> memory,
+                                       double deadline_s);
+    void pull(const Id& link_id, const Id& ticket_id, const Pull& pull);
+
+    void cancel(TicketHandle& handle, const Error& error);  // loop thread
+    void ticket_ended(const Id& ticket_id);                 // loop thread
+
+private:
+    void end_all(const Error& why) override;
+};
+
+class SenderEndpoint : public Endpoint {
+public:
+    explicit SenderEndpoint(EndpointOptions options) : Endpoint(Role::SENDER, options) {}
+    ~SenderEndpoint() override { close(); }
+
+    std::shared_ptr<TransferHandle> open(const Id& link_id, Manifest manifest,
+                                         std::shared_ptr<const MemoryMap> memory, uint8_t codec,
+                                         double deadline_s);
+    std::shared_ptr<TransferHandle> offer(const Id& offer_id, Manifest manifest,
+                                          std::shared_ptr<const MemoryMap> memory, uint8_t codec,
+                                          double deadline_s);
+    bool link_alive(const Id& link_id);
+
+    // Loop thread, for the handles.
+    void push(TransferHandle& handle, std::vector<Item> items);
+    void finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count);
+    void fail(TransferHandle& handle, const Error& error);
+
+private:
+    std::shared_ptr<TransferHandle> make(Manifest manifest, std::shared_ptr<const MemoryMap> memory,
+                                         uint8_t codec);
+    void end_all(const Error& why) override;
+    std::shared_ptr<Link> link_of(const TransferHandle& handle);
+    void start_deadline(const std::shared_ptr<TransferHandle>& handle, double deadline_s);
+};
+
+Id random_id();
+
+}  // namespace kvwire

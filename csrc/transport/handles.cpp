@@ -1,0 +1,185 @@
+#include "transport/handles.hpp"
+
+#include "transport/endpoint.hpp"
+
+namespace kvwire {
+namespace {
+std::atomic<uint64_t> next_number{1};
+}
+
+Handle::Handle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier)
+    : number(next_number++), loop_(std::move(loop)), notifier_(std::move(notifier)) {}
+
+Progress Handle::progress() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return progress_;
+}
+
+void Handle::changed() {
+    condition_.notify_all();
+    notifier_->mark(number);
+}
+
+void Handle::let_go() {
+    if (deadline_) loop_->cancel(*deadline_);
+    deadline_.reset();
+    if (self_) loop_->post([self = std::move(self_)] {});
+}
+
+bool Handle::wait_until(double timeout_s, const std::function<bool()>& condition) const {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (timeout_s < 0) {
+        condition_.wait(lock, condition);
+        return true;
+    }
+    return condition_.wait_for(lock, std::chrono::duration<double>(timeout_s), condition);
+}
+
+bool Handle::wait(double timeout_s) const {
+    return wait_until(timeout_s, [this] { return progress_.ended; });
+}
+
+TransferHandle::TransferHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+                               SenderEndpoint& endpoint, const Id& id, Manifest manifest,
+                               std::shared_ptr<const MemoryMap> memory, uint8_t codec)
+    : Handle(std::move(loop), std::move(notifier)), endpoint_(endpoint),
+      transfer_(std::make_shared<SendTransfer>(id, std::move(manifest), std::move(memory), codec,
+                                               *this)) {}
+
+uint32_t TransferHandle::push(std::vector<Item> items) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (finished_)
+        throw Error(ErrorCode::USAGE, "push after finish: the transfer's end has been announced");
+    const uint32_t number = uint32_t(pushes_.size());
+    pushes_.push_back(progress_.ended ? PushState::RETURNED : PushState::LENT);
+    if (progress_.ended) return number;
+    const auto self = std::static_pointer_cast<TransferHandle>(shared());
+    const bool running = loop_->post([self, items = std::move(items)]() mutable {
+        self->endpoint_.push(*self, std::move(items));
+    });
+    if (!running) pushes_[number] = PushState::RETURNED;
+    return number;
+}
+
+void TransferHandle::finish(Bytes metadata, uint16_t metadata_count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (finished_) throw Error(ErrorCode::USAGE, "finish was called before");
+    finished_ = true;
+    const auto self = std::static_pointer_cast<TransferHandle>(shared());
+    loop_->post([self, metadata = std::move(metadata), metadata_count]() mutable {
+        self->endpoint_.finish(*self, std::move(metadata), metadata_count);
+    });
+}
+
+void TransferHandle::cancel() {
+    loop_->call([&] { endpoint_.fail(*this, Error(ErrorCode::CANCELLED, "cancelled by the sender")); });
+}
+
+bool TransferHandle::wait_push(uint32_t push, double timeout_s) const {
+    return wait_until(timeout_s, [&] {
+        return push < pushes_.size() && pushes_[push] == PushState::RETURNED;
+    });
+}
+
+std::vector<TransferHandle::PushState> TransferHandle::push_states() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return pushes_;
+}
+
+void TransferHandle::on_granted() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    progress_.granted = true;
+    changed();
+}
+
+void TransferHandle::on_sent(uint64_t wire_bytes, bool again) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    progress_.wire_bytes += wire_bytes;
+    progress_.repaired_chunks += again;
+}
+
+void TransferHandle::on_verified(uint64_t raw_bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    progress_.verified_bytes += raw_bytes;
+    changed();
+}
+
+void TransferHandle::on_push_complete(uint32_t push, const Error&) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (push < pushes_.size()) pushes_[push] = PushState::RETURNED;
+    changed();
+}
+
+void TransferHandle::on_end(const Error& error) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        progress_.ended = true;
+        progress_.error = error;
+        for (PushState& push : pushes_) push = PushState::RETURNED;
+        changed();
+    }
+    let_go();
+}
+
+TicketHandle::TicketHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+                           ReceiverEndpoint& endpoint, Ticket::Options options,
+                           std::shared_ptr<const MemoryMap> memory)
+    : Handle(std::move(loop), std::move(notifier)), endpoint_(endpoint),
+      ticket_(std::make_shared<Ticket>(std::move(options), std::move(memory), *this)) {
+    layers_ready_ = ticket_->layers_without_needs();
+}
+
+void TicketHandle::cancel() {
+    loop_->call([&] { endpoint_.cancel(*this, Error(ErrorCode::CANCELLED, "cancelled by the receiver")); });
+}
+
+bool TicketHandle::wait_layer(uint32_t layer, double timeout_s) const {
+    return wait_until(timeout_s,
+                      [&] { return progress_.ended || layers_ready_.count(layer) != 0; });
+}
+
+std::set<uint32_t> TicketHandle::layers_ready() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return layers_ready_;
+}
+
+std::vector<TicketHandle::Metadata> TicketHandle::metadata() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Metadata> all;
+    for (const auto& [rank, metadata] : metadata_) all.push_back(metadata);
+    return all;
+}
+
+void TicketHandle::on_bytes(uint64_t verified_bytes, uint64_t wire_bytes, bool repaired) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    progress_.granted = true;
+    progress_.verified_bytes += verified_bytes;
+    progress_.wire_bytes += wire_bytes;
+    progress_.repaired_chunks += repaired;
+}
+
+void TicketHandle::on_layer_ready(uint32_t layer) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    layers_ready_.insert(layer);
+    changed();
+}
+
+void TicketHandle::on_metadata(uint16_t source_rank, const Bytes& manifest, uint16_t manifest_count,
+                               const Bytes& end, uint16_t end_count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    progress_.granted = true;
+    metadata_[source_rank] = {source_rank, manifest, end, manifest_count, end_count};
+}
+
+void TicketHandle::on_end(const Error& error) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        progress_.ended = true;
+        progress_.error = error;
+        changed();
+    }
+    endpoint_.ticket_ended(id());
+    let_go();
+}
+
+}  // namespace kvwire

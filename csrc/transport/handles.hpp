@@ -1,0 +1,125 @@
+#pragma once
+// What the application holds: a TransferHandle per transfer it sends, a TicketHandle per hand-off it
+// expects. Safe from any thread; waiting never needs the loop's cooperation beyond its events.
+
+#include <condition_variable>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "transport/loop.hpp"
+#include "transport/notifier.hpp"
+#include "wire/send_link.hpp"
+#include "wire/ticket.hpp"
+
+namespace kvwire {
+
+class SenderEndpoint;
+class ReceiverEndpoint;
+
+struct Progress {
+    uint64_t verified_bytes = 0;  // raw bytes in place at the receiver and proved
+    uint64_t wire_bytes = 0;      // chunk payloads sent (sender) or accepted (receiver)
+    uint64_t repaired_chunks = 0;
+    bool granted = false;
+    bool ended = false;
+    Error error;                  // OK: delivered
+};
+
+class Handle : public std::enable_shared_from_this<Handle> {
+public:
+    virtual ~Handle() = default;
+    const uint64_t number;  // unique in the process
+
+    Progress progress() const;
+    bool wait(double timeout_s) const;  // until ended; negative: for ever
+
+protected:
+    Handle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier);
+    bool wait_until(double timeout_s, const std::function<bool()>& condition) const;
+    std::shared_ptr<Handle> shared() { return shared_from_this(); }
+    void changed();           // call with the mutex held
+    void hold(std::shared_ptr<Handle> self) { self_ = std::move(self); }
+    void let_go();            // once ended: the endpoint's reference goes, off this stack
+
+    const std::shared_ptr<Loop> loop_;
+    const std::shared_ptr<Notifier> notifier_;
+    mutable std::mutex mutex_;
+    mutable std::condition_variable condition_;
+    Progress progress_;
+    std::optional<Loop::TimerKey> deadline_;  // loop thread only
+    std::shared_ptr<Handle> self_;            // loop thread only, set while the endpoint needs us
+    friend class SenderEndpoint;
+    friend class ReceiverEndpoint;
+};
+
+class TransferHandle : public Handle, public TransferObserver {
+public:
+    TransferHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+                   SenderEndpoint& endpoint, const Id& id, Manifest manifest,
+                   std::shared_ptr<const MemoryMap> memory, uint8_t codec);
+
+    const Id& id() const { return transfer_->id; }
+
+    // Borrows the items' memory until the push completes. Returns the push's number.
+    uint32_t push(std::vector<Item> items);
+    void finish(Bytes metadata, uint16_t metadata_count);
+    // When it returns no byte of the source will be read any more.
+    void cancel();
+
+    bool wait_push(uint32_t push, double timeout_s) const;
+    enum class PushState : uint8_t { LENT, RETURNED };
+    std::vector<PushState> push_states() const;
+
+    void on_granted() override;
+    void on_sent(uint64_t wire_bytes, bool again) override;
+    void on_verified(uint64_t raw_bytes) override;
+    void on_push_complete(uint32_t push, const Error& error) override;
+    void on_end(const Error& error) override;
+
+private:
+    friend class SenderEndpoint;
+    SenderEndpoint& endpoint_;  // touched on the loop thread only
+    const std::shared_ptr<SendTransfer> transfer_;
+    std::vector<PushState> pushes_;
+    bool finished_ = false;
+};
+
+class TicketHandle : public Handle, public TicketObserver {
+public:
+    TicketHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+                 ReceiverEndpoint& endpoint, Ticket::Options options,
+                 std::shared_ptr<const MemoryMap> memory);
+
+    const Id& id() const { return ticket_->options().id; }
+
+    // When it returns no byte will be written to the ticket's memory any more.
+    void cancel();
+    bool wait_layer(uint32_t layer, double timeout_s) const;  // or until the ticket ended
+    std::set<uint32_t> layers_ready() const;
+
+    struct Metadata {
+        uint16_t source_rank;
+        Bytes manifest, end;
+        uint16_t manifest_count, end_count;
+    };
+    std::vector<Metadata> metadata() const;
+
+    void on_bytes(uint64_t verified_bytes, uint64_t wire_bytes, bool repaired) override;
+    void on_layer_ready(uint32_t layer) override;
+    void on_metadata(uint16_t source_rank, const Bytes& manifest, uint16_t manifest_count,
+                     const Bytes& end, uint16_t end_count) override;
+    void on_end(const Error& error) override;
+
+private:
+    friend class ReceiverEndpoint;
+    ReceiverEndpoint& endpoint_;  // touched on the loop thread only
+    std::shared_ptr<Ticket> ticket_;
+    std::set<uint32_t> layers_ready_;
+    std::map<uint16_t, Metadata> metadata_;
+};
+
+}  // namespace kvwire

@@ -1,0 +1,142 @@
+#include "transport/socket.hpp"
+
+#include <arpa/inet.h>
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+namespace kvwire {
+namespace {
+
+constexpr int BACKLOG = 512;
+
+void prepare(int fd) {
+    const int one = 1;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+}
+
+std::string describe(const Address& address) {
+    return address.host + ":" + std::to_string(address.port);
+}
+
+IoResult failed() {
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        return {IoStatus::WOULD_BLOCK, 0, 0};
+    return {IoStatus::FAILED, 0, errno};
+}
+
+}  // namespace
+
+Fd& Fd::operator=(Fd&& other) noexcept {
+    if (this != &other) {
+        reset();
+        fd_ = other.release();
+    }
+    return *this;
+}
+
+int Fd::release() {
+    const int fd = fd_;
+    fd_ = -1;
+    return fd;
+}
+
+void Fd::reset() {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = -1;
+}
+
+std::string error_text(int error) {
+    char buffer[128];
+    return ::strerror_r(error, buffer, sizeof buffer);
+}
+
+std::vector<std::vector<uint8_t>> resolve(const Address& address) {
+    addrinfo hints{};
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICSERV;
+    addrinfo* found = nullptr;
+    const std::string port = std::to_string(address.port);
+    const int status = ::getaddrinfo(address.host.c_str(), port.c_str(), &hints, &found);
+    if (status != 0)
+        throw Error(ErrorCode::CONNECT_FAILED,
+                    "cannot resolve " + describe(address) + ": " + ::gai_strerror(status));
+    std::vector<std::vector<uint8_t>> result;
+    for (const addrinfo* a = found; a; a = a->ai_next) {
+        const auto* bytes = reinterpret_cast<const uint8_t*>(a->ai_addr);
+        result.emplace_back(bytes, bytes + a->ai_addrlen);
+    }
+    ::freeaddrinfo(found);
+    return result;
+}
+
+Fd listen_tcp(const Address& address, uint16_t* port) {
+    const auto resolved = resolve(address);
+    const auto* name = reinterpret_cast<const sockaddr*>(resolved[0].data());
+    Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    const int one = 1;
+    if (fd) ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (!fd || ::bind(fd.get(), name, socklen_t(resolved[0].size())) != 0 ||
+        ::listen(fd.get(), BACKLOG) != 0)
+        throw Error(ErrorCode::USAGE,
+                    "cannot listen on " + describe(address) + ": " + error_text(errno));
+    sockaddr_storage bound{};
+    socklen_t bytes = sizeof bound;
+    ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&bound), &bytes);
+    *port = ntohs(bound.ss_family == AF_INET6
+                      ? reinterpret_cast<sockaddr_in6*>(&bound)->sin6_port
+                      : reinterpret_cast<sockaddr_in*>(&bound)->sin_port);
+    return fd;
+}
+
+Fd accept_tcp(const Fd& listener, bool* would_block) {
+    Fd fd(::accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    // Anything but "none left" concerns one connection, or passes (EMFILE): try again later.
+    *would_block = !fd && (errno == EAGAIN || errno == EWOULDBLOCK);
+    if (fd) prepare(fd.get());
+    return fd;
+}
+
+Fd connect_tcp(const std::vector<uint8_t>& socket_address) {
+    const auto* name = reinterpret_cast<const sockaddr*>(socket_address.data());
+    Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    if (!fd) throw Error(ErrorCode::CONNECT_FAILED, "socket: " + error_text(errno));
+    prepare(fd.get());
+    if (::connect(fd.get(), name, socklen_t(socket_address.size())) != 0 && errno != EINPROGRESS)
+        throw Error(ErrorCode::CONNECT_FAILED, "connect: " + error_text(errno));
+    return fd;
+}
+
+int connect_result(const Fd& fd) {
+    int error = 0;
+    socklen_t bytes = sizeof error;
+    if (::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &bytes) != 0) return errno;
+    return error;
+}
+
+IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count) {
+    msghdr message{};
+    message.msg_iov = const_cast<iovec*>(iov);
+    message.msg_iovlen = iov_count;
+    const ssize_t bytes = ::recvmsg(fd.get(), &message, MSG_DONTWAIT);
+    if (bytes < 0) return failed();
+    if (bytes == 0) return {IoStatus::CLOSED, 0, 0};
+    return {IoStatus::OK, size_t(bytes), 0};
+}
+
+IoResult send(const Fd& fd, const iovec* iov, size_t iov_count) {
+    msghdr message{};
+    message.msg_iov = const_cast<iovec*>(iov);
+    message.msg_iovlen = iov_count;
+    const ssize_t bytes = ::sendmsg(fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (bytes < 0) return failed();
+    return {IoStatus::OK, size_t(bytes), 0};
+}
+
+}  // namespace kvwire

@@ -1,0 +1,58 @@
+#pragma once
+// TCP sockets: the only file that knows the system's socket calls. Everything is non-blocking.
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/error.hpp"
+
+namespace kvwire {
+
+class Fd {
+public:
+    Fd() = default;
+    explicit Fd(int fd) : fd_(fd) {}
+    Fd(Fd&& other) noexcept : fd_(other.release()) {}
+    Fd& operator=(Fd&& other) noexcept;
+    ~Fd() { reset(); }
+
+    int get() const { return fd_; }
+    explicit operator bool() const { return fd_ >= 0; }
+    int release();
+    void reset();
+
+private:
+    int fd_ = -1;
+};
+
+struct Address {
+    std::string host;
+    uint16_t port = 0;
+};
+
+// Raw socket addresses of a host, in the resolver's order. Blocks; throws CONNECT_FAILED.
+std::vector<std::vector<uint8_t>> resolve(const Address& address);
+
+// Throws USAGE when the address cannot be listened on. `port` comes back as bound.
+Fd listen_tcp(const Address& address, uint16_t* port);
+Fd accept_tcp(const Fd& listener, bool* would_block);  // an empty Fd when there is none
+
+// Starts connecting; completion shows as writability.
+Fd connect_tcp(const std::vector<uint8_t>& socket_address);
+int connect_result(const Fd& fd);  // errno of the finished attempt, 0: connected
+
+enum class IoStatus { OK, WOULD_BLOCK, CLOSED, FAILED };
+struct IoResult {
+    IoStatus status = IoStatus::OK;
+    size_t bytes = 0;
+    int error = 0;  // errno when FAILED
+};
+IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count);
+IoResult send(const Fd& fd, const iovec* iov, size_t iov_count);
+
+std::string error_text(int error);
+
+}  // namespace kvwire

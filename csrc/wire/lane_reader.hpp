@@ -1,0 +1,77 @@
+#pragma once
+// Sans-I/O reading side of a lane: says where the next bytes of the stream go (straight into the
+// destination pages for chunk payloads), and turns what arrived into calls on a FrameHandler.
+// Any split of the stream gives the same calls.
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "base/bytes.hpp"
+#include "plan/placement.hpp"
+#include "wire/frames.hpp"
+
+namespace kvwire {
+
+// Where the payload of one chunk goes. Exactly one of three: into pages (placement), into a staging
+// buffer, or nowhere. A revoked target goes nowhere from then on.
+struct ChunkTarget {
+    const Placement* placement = nullptr;
+    uint64_t offset = 0;
+    uint8_t* staging = nullptr;
+
+    void revoke() { *this = ChunkTarget{}; }
+    bool discards() const { return placement == nullptr && staging == nullptr; }
+};
+
+class FrameHandler {
+public:
+    virtual ~FrameHandler() = default;
+    virtual void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) = 0;
+    // The returned target stays valid until on_chunk_end or lane_lost; the handler may revoke it.
+    virtual ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) = 0;
+    virtual void on_chunk_end(uint32_t lane, uint32_t payload_crc) = 0;
+};
+
+class LaneReader {
+public:
+    static constexpr size_t IOV_MAX_READ = 512;
+
+    // `handler` gets every frame; the greeting is not read here.
+    LaneReader(FrameHandler& handler, uint32_t lane, FrameLimits limits);
+
+    // Buffers for the next bytes of the stream, in order; never empty. Valid until advance().
+    size_t next_iovecs(const iovec** iov);
+
+    // `bytes` bytes have arrived in them. Throws Error when the stream must be closed.
+    void advance(size_t bytes);
+
+    // The stream has ended; throws TRUNCATED when it ended inside a frame.
+    void end_of_stream() const;
+
+private:
+    enum class State { HEADER, CONTROL, CHUNK };
+
+    void consume_chunk(const iovec& piece, size_t bytes);
+    void header_complete();
+    void payload_complete();
+    void chunk_iovecs();
+
+    FrameHandler& handler_;
+    uint32_t lane_;
+    FrameLimits limits_;
+    State state_ = State::HEADER;
+    FrameHeader header_;
+    uint8_t header_bytes_[HEADER_BYTES];
+    uint32_t received_ = 0;  // of the header or payload, by state
+    uint32_t crc_ = 0;
+    ChunkTarget* target_ = nullptr;
+    std::unique_ptr<uint8_t[]> control_;
+    size_t control_capacity_ = 0;
+    iovec iov_[IOV_MAX_READ];
+    size_t iov_count_ = 0;
+    uint8_t scratch_[16384];
+};
+
+}  // namespace kvwire

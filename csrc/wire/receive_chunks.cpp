@@ -1,0 +1,336 @@
+// Chunks, write leases, receipts and the ends of transfers: the other half of ReceiveLink.
+
+#include <algorithm>
+
+#include "checksum/crc32c.hpp"
+#include "codec/codec.hpp"
+#include "wire/receive_link.hpp"
+
+namespace kvwire {
+namespace {
+
+// Runs shorter than this are received into a staging buffer and scattered: an iovec each would cost
+// more than the copy.
+constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;
+
+}  // namespace
+
+ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& header) {
+    Lane& lane = lanes_.at(lane_index);
+    lane.header = header;
+    lane.target.revoke();
+    lane.transfer = nullptr;
+    lane.segment = nullptr;
+    Transfer* transfer = find(header.transfer_id);
+    if (!transfer) {
+        on_stray(lane_index, header);
+        return &lane.target;
+    }
+    try {
+        if (header.table_index != 0)
+            throw Error(ErrorCode::TABLE_UNKNOWN,
+                        "CHUNK: code table " + std::to_string(header.table_index) +
+                            " is not known here",
+                        0, header.table_index);
+        if (header.codec > 31 || !(transfer->grant.codecs >> header.codec & 1))
+            throw Error(ErrorCode::CODEC_UNSUPPORTED,
+                        "CHUNK: codec " + std::to_string(header.codec) + " was not agreed on",
+                        transfer->grant.codecs, header.codec);
+        const auto segment = transfer->segments.find(header.segment_index);
+        if (segment == transfer->segments.end())
+            throw Error(ErrorCode::SEGMENT_INVALID, "CHUNK: its segment was not announced", 0,
+                        header.segment_index);
+        place_chunk(lane_index, *transfer, segment->second);
+    } catch (const Error& error) {
+        if (uint16_t(error.code) < 200) throw;
+        fail(header.transfer_id, error);
+    }
+    return &lane.target;
+}
+
+// The lease table, section 10.
+void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& segment) {
+    const FrameHeader& header = lanes_.at(lane_index).header;
+    if (segment.complete)
+        return owe(lane_index, transfer.id, {header.segment_index, 0, 0, segment.digest});
+    const SegmentAnnouncement& announced = segment.announcement;
+    if (header.raw_offset % announced.chunk_bytes || header.raw_offset >= announced.raw_bytes)
+        throw Error(ErrorCode::FIELD_INVALID, "CHUNK: raw_offset is not on the segment's grid",
+                    announced.chunk_bytes, header.raw_offset, header_at::RAW_OFFSET);
+    const uint32_t index = uint32_t(header.raw_offset / announced.chunk_bytes);
+    if (header.raw_bytes != announced.chunk_raw_bytes(index))
+        throw Error(ErrorCode::FIELD_INVALID, "CHUNK: raw_bytes differs from the segment's grid",
+                    announced.chunk_raw_bytes(index), header.raw_bytes, header_at::RAW_BYTES);
+    if (header.attempt > UINT16_MAX)
+        throw Error(ErrorCode::LIMIT_EXCEEDED, "CHUNK: attempt over the limit", UINT16_MAX,
+                    header.attempt, header_at::ATTEMPT);
+    Chunk& chunk = segment.chunks[index];
+    if (chunk.state == Chunk::VERIFIED)
+        return owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
+    if (chunk.state == Chunk::LEASED) {
+        if (header.attempt <= chunk.attempt) return;
+        revoke_lease(lanes_.at(chunk.lane));
+    } else if (header.attempt < chunk.attempt) {
+        return;
+    }
+    grant_lease(lane_index, transfer, segment, chunk);
+}
+
+void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Segment& segment,
+                              Chunk& chunk) {
+    Lane& lane = lanes_.at(lane_index);
+    chunk.state = Chunk::LEASED;
+    chunk.attempt = uint16_t(lane.header.attempt);
+    chunk.lane = uint8_t(lane_index);
+    lane.transfer = &transfer;
+    lane.segment = &segment;
+    const Placement& placement = *segment.placement;
+    if (lane.header.codec == 0 && !placement.has_skips() &&
+        placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN) {
+        lane.target.placement = &placement;
+        lane.target.offset = lane.header.raw_offset;
+        return;
+    }
+    // Coded: payload, raw bytes and the codec's scratch, one after another.
+    const size_t raw_bytes = lane.header.raw_bytes;
+    reserve_staging(lane, lane.header.codec == 0 ? raw_bytes : 3 * raw_bytes);
+    lane.target.staging = lane.staging.get();
+}
+
+void ReceiveLink::reserve_staging(Lane& lane, size_t bytes) {
+    if (lane.staging_bytes >= bytes) return;
+    lane.staging.reset(new uint8_t[bytes]);
+    lane.staging_bytes = bytes;
+}
+
+void ReceiveLink::revoke_lease(Lane& lane) {
+    if (lane.segment) {
+        const uint32_t index =
+            uint32_t(lane.header.raw_offset / lane.segment->announcement.chunk_bytes);
+        lane.segment->chunks[index].state = Chunk::MISSING;
+    }
+    lane.target.revoke();
+    lane.transfer = nullptr;
+    lane.segment = nullptr;
+}
+
+void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
+    Lane& lane = lanes_.at(lane_index);
+    if (!lane.segment) return;  // read away: stray, stale or revoked
+    Transfer& transfer = *lane.transfer;
+    Segment& segment = *lane.segment;
+    const FrameHeader header = lane.header;
+    const uint32_t index = uint32_t(header.raw_offset / segment.announcement.chunk_bytes);
+    Chunk& chunk = segment.chunks[index];
+    uint32_t actual = 0;
+    const ErrorCode verdict = verify(lane, payload_crc, &actual);
+    lane.target.revoke();
+    lane.transfer = nullptr;
+    lane.segment = nullptr;
+    if (verdict != ErrorCode::OK) return chunk_failed(lane, chunk, verdict, actual);
+    chunk.state = Chunk::VERIFIED;
+    chunk.raw_crc = header.raw_crc;
+    ++segment.verified;
+    transfer.ticket->observer().on_bytes(header.raw_bytes, header.payload_bytes,
+                                         chunk.failures != 0);
+    owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
+    try {
+        maybe_complete(lane_index, transfer, header.segment_index, segment);
+    } catch (const Error& error) {
+        fail(header.transfer_id, error);
+    }
+}
+
+ErrorCode ReceiveLink::verify(Lane& lane, uint32_t payload_crc, uint32_t* actual) {
+    const FrameHeader& header = lane.header;
+    const Placement& placement = *lane.segment->placement;
+    *actual = payload_crc;
+    if (payload_crc != header.payload_crc) return ErrorCode::PAYLOAD_CORRUPT;
+    if (lane.target.placement) return ErrorCode::OK;  // computed on the bytes in place
+    const uint8_t* raw = lane.target.staging;
+    if (header.codec != 0) {
+        uint8_t* decoded = lane.target.staging + header.raw_bytes;
+        if (!decode(Codec(header.codec), lane.target.staging, header.payload_bytes,
+                    lane.segment->item_bytes, decoded, header.raw_bytes,
+                    decoded + header.raw_bytes))
+            return ErrorCode::CODED_INVALID;
+        raw = decoded;
+    }
+    if (placement.has_skips()) {  // not all of it has a place: the proof is on the staged bytes
+        *actual = crc32c(0, raw, header.raw_bytes);
+        if (*actual != header.raw_crc) return ErrorCode::RAW_CORRUPT;
+        placement.scatter(header.raw_offset, header.raw_bytes, raw);
+        return ErrorCode::OK;
+    }
+    placement.scatter(header.raw_offset, header.raw_bytes, raw);
+    *actual = placement.crc32c(header.raw_offset, header.raw_bytes);
+    return *actual == header.raw_crc ? ErrorCode::OK : ErrorCode::RAW_CORRUPT;
+}
+
+void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual) {
+    const FrameHeader& header = lane.header;
+    chunk.state = Chunk::MISSING;
+    Transfer& transfer = *find(header.transfer_id);
+    const uint32_t chunk_bytes =
+        transfer.segments.at(header.segment_index).announcement.chunk_bytes;
+    const RepairEntry entry{header.segment_index, uint32_t(header.raw_offset / chunk_bytes),
+                            header.attempt, reason,
+                            reason == ErrorCode::PAYLOAD_CORRUPT ? header.payload_crc
+                                                                 : header.raw_crc,
+                            actual};
+    if (++chunk.failures >= limits::attempts_max)
+        return fail(transfer.id,
+                    Error(ErrorCode::RETRIES_EXHAUSTED,
+                          "segment " + std::to_string(entry.segment_index) + ", chunk " +
+                              std::to_string(entry.chunk_index) + ": " + error_name(reason) +
+                              " in " + std::to_string(chunk.failures) + " attempts; checksum " +
+                              hex32(entry.expected) + " stated, " + hex32(actual) + " computed",
+                          entry.expected, actual, header.raw_offset));
+    lane.writer.control(FrameType::REPAIR, transfer.id, 0,
+                        encode(std::vector<RepairEntry>{entry}));
+}
+
+void ReceiveLink::owe(uint32_t lane_index, const Id& transfer_id, ReceiptEntry entry) {
+    auto& receipts = lanes_.at(lane_index).receipts;
+    if (!receipts.empty() && receipts.back().transfer_id == transfer_id) {
+        ReceiptEntry& last = receipts.back().entry;
+        const bool same_segment = last.segment_index == entry.segment_index;
+        if (same_segment && entry.chunk_count && last.chunk_count &&
+            last.chunk_first + last.chunk_count == entry.chunk_first) {
+            last.chunk_count += entry.chunk_count;
+            return;
+        }
+        if (same_segment && entry.chunk_count == 0) {  // the whole covers its chunks
+            last = entry;
+            return;
+        }
+    }
+    receipts.push_back({transfer_id, entry});
+}
+
+void ReceiveLink::flush() {
+    for (auto& [index, lane] : lanes_) {
+        for (size_t i = 0; i < lane.receipts.size();) {
+            std::vector<ReceiptEntry> entries;
+            const Id id = lane.receipts[i].transfer_id;
+            for (; i < lane.receipts.size() && lane.receipts[i].transfer_id == id &&
+                   entries.size() < limits::receipt_count_max;
+                 ++i)
+                entries.push_back(lane.receipts[i].entry);
+            lane.writer.control(FrameType::RECEIPT, id, 0, encode(entries));
+        }
+        lane.receipts.clear();
+    }
+}
+
+void ReceiveLink::maybe_complete(uint32_t lane, Transfer& transfer, uint32_t segment_index,
+                                 Segment& segment) {
+    if (segment.complete || !segment.end || segment.verified != segment.chunks.size()) return;
+    uint32_t digest = 0;
+    for (uint32_t i = 0; i < segment.chunks.size(); ++i)
+        digest = digest_chunk(digest, uint64_t(i) * segment.announcement.chunk_bytes,
+                              segment.announcement.chunk_raw_bytes(i), segment.chunks[i].raw_crc);
+    if (digest != segment.end->digest)
+        throw Error(ErrorCode::DIGEST_MISMATCH,
+                    "segment " + std::to_string(segment_index) + ": digest " +
+                        hex32(segment.end->digest) + " stated, " + hex32(digest) + " computed",
+                    segment.end->digest, digest);
+    segment.complete = true;
+    segment.digest = digest;
+    ++transfer.complete_segments;
+    for (const Item& item : segment.announcement.items)
+        transfer.ticket->verified(*transfer.manifest, item);
+    segment.placement.reset();
+    segment.chunks = {};
+    segment.announcement.items = {};
+    state_bytes_ -= segment.state_bytes - sizeof(Segment);
+    segment.state_bytes = sizeof(Segment);
+    owe(lane, transfer.id, {segment_index, 0, 0, digest});
+    maybe_done(lane, transfer);
+}
+
+void ReceiveLink::maybe_done(uint32_t lane_index, Transfer& transfer) {
+    if (!transfer.end || transfer.complete_segments != transfer.end->segment_count) return;
+    const End& end = *transfer.end;
+    Done done;
+    for (const auto& [index, segment] : transfer.segments) {
+        done.digest = digest_segment(done.digest, index, segment.digest, segment.raw_bytes);
+        done.raw_bytes += segment.raw_bytes;
+    }
+    if (done.raw_bytes != end.raw_bytes)
+        throw Error(ErrorCode::INCOMPLETE, "END: raw_bytes is not the segments' sum",
+                    done.raw_bytes, end.raw_bytes);
+    if (done.digest != end.digest)
+        throw Error(ErrorCode::DIGEST_MISMATCH,
+                    "transfer digest " + hex32(end.digest) + " stated, " + hex32(done.digest) +
+                        " computed",
+                    end.digest, done.digest);
+    const Id id = transfer.id;
+    const Manifest& manifest = *transfer.manifest;
+    const auto ticket = transfer.ticket;
+    ticket->observer().on_metadata(manifest.source_rank, manifest.metadata,
+                                   manifest.metadata_count, end.metadata, end.metadata_count);
+    ticket->transfer_done(manifest);
+    remember(id, {done, {}});
+    forget(id);
+    auto& receipts = lanes_.at(lane_index).receipts;  // DONE says it all
+    receipts.erase(std::remove_if(receipts.begin(), receipts.end(),
+                                  [&](const Lane::Receipt& r) { return r.transfer_id == id; }),
+                   receipts.end());
+    lanes_.at(lane_index).writer.control(FrameType::DONE, id, 0, encode(done));
+}
+
+void ReceiveLink::fail(const Id& transfer_id, const Error& error) {
+    Transfer* transfer = find(transfer_id);
+    if (!transfer) return;
+    const auto ticket = transfer->ticket;
+    drop(transfer_id, error);
+    ticket->fail(error);
+}
+
+void ReceiveLink::drop(const Id& transfer_id, const Error& error) {
+    if (!find(transfer_id)) return;
+    remember(transfer_id, {std::nullopt, error});
+    forget(transfer_id);
+    send(FrameType::ABORT, transfer_id, encode(error));
+}
+
+void ReceiveLink::refuse(const Id& transfer_id, const Error& error) {
+    remember(transfer_id, {std::nullopt, error});
+    send(FrameType::ABORT, transfer_id, encode(error));
+}
+
+void ReceiveLink::forget(const Id& transfer_id) {
+    const auto found = transfers_.find(transfer_id);
+    if (found == transfers_.end()) return;
+    Transfer* transfer = found->second.get();
+    for (auto& [index, lane] : lanes_)
+        if (lane.transfer == transfer) revoke_lease(lane);
+    state_bytes_ -= transfer->state_bytes;
+    for (const auto& [index, segment] : transfer->segments) state_bytes_ -= segment.state_bytes;
+    transfers_.erase(found);
+}
+
+void ReceiveLink::remember(const Id& transfer_id, Ended ended) {
+    if (!ended_.emplace(transfer_id, std::move(ended)).second) return;
+    ended_order_.push_back(transfer_id);
+    if (ended_order_.size() > limits::ended_transfers_min) {
+        ended_.erase(ended_order_.front());
+        ended_order_.pop_front();
+    }
+}
+
+void ReceiveLink::send_grant(const Transfer& transfer) {
+    send(FrameType::GRANT, transfer.id, encode(transfer.grant));
+}
+
+void ReceiveLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
+    if (!lanes_.empty()) lanes_.begin()->second.writer.control(type, transfer_id, 0, payload);
+}
+
+ReceiveLink::Transfer* ReceiveLink::find(const Id& transfer_id) {
+    const auto found = transfers_.find(transfer_id);
+    return found == transfers_.end() ? nullptr : found->second.get();
+}
+
+}  // namespace kvwire

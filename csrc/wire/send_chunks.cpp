@@ -1,0 +1,227 @@
+// Handing chunks to lanes, and saying things again after a lane was lost: the other half of SendLink.
+
+#include <algorithm>
+
+#include "checksum/crc32c.hpp"
+#include "codec/codec.hpp"
+#include "wire/send_link.hpp"
+
+namespace kvwire {
+namespace {
+
+// A lane gets work until it holds this much: one chunk of the usual size, which then is still in
+// cache when the kernel copies it, or many small ones in one system call.
+constexpr size_t BATCH_BYTES = 64 << 10;
+constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;  // shorter runs are gathered first
+
+}  // namespace
+
+bool SendLink::refill(uint32_t lane_index) {
+    LaneWriter& writer = lanes_.at(lane_index).writer;
+    while (writer.queued_bytes() < BATCH_BYTES) {
+        bool any = false;
+        for (size_t i = 0; i < order_.size() && !any; ++i)
+            any = dispatch(lane_index, *std::shared_ptr<SendTransfer>(order_[i]));
+        if (!any) break;
+    }
+    return !writer.empty();
+}
+
+// Gives the lane one chunk, or the frames that end a segment or the transfer.
+bool SendLink::dispatch(uint32_t lane, SendTransfer& transfer) {
+    if (!transfer.grant) return false;
+    if (dispatch_chunk(lane, transfer)) return true;
+    return !transfer.ended && maybe_send_end(lane, transfer);
+}
+
+bool SendLink::dispatch_chunk(uint32_t lane, SendTransfer& transfer) {
+    const auto fits = [&](const SendTransfer::Segment& segment, uint32_t chunk) {
+        const uint64_t bytes = segment.announcement.chunk_raw_bytes(chunk);
+        return transfer.in_flight_bytes == 0 ||
+               transfer.in_flight_bytes + bytes <= transfer.grant->window_bytes;
+    };
+    while (!transfer.resend.empty()) {
+        const auto [segment_index, chunk] = transfer.resend.front();
+        SendTransfer::Segment& segment = *transfer.segments[segment_index];
+        if (!segment.complete && segment.chunks[chunk].state == SendTransfer::Chunk::UNSENT) {
+            if (!fits(segment, chunk)) return false;
+            transfer.resend.pop_front();
+            ++segment.chunks[chunk].attempt;
+            send_chunk(lane, transfer, segment, chunk);
+            return true;
+        }
+        transfer.resend.pop_front();  // receipted meanwhile
+    }
+    for (; transfer.first_open_segment < transfer.segments.size(); ++transfer.first_open_segment) {
+        SendTransfer::Segment& segment = *transfer.segments[transfer.first_open_segment];
+        if (segment.next_unsent == segment.chunks.size()) {
+            if (!segment.end_due || segment.complete) continue;
+            send_segment_end(lane, transfer, segment);
+            return true;
+        }
+        if (!fits(segment, segment.next_unsent)) return false;
+        send_chunk(lane, transfer, segment, segment.next_unsent++);
+        if (!transfer.ended && segment.next_unsent == segment.chunks.size())
+            send_segment_end(lane, transfer, segment);
+        return true;
+    }
+    return false;
+}
+
+void SendLink::announce(uint32_t lane, const SendTransfer& transfer,
+                        SendTransfer::Segment& segment) {
+    const uint64_t bit = uint64_t(1) << lane;
+    if (segment.announced_lanes & bit) return;
+    segment.announced_lanes |= bit;
+    lanes_.at(lane).writer.control(FrameType::SEGMENT, transfer.id, segment.index,
+                                   segment.announcement_payload);
+}
+
+void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
+                          SendTransfer::Segment& segment, uint32_t chunk_index) {
+    announce(lane_index, transfer, segment);
+    Lane& lane = lanes_.at(lane_index);
+    SendTransfer::Chunk& chunk = segment.chunks[chunk_index];
+    FrameHeader header;
+    header.type = FrameType::CHUNK;
+    header.transfer_id = transfer.id;
+    header.segment_index = segment.index;
+    header.attempt = chunk.attempt;
+    header.raw_offset = uint64_t(chunk_index) * segment.announcement.chunk_bytes;
+    header.raw_bytes = segment.announcement.chunk_raw_bytes(chunk_index);
+    const Placement& placement = segment.placement;
+    Bytes owned;
+    const bool direct = !placement.has_skips() &&
+                        placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN;
+    const bool coded = encode_chunk(lane, transfer, segment, header, owned);
+    if (!coded) {
+        header.codec = 0;
+        header.payload_bytes = header.raw_bytes;
+        if (direct) {
+            header.raw_crc = placement.crc32c(header.raw_offset, header.raw_bytes);
+        } else {
+            owned.resize(header.raw_bytes);
+            placement.gather(header.raw_offset, header.raw_bytes, owned.data());
+            header.raw_crc = crc32c(0, owned.data(), owned.size());
+        }
+        header.payload_crc = header.raw_crc;
+    }
+    if (!source_is_unchanged(transfer, chunk, header)) return;
+    chunk.state = SendTransfer::Chunk::IN_FLIGHT;
+    chunk.lane = uint8_t(lane_index);
+    transfer.in_flight_bytes += header.raw_bytes;
+    transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
+    if (coded || !direct)
+        lane.writer.chunk(header, std::move(owned), &segment);
+    else
+        lane.writer.chunk(header, &placement, &segment);
+}
+
+bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Chunk& chunk,
+                                   const FrameHeader& header) {
+    if (chunk.crc_known && chunk.raw_crc != header.raw_crc) {
+        fail(transfer, Error(ErrorCode::SOURCE_CHANGED,
+                             "segment " + std::to_string(header.segment_index) +
+                                 ": the lent source memory was modified during the transfer; "
+                                 "checksum " +
+                                 hex32(chunk.raw_crc) + " at first, " + hex32(header.raw_crc) +
+                                 " now",
+                             chunk.raw_crc, header.raw_crc, header.raw_offset));
+        return false;
+    }
+    chunk.raw_crc = header.raw_crc;
+    chunk.crc_known = true;
+    return true;
+}
+
+// False: the chunk does not shrink, or raw was asked for.
+bool SendLink::encode_chunk(Lane& lane, const SendTransfer& transfer,
+                            const SendTransfer::Segment& segment, FrameHeader& header,
+                            Bytes& coded) {
+    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
+                               options_.codecs & peer_codecs_;
+    coded = lane.writer.borrow_buffer();
+    if (transfer.codec == 0 || !(permitted >> transfer.codec & 1)) return false;
+    lane.gather.resize(header.raw_bytes);
+    lane.scratch.resize(header.raw_bytes);
+    coded.resize(header.raw_bytes);
+    segment.placement.gather(header.raw_offset, header.raw_bytes, lane.gather.data());
+    const size_t bytes =
+        encode(Codec(transfer.codec), lane.gather.data(), header.raw_bytes, segment.item_bytes,
+               coded.data(), coded.size(), lane.scratch.data());
+    if (bytes == 0 || bytes >= header.raw_bytes) return false;
+    coded.resize(bytes);
+    header.codec = transfer.codec;
+    header.payload_bytes = uint32_t(bytes);
+    header.raw_crc = crc32c(0, lane.gather.data(), header.raw_bytes);
+    header.payload_crc = crc32c(0, coded.data(), bytes);
+    return true;
+}
+
+void SendLink::send_segment_end(uint32_t lane, SendTransfer& transfer,
+                                SendTransfer::Segment& segment) {
+    announce(lane, transfer, segment);
+    uint32_t digest = 0;
+    for (uint32_t i = 0; i < segment.chunks.size(); ++i)
+        digest = digest_chunk(digest, uint64_t(i) * segment.announcement.chunk_bytes,
+                              segment.announcement.chunk_raw_bytes(i), segment.chunks[i].raw_crc);
+    segment.digest = digest;
+    segment.end_due = false;
+    transfer.segments_ended += !segment.ended;
+    segment.ended = true;
+    lanes_.at(lane).writer.control(
+        FrameType::SEGMENT_END, transfer.id, segment.index,
+        encode(SegmentEnd{segment.announcement.chunk_count(), segment.digest}));
+    maybe_send_end(lane, transfer);
+}
+
+Done SendLink::summary(const SendTransfer& transfer) const {
+    Done done;
+    for (const auto& segment : transfer.segments) {
+        const uint64_t raw_bytes = segment->announcement.raw_bytes;
+        done.raw_bytes += raw_bytes;
+        done.digest = digest_segment(done.digest, segment->index, segment->digest, raw_bytes);
+    }
+    return done;
+}
+
+bool SendLink::maybe_send_end(uint32_t lane, SendTransfer& transfer) {
+    if (!transfer.end_due || !transfer.finished ||
+        transfer.pushes_announced != transfer.pushes.size() ||
+        transfer.segments_ended != transfer.segments.size())
+        return false;
+    const Done total = summary(transfer);
+    End end;
+    end.segment_count = uint32_t(transfer.segments.size());
+    end.digest = total.digest;
+    end.raw_bytes = total.raw_bytes;
+    end.metadata_count = transfer.end_metadata_count;
+    end.metadata = transfer.end_metadata;
+    transfer.end_said = true;
+    transfer.end_due = false;
+    lanes_.at(lane).writer.control(FrameType::END, transfer.id, 0, encode(end));
+    return true;
+}
+
+// Section 10, lost lanes.
+void SendLink::resend_after_loss(SendTransfer& transfer, uint32_t lost) {
+    if (!transfer.grant) return send_manifest(transfer);
+    const uint64_t bit = uint64_t(1) << lost;
+    for (const auto& segment : transfer.segments) {
+        segment->announced_lanes &= ~bit;
+        if (segment->complete) continue;
+        for (uint32_t i = 0; i < segment->chunks.size(); ++i) {
+            SendTransfer::Chunk& chunk = segment->chunks[i];
+            if (chunk.state != SendTransfer::Chunk::IN_FLIGHT || chunk.lane != lost) continue;
+            chunk.state = SendTransfer::Chunk::UNSENT;
+            transfer.in_flight_bytes -= segment->announcement.chunk_raw_bytes(i);
+            transfer.resend.emplace_back(segment->index, i);
+        }
+        if (!segment->ended) continue;
+        segment->end_due = true;
+        transfer.first_open_segment = std::min<size_t>(transfer.first_open_segment, segment->index);
+    }
+    transfer.end_due = true;  // refill() says it all again, as lanes drain
+}
+
+}  // namespace kvwire

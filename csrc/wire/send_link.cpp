@@ -1,0 +1,368 @@
+#include "wire/send_link.hpp"
+
+#include <algorithm>
+
+namespace kvwire {
+namespace {
+
+constexpr size_t RECENT_ABORTS_KEPT = 64;
+
+}  // namespace
+
+SendLink::SendLink(OfferBook& offers, SendOptions options) : offers_(offers), options_(options) {}
+
+SendLink::~SendLink() {
+    fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
+}
+
+LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs) {
+    const bool first = lanes_.empty();
+    LaneWriter& writer = lanes_[lane].writer;
+    payload_bytes_max_ = std::min(payload_bytes_max_, payload_bytes_max);
+    peer_codecs_ = codecs;
+    if (first)
+        for (const auto& transfer : order_)
+            if (!transfer->grant) send_manifest(*transfer);
+    return writer;
+}
+
+void SendLink::lane_lost(uint32_t lane, const Error& why) {
+    if (!lanes_.erase(lane)) return;
+    if (lanes_.empty())
+        return fail_all(Error(ErrorCode::LINK_LOST,
+                              "the last lane to the receiver was lost: " + why.message,
+                              why.expected, why.actual, why.offset));
+    for (const auto& [id, error] : recent_aborts_) send(FrameType::ABORT, id, encode(error));
+    const auto open = order_;
+    for (const auto& transfer : open) resend_after_loss(*transfer, lane);
+}
+
+void SendLink::fail_all(const Error& error) {
+    while (!order_.empty()) fail(*std::shared_ptr<SendTransfer>(order_.front()), error);
+}
+
+SendTransfer* SendLink::find(const Id& transfer_id) {
+    const auto found = transfers_.find(transfer_id);
+    return found == transfers_.end() ? nullptr : found->second.get();
+}
+
+void SendLink::on_control(uint32_t, const FrameHeader& header, ByteSpan payload) {
+    const std::shared_ptr<SendTransfer> alive =
+        find(header.transfer_id) ? transfers_.at(header.transfer_id) : nullptr;
+    try {
+        switch (header.type) {
+            case FrameType::GRANT:
+            case FrameType::RECEIPT:
+            case FrameType::REPAIR:
+            case FrameType::DONE:
+                if (alive) on_transfer_frame(*alive, header, payload);
+                return;
+            case FrameType::ABORT: {
+                const Error error = decode_abort(payload);
+                if (header.transfer_id.is_zero())
+                    throw Error(ErrorCode::PEER_CLOSED,
+                                "the receiver closed the lane: " + error.message, error.expected,
+                                error.actual, error.offset);
+                if (alive) fail(*alive, error, false);
+                return;
+            }
+            case FrameType::PULL: return on_pull(header, payload);
+            case FrameType::CLOSE: return;
+            default: break;
+        }
+    } catch (const Error& error) {
+        if (uint16_t(error.code) < 200 || uint16_t(error.code) >= 300) throw;
+        if (alive) return fail(*alive, error);
+        return send(FrameType::ABORT, header.transfer_id, encode(error));
+    }
+    throw Error(ErrorCode::STATE_INVALID,
+                std::string(frame_type_name(header.type)) + " is not a receiver's frame");
+}
+
+void SendLink::on_transfer_frame(SendTransfer& transfer, const FrameHeader& header,
+                                 ByteSpan payload) {
+    if (header.type == FrameType::GRANT) return on_grant(transfer, payload);
+    if (!transfer.grant)
+        throw Error(ErrorCode::STATE_INVALID,
+                    std::string(frame_type_name(header.type)) + " before the grant");
+    if (header.type == FrameType::RECEIPT) return on_receipt(transfer, payload);
+    if (header.type == FrameType::REPAIR) return on_repair(transfer, payload);
+    on_done(transfer, payload);
+}
+
+ChunkTarget* SendLink::on_chunk(uint32_t, const FrameHeader&) {
+    throw Error(ErrorCode::STATE_INVALID, "CHUNK is not a receiver's frame");
+}
+
+void SendLink::open(std::shared_ptr<SendTransfer> transfer) {
+    transfer->home = this;
+    transfers_.emplace(transfer->id, transfer);
+    order_.push_back(transfer);
+    send_manifest(*transfer);
+}
+
+void SendLink::send_manifest(const SendTransfer& transfer) {
+    send(FrameType::MANIFEST, transfer.id, encode(transfer.manifest));
+}
+
+void SendLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
+    if (!lanes_.empty()) lanes_.begin()->second.writer.control(type, transfer_id, 0, payload);
+}
+
+void SendLink::send_close() {
+    for (auto& [index, lane] : lanes_) lane.writer.control(FrameType::CLOSE, Id{}, 0, {});
+}
+
+void SendLink::on_pull(const FrameHeader& header, ByteSpan payload) {
+    const Pull pull = decode_pull(payload);
+    for (const auto& transfer : order_)  // repeated after a lost lane
+        if (transfer->manifest.ticket_id == header.transfer_id) return;
+    const auto found = offers_.offers.find({pull.offer_id, pull.destination_rank});
+    if (found == offers_.offers.end())
+        throw Error(ErrorCode::OFFER_UNKNOWN, "offer " + hex(pull.offer_id) + " is not known");
+    start_offer(found->second, header.transfer_id, pull);
+}
+
+void SendLink::start_offer(std::shared_ptr<SendTransfer> transfer, const Id& ticket_id,
+                           const Pull& pull) {
+    Manifest& manifest = transfer->manifest;
+    if (pull.source_rank != manifest.source_rank ||
+        pull.destination_rank_count != manifest.destination_rank_count)
+        throw Error(ErrorCode::RANK_UNEXPECTED, "PULL: the offer is for other ranks",
+                    manifest.source_rank, pull.source_rank);
+    if (pull.token_stop < pull.token_start || pull.token_start < manifest.token_start ||
+        pull.token_stop > manifest.token_stop)
+        throw Error(ErrorCode::TOKENS_MISMATCH, "PULL: tokens lie outside the offer",
+                    manifest.token_stop, pull.token_stop);
+    offers_.offers.erase({pull.offer_id, pull.destination_rank});
+    manifest.ticket_id = ticket_id;
+    manifest.token_start = pull.token_start;
+    manifest.token_stop = pull.token_stop;
+    transfer->offered = false;
+    open(std::move(transfer));
+}
+
+void SendLink::push(SendTransfer& transfer, std::vector<Item> items) {
+    SendTransfer::Push push;
+    push.items = std::move(items);
+    transfer.pushes.push_back(std::move(push));
+    if (transfer.grant && !transfer.ended) announce_pushes(transfer);
+}
+
+void SendLink::finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_count) {
+    transfer.finished = true;
+    transfer.end_metadata = std::move(metadata);
+    transfer.end_metadata_count = metadata_count;
+}
+
+void SendLink::on_grant(SendTransfer& transfer, ByteSpan payload) {
+    const Grant grant = decode_grant(payload);
+    if (transfer.grant) return;
+    transfer.grant = grant;
+    transfer.observer.on_granted();
+    announce_pushes(transfer);
+}
+
+// A PULL may want fewer tokens than were offered; states always travel whole.
+std::vector<Item> SendLink::clip(const SendTransfer& transfer, const std::vector<Item>& items) {
+    const Manifest& manifest = transfer.manifest;
+    std::vector<Item> kept;
+    for (Item item : items) {
+        if (manifest.groups[item.group].tensors[item.tensor].has_tokens()) {
+            item.token_start = std::max(item.token_start, manifest.token_start);
+            item.token_stop = std::min(item.token_stop, manifest.token_stop);
+            if (item.token_start >= item.token_stop) continue;
+        }
+        kept.push_back(item);
+    }
+    return kept;
+}
+
+void SendLink::announce_pushes(SendTransfer& transfer) {
+    try {
+        for (; transfer.pushes_announced < transfer.pushes.size(); ++transfer.pushes_announced) {
+            const uint32_t number = uint32_t(transfer.pushes_announced);
+            SendTransfer::Push& push = transfer.pushes[number];
+            const std::vector<Item> items = clip(transfer, push.items);
+            push.items = {};
+            for (size_t at = 0; at < items.size(); at += limits::item_count_max) {
+                const size_t stop = std::min(items.size(), at + limits::item_count_max);
+                ++push.open_segments;
+                add_segment(transfer, number, {items.begin() + at, items.begin() + stop});
+            }
+            if (items.empty()) complete_push(transfer, number, Error{});
+        }
+    } catch (const Error& error) {
+        fail(transfer, error);
+    }
+}
+
+void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<Item> items) {
+    if (transfer.segments.size() >= limits::segment_count_max)
+        throw Error(ErrorCode::LIMIT_EXCEEDED, "too many segments in one transfer",
+                    limits::segment_count_max, transfer.segments.size() + 1);
+    auto segment = std::make_unique<SendTransfer::Segment>();
+    segment->index = uint32_t(transfer.segments.size());
+    segment->push = push;
+    for (const Item& item : items)
+        segment->placement.append(transfer.manifest.groups[item.group], item, *transfer.memory);
+    SegmentAnnouncement& announcement = segment->announcement;
+    const Item& first = items[0];
+    segment->item_bytes =
+        item_bytes(transfer.manifest.groups[first.group].tensors[first.tensor].dtype);
+    announcement.raw_bytes = segment->placement.bytes();
+    const uint32_t chunk_bytes = std::min({options_.chunk_bytes, transfer.grant->chunk_bytes_max,
+                                           payload_bytes_max_});
+    announcement.chunk_bytes =
+        uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
+    announcement.items = std::move(items);
+    segment->announcement_payload = encode(announcement);
+    segment->chunks.resize(announcement.chunk_count());
+    transfer.segments.push_back(std::move(segment));
+}
+
+void SendLink::on_receipt(SendTransfer& transfer, ByteSpan payload) {
+    for (const ReceiptEntry& entry : decode_receipt(payload)) {
+        if (entry.segment_index >= transfer.segments.size())
+            throw Error(ErrorCode::FIELD_INVALID, "RECEIPT: no such segment",
+                        transfer.segments.size(), entry.segment_index);
+        SendTransfer::Segment& segment = *transfer.segments[entry.segment_index];
+        if (segment.complete) continue;
+        if (entry.chunk_count == 0)
+            on_segment_receipt(transfer, segment, entry.digest);
+        else
+            on_chunk_receipt(transfer, segment, entry);
+    }
+}
+
+void SendLink::on_chunk_receipt(SendTransfer& transfer, SendTransfer::Segment& segment,
+                                const ReceiptEntry& entry) {
+    if (entry.chunk_first >= segment.chunks.size() ||
+        entry.chunk_count > segment.chunks.size() - entry.chunk_first)
+        throw Error(ErrorCode::FIELD_INVALID, "RECEIPT: no such chunks", segment.chunks.size(),
+                    uint64_t(entry.chunk_first) + entry.chunk_count);
+    uint64_t verified_bytes = 0;
+    for (uint32_t i = entry.chunk_first; i < entry.chunk_first + entry.chunk_count; ++i) {
+        SendTransfer::Chunk& chunk = segment.chunks[i];
+        if (!chunk.crc_known)
+            throw Error(ErrorCode::FIELD_INVALID, "RECEIPT: for a chunk that was never sent", 0, i);
+        if (chunk.state == SendTransfer::Chunk::RECEIPTED) continue;
+        const uint32_t bytes = segment.announcement.chunk_raw_bytes(i);
+        if (chunk.state == SendTransfer::Chunk::IN_FLIGHT) transfer.in_flight_bytes -= bytes;
+        chunk.state = SendTransfer::Chunk::RECEIPTED;
+        ++segment.receipted;
+        verified_bytes += bytes;
+    }
+    if (verified_bytes) transfer.observer.on_verified(verified_bytes);
+}
+
+void SendLink::on_segment_receipt(SendTransfer& transfer, SendTransfer::Segment& segment,
+                                  uint32_t digest) {
+    if (!segment.ended)
+        throw Error(ErrorCode::FIELD_INVALID, "RECEIPT: for a segment that has not ended", 0,
+                    segment.index);
+    if (digest != segment.digest)
+        throw Error(ErrorCode::DIGEST_MISMATCH,
+                    "RECEIPT: segment digest " + hex32(digest) + ", " + hex32(segment.digest) +
+                        " here",
+                    segment.digest, digest);
+    complete_segment(transfer, segment);
+}
+
+void SendLink::on_repair(SendTransfer& transfer, ByteSpan payload) {
+    for (const RepairEntry& entry : decode_repair(payload)) {
+        if (entry.segment_index >= transfer.segments.size())
+            throw Error(ErrorCode::FIELD_INVALID, "REPAIR: no such segment",
+                        transfer.segments.size(), entry.segment_index);
+        SendTransfer::Segment& segment = *transfer.segments[entry.segment_index];
+        if (segment.complete) continue;
+        if (entry.chunk_index >= segment.chunks.size())
+            throw Error(ErrorCode::FIELD_INVALID, "REPAIR: no such chunk", segment.chunks.size(),
+                        entry.chunk_index);
+        SendTransfer::Chunk& chunk = segment.chunks[entry.chunk_index];
+        if (chunk.state != SendTransfer::Chunk::IN_FLIGHT || entry.attempt != chunk.attempt)
+            continue;
+        chunk.state = SendTransfer::Chunk::UNSENT;
+        transfer.in_flight_bytes -= segment.announcement.chunk_raw_bytes(entry.chunk_index);
+        transfer.resend.emplace_back(entry.segment_index, entry.chunk_index);
+    }
+}
+
+void SendLink::on_done(SendTransfer& transfer, ByteSpan payload) {
+    const Done done = decode_done(payload);
+    if (!transfer.end_said)
+        throw Error(ErrorCode::FIELD_INVALID, "DONE: for a transfer that has not ended");
+    const Done own = summary(transfer);
+    if (done.raw_bytes != own.raw_bytes)
+        throw Error(ErrorCode::FIELD_INVALID, "DONE: raw_bytes differs", own.raw_bytes,
+                    done.raw_bytes);
+    if (done.digest != own.digest)
+        throw Error(ErrorCode::DIGEST_MISMATCH,
+                    "DONE: transfer digest " + hex32(done.digest) + ", " + hex32(own.digest) +
+                        " here",
+                    own.digest, done.digest);
+    for (const auto& segment : transfer.segments) complete_segment(transfer, *segment);
+    end(transfer, Error{});
+}
+
+void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment) {
+    if (segment.complete) return;
+    segment.complete = true;
+    uint64_t verified_bytes = 0;
+    for (uint32_t i = 0; i < segment.chunks.size(); ++i) {
+        const uint32_t bytes = segment.announcement.chunk_raw_bytes(i);
+        if (segment.chunks[i].state == SendTransfer::Chunk::RECEIPTED) continue;
+        if (segment.chunks[i].state == SendTransfer::Chunk::IN_FLIGHT)
+            transfer.in_flight_bytes -= bytes;
+        verified_bytes += bytes;
+    }
+    if (verified_bytes) transfer.observer.on_verified(verified_bytes);
+    detach(segment);
+    segment.chunks = {};
+    segment.placement = {};
+    segment.announcement.items = {};
+    segment.announcement_payload = {};
+    if (--transfer.pushes[segment.push].open_segments == 0)
+        complete_push(transfer, segment.push, Error{});
+}
+
+void SendLink::complete_push(SendTransfer& transfer, uint32_t push, const Error& error) {
+    if (transfer.pushes[push].complete) return;
+    transfer.pushes[push].complete = true;
+    transfer.observer.on_push_complete(push, error);
+}
+
+void SendLink::detach(const SendTransfer::Segment& segment) {
+    for (auto& [index, lane] : lanes_) lane.writer.detach(&segment);
+}
+
+void SendLink::fail(SendTransfer& transfer, const Error& error, bool tell_peer) {
+    if (transfer.ended) return;
+    for (const auto& segment : transfer.segments) detach(*segment);
+    if (tell_peer && !transfer.offered) {
+        send(FrameType::ABORT, transfer.id, encode(error));
+        recent_aborts_.emplace_back(transfer.id, error);
+        if (recent_aborts_.size() > RECENT_ABORTS_KEPT) recent_aborts_.pop_front();
+    }
+    end(transfer, error);
+}
+
+void SendLink::end(SendTransfer& transfer, const Error& error) {
+    const auto found = transfers_.find(transfer.id);
+    const std::shared_ptr<SendTransfer> alive =
+        found == transfers_.end() ? nullptr : found->second;
+    if (alive) {
+        transfers_.erase(found);
+        order_.erase(std::find(order_.begin(), order_.end(), alive));
+    }
+    end_unopened(transfer, error);
+}
+
+void SendLink::end_unopened(SendTransfer& transfer, const Error& error) {
+    transfer.ended = true;
+    for (uint32_t push = 0; push < transfer.pushes.size(); ++push)
+        complete_push(transfer, push, error);
+    transfer.observer.on_end(error);
+}
+
+}  // namespace kvwire

@@ -1,0 +1,187 @@
+#pragma once
+// The sending end of a link as a machine without I/O: opens transfers, cuts pushed items into
+// chunks, hands chunks to lanes as they drain, repairs, and tells when source memory is free again.
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "wire/lane_reader.hpp"
+#include "wire/lane_writer.hpp"
+#include "wire/manifest.hpp"
+
+namespace kvwire {
+
+// What the owner of a transfer hears, on the thread that drives the protocol.
+class TransferObserver {
+public:
+    virtual ~TransferObserver() = default;
+    virtual void on_granted() = 0;
+    virtual void on_sent(uint64_t wire_bytes, bool again) = 0;
+    virtual void on_verified(uint64_t raw_bytes) = 0;
+    // Exactly once per push: its source memory is the caller's again. OK: verified at the peer.
+    virtual void on_push_complete(uint32_t push, const Error& error) = 0;
+    virtual void on_end(const Error& error) = 0;  // exactly once, after all pushes
+};
+
+struct SendOptions {
+    uint32_t chunk_bytes = 256 << 10;
+    uint32_t transfers_max = 1024;
+    uint32_t codecs = 1;
+};
+
+// One transfer, from open() or offer() to its end.
+class SendTransfer {
+public:
+    SendTransfer(const Id& id, Manifest manifest, std::shared_ptr<const MemoryMap> memory,
+                 uint8_t codec, TransferObserver& observer)
+        : id(id), manifest(std::move(manifest)), memory(std::move(memory)), codec(codec),
+          observer(observer) {}
+
+    struct Chunk {
+        enum State : uint8_t { UNSENT, IN_FLIGHT, RECEIPTED };
+        uint32_t raw_crc = 0;
+        uint16_t attempt = 0;
+        State state = UNSENT;
+        uint8_t lane = 0;
+        bool crc_known = false;
+    };
+    struct Segment {
+        uint32_t index = 0;
+        uint32_t push = 0;
+        SegmentAnnouncement announcement;
+        Bytes announcement_payload;
+        Placement placement;
+        uint32_t item_bytes = 1;
+        std::vector<Chunk> chunks;
+        uint32_t next_unsent = 0;
+        uint32_t receipted = 0;
+        uint64_t announced_lanes = 0;  // bit per lane
+        bool ended = false;                // SEGMENT_END was said: `digest` is final
+        bool end_due = true;               // ... and must be said (again)
+        uint32_t digest = 0;
+        bool complete = false;
+    };
+    struct Push {
+        std::vector<Item> items;
+        uint32_t open_segments = 0;
+        bool complete = false;
+    };
+
+    const Id id;
+    Manifest manifest;
+    const std::shared_ptr<const MemoryMap> memory;
+    const uint8_t codec;
+    TransferObserver& observer;
+
+    std::optional<Grant> grant;
+    std::vector<Push> pushes;
+    size_t pushes_announced = 0;           // how many have become segments
+    std::vector<std::unique_ptr<Segment>> segments;
+    size_t first_open_segment = 0;         // all before it have nothing left to dispatch
+    uint32_t segments_ended = 0;
+    std::deque<std::pair<uint32_t, uint32_t>> resend;  // (segment, chunk)
+    uint64_t in_flight_bytes = 0;
+    bool finished = false;
+    Bytes end_metadata;
+    uint16_t end_metadata_count = 0;
+    bool end_said = false, end_due = true;  // of END, as for segments
+    bool ended = false;
+    bool offered = false;                  // waits for a PULL
+    class SendLink* home = nullptr;        // set once it is open
+};
+
+class OfferBook {
+public:
+    using Key = std::pair<Id, uint16_t>;  // offer, destination rank
+    std::map<Key, std::shared_ptr<SendTransfer>> offers;
+};
+
+class SendLink : public FrameHandler {
+public:
+    SendLink(OfferBook& offers, SendOptions options);
+    ~SendLink() override;
+
+    // `payload_bytes_max` and `codecs` as the receiver's greeting states them.
+    LaneWriter& lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs);
+    void lane_lost(uint32_t lane, const Error& why);
+    bool has_lanes() const { return !lanes_.empty(); }
+
+    void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
+    ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
+    void on_chunk_end(uint32_t, uint32_t) override {}
+
+    void open(std::shared_ptr<SendTransfer> transfer);
+    // Pushes are numbered from 0 in the order of the calls.
+    void push(SendTransfer& transfer, std::vector<Item> items);
+    static void finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_count);
+    void fail(SendTransfer& transfer, const Error& error, bool tell_peer = true);
+    void fail_all(const Error& error);
+    // Ends a transfer that no link has seen.
+    static void end_unopened(SendTransfer& transfer, const Error& error);
+
+    // Gives the lane work until its writer holds a batch; true when the writer is not empty.
+    bool refill(uint32_t lane);
+
+    void send_close();
+    size_t open_transfers() const { return order_.size(); }
+
+private:
+    struct Lane {
+        LaneWriter writer;
+        ChunkTarget nowhere;
+        Bytes gather, scratch;
+    };
+
+    SendTransfer* find(const Id& transfer_id);
+    void on_transfer_frame(SendTransfer& transfer, const FrameHeader& header, ByteSpan payload);
+    void send_manifest(const SendTransfer& transfer);
+    void send(FrameType type, const Id& transfer_id, const Bytes& payload);
+    void on_pull(const FrameHeader& header, ByteSpan payload);
+    void start_offer(std::shared_ptr<SendTransfer> transfer, const Id& ticket_id, const Pull& pull);
+    void on_grant(SendTransfer& transfer, ByteSpan payload);
+    void on_receipt(SendTransfer& transfer, ByteSpan payload);
+    void on_chunk_receipt(SendTransfer& transfer, SendTransfer::Segment& segment,
+                          const ReceiptEntry& entry);
+    void on_segment_receipt(SendTransfer& transfer, SendTransfer::Segment& segment,
+                            uint32_t digest);
+    void on_repair(SendTransfer& transfer, ByteSpan payload);
+    void on_done(SendTransfer& transfer, ByteSpan payload);
+
+    void announce_pushes(SendTransfer& transfer);
+    static std::vector<Item> clip(const SendTransfer& transfer, const std::vector<Item>& items);
+    void add_segment(SendTransfer& transfer, uint32_t push, std::vector<Item> items);
+    bool dispatch(uint32_t lane, SendTransfer& transfer);
+    bool dispatch_chunk(uint32_t lane, SendTransfer& transfer);
+    void announce(uint32_t lane, const SendTransfer& transfer, SendTransfer::Segment& segment);
+    void send_chunk(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment,
+                    uint32_t chunk_index);
+    bool encode_chunk(Lane& lane, const SendTransfer& transfer,
+                      const SendTransfer::Segment& segment, FrameHeader& header, Bytes& coded);
+    bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Chunk& chunk,
+                             const FrameHeader& header);
+    void send_segment_end(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment);
+    bool maybe_send_end(uint32_t lane, SendTransfer& transfer);
+    Done summary(const SendTransfer& transfer) const;
+    void complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment);
+    static void complete_push(SendTransfer& transfer, uint32_t push, const Error& error);
+    void end(SendTransfer& transfer, const Error& error);
+    void resend_after_loss(SendTransfer& transfer, uint32_t lane);
+    void detach(const SendTransfer::Segment& segment);
+
+    OfferBook& offers_;
+    SendOptions options_;
+    std::map<uint32_t, Lane> lanes_;
+    std::unordered_map<Id, std::shared_ptr<SendTransfer>, IdHash> transfers_;
+    std::vector<std::shared_ptr<SendTransfer>> order_;  // oldest first: they are served in turn
+    std::deque<std::pair<Id, Error>> recent_aborts_;
+    uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
+    uint32_t peer_codecs_ = 1;
+};
+
+}  // namespace kvwire
