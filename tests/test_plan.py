@@ -36,7 +36,7 @@ class Side:
     """One machine: strided arrays over poisoned bytes, and their `CacheMemory`."""
 
     def __init__(self, spec, tokens, seed, writable=False, ring=False, block_ids=None):
-        self.rng = random.Random(seed)
+        self.rng, self.writable = random.Random(seed), writable
         self.spec, self.storage, self.arrays = spec, [], {}
         start, stop = tokens
         group = spec.groups[0]
@@ -69,6 +69,8 @@ class Side:
             if self.rng.random() < 0.2:
                 offset += step * max(0, shape[axis] - 1)
                 strides[axis] = -step
+            if not self.writable and self.rng.random() < 0.05:
+                strides[axis] = 0
             step *= shape[axis] + self.rng.choice((0, 0, 0, 1))
         raw = np.full(step + offset + 16, POISON, np.uint8)
         self.storage.append(raw)

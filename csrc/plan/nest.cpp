@@ -276,7 +276,7 @@ private:
         if (cut_tokens_ == 0) {
             covered = count;
             block = repeat(std::move(block), count, token_step(size));
-        } else if (size % cut_tokens_ == 0 && into == 0) {
+        } else if (size % cut_tokens_ == 0) {
             covered = count;
             block = repeat(std::move(block), count, cut_step(size / cut_tokens_));
         } else if (into + size <= cut_tokens_) {
