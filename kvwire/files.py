@@ -56,7 +56,7 @@ def save(path: str | os.PathLike, source: CacheMemory | CacheSpec, arrays: Mappi
         raise UsageError("arrays are given together with a CacheMemory; give a spec instead")
     chosen = Codec.of(codec)
     with _replaced(path) as file:
-        _Writer(file, secrets.token_bytes(16)).write(source, chosen, metadata or {},
+        FileWriter(file, secrets.token_bytes(16)).write(source, chosen, metadata or {},
                                                      secrets.token_bytes(16))
 
 
@@ -126,7 +126,7 @@ def _replaced(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-class _Writer:
+class FileWriter:
     """Writes the frames of one file and remembers where they lie."""
 
     def __init__(self, file: BinaryIO, file_id: bytes):

@@ -7,18 +7,19 @@ as a receiver must that lets payloads land in place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 
 from kvwire import limits
-from kvwire.checksum import crc32c, segment_digest, transfer_digest
-from kvwire.codec import decode_chunk
+from kvwire.checksum import transfer_digest
 from kvwire.control import (
-    Abort, ChunkRun, Done, End, Grant, Item, Receipt, Repair, RepairEntry, Segment, SegmentEnd,
+    Abort, ChunkRun, Done, End, Grant, Receipt, Repair, RepairEntry, Segment, SegmentEnd,
 )
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
 from kvwire.manifest import Manifest
 from kvwire.reference_memory import ReferenceTicket, check_item, item_raw_bytes
+from kvwire.reference_state import (
+    ChunkRecord, ChunkState, LaneRecord, SegmentRecord, TransferRecord, check_digest,
+    verified_bytes,
+)
 from kvwire.structure import fail
 from kvwire.wire import (
     CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
@@ -28,57 +29,6 @@ __all__ = ["ReferenceReceiver"]
 
 Answers = list[tuple[int, bytes]]
 _LANE_FATES = range(100, 112)
-
-
-class ChunkState(Enum):
-    MISSING = "missing"
-    LEASED = "leased"
-    VERIFIED = "verified"
-
-
-@dataclass
-class _Chunk:
-    state: ChunkState = ChunkState.MISSING
-    lane: int | None = None
-    attempt: int = 0
-    failures: int = 0
-    crc: int = 0
-
-
-@dataclass
-class _Segment:
-    payload: bytes
-    announced: Segment
-    item_bytes: int
-    replicas: frozenset[Item]
-    chunks: list[_Chunk]
-    end: SegmentEnd | None = None
-    complete: bool = False
-
-    @property
-    def digest(self) -> int:
-        return segment_digest((index * self.announced.chunk_bytes,
-                               self.announced.chunk_raw_bytes(index), chunk.crc)
-                              for index, chunk in enumerate(self.chunks))
-
-
-@dataclass
-class _Transfer:
-    lane: int
-    payload: bytes
-    manifest: Manifest
-    ticket: ReferenceTicket | None = None
-    grant: Grant | None = None
-    segments: dict[int, _Segment] = field(default_factory=dict)
-    end: End | None = None
-
-
-@dataclass
-class _Lane:
-    reader: FrameReader
-    greeted: bool = False
-    open: bool = True
-    lease: tuple[_Transfer, int, _Chunk] | None = None  # with the segment's index
 
 
 class ReferenceReceiver:
@@ -103,8 +53,8 @@ class ReferenceReceiver:
         self._attempts_max = attempts_max
         self._grant = Grant(window_bytes, codecs, chunk_bytes_max)
         self._transfers_max = transfers_max
-        self._lanes: dict[int, _Lane] = {}
-        self._open: dict[bytes, _Transfer] = {}
+        self._lanes: dict[int, LaneRecord] = {}
+        self._open: dict[bytes, TransferRecord] = {}
         self._ended: dict[bytes, bytes] = {}  # transfer id: the frame that answers it for ever
         self._greeting: Greeting | None = None
         self._answers: Answers = []
@@ -112,7 +62,7 @@ class ReferenceReceiver:
 
     def feed(self, lane: int, data: bytes) -> Answers:
         """Take bytes of a lane's stream; return what is to be written, and on which lane."""
-        state = self._lanes.setdefault(lane, _Lane(FrameReader(Role.RECEIVER)))
+        state = self._lanes.setdefault(lane, LaneRecord(FrameReader(Role.RECEIVER)))
         self._lane = lane
         if state.open:
             try:
@@ -177,7 +127,7 @@ class ReferenceReceiver:
         if able:
             self._answers.append((lane if lane in able else able[0], frame))
 
-    def _greet(self, lane: int, state: _Lane) -> None:
+    def _greet(self, lane: int, state: LaneRecord) -> None:
         theirs = state.reader.greeting
         if theirs is None or state.greeted:
             return
@@ -204,7 +154,7 @@ class ReferenceReceiver:
                 self._fail_transfer(transfer_id, error_from_code(
                     ErrorCode.LINK_LOST, "the last lane was lost"))
 
-    def _give_back(self, state: _Lane) -> None:
+    def _give_back(self, state: LaneRecord) -> None:
         if state.lease:
             chunk = state.lease[2]
             chunk.state, chunk.lane, state.lease = ChunkState.MISSING, None, None
@@ -229,7 +179,8 @@ class ReferenceReceiver:
                 self._give_back(state)
         if not error.remote:
             self._send(transfer.lane if transfer else self._lane, self._ended[transfer_id])
-        if transfer and transfer.grant:
+        refused = error.code in (ErrorCode.SPEC_MISMATCH, ErrorCode.TOKENS_MISMATCH)
+        if transfer and transfer.ticket and (transfer.grant or refused):
             self._fail_ticket(transfer.ticket, error)
 
     def _fail_ticket(self, ticket: ReferenceTicket, error: KvwireError) -> None:
@@ -263,7 +214,7 @@ class ReferenceReceiver:
             transfer = self._open[transfer_id]
             self._try(transfer_id, lambda: act(lane, self._granted(transfer), header, payload))
 
-    def _granted(self, transfer: _Transfer) -> _Transfer:
+    def _granted(self, transfer: TransferRecord) -> TransferRecord:
         if transfer.grant is None:
             fail(ErrorCode.STATE_INVALID, "the transfer has no grant yet")
         return transfer
@@ -303,11 +254,11 @@ class ReferenceReceiver:
         if not bound and waiting >= limits.WAITING_MANIFESTS_MAX:
             fail(ErrorCode.RESOURCES_EXHAUSTED, "too many manifests wait for their ticket",
                  expected=limits.WAITING_MANIFESTS_MAX, actual=waiting)
-        transfer = self._open[transfer_id] = _Transfer(lane, payload, manifest)
+        transfer = self._open[transfer_id] = TransferRecord(lane, payload, manifest)
         if bound:
             self._open_transfer(transfer_id, transfer)
 
-    def _open_transfer(self, transfer_id: bytes, transfer: _Transfer) -> None:
+    def _open_transfer(self, transfer_id: bytes, transfer: TransferRecord) -> None:
         manifest = transfer.manifest
         transfer.ticket = self.tickets[manifest.ticket_id]
         transfer.ticket.join(manifest)
@@ -315,7 +266,7 @@ class ReferenceReceiver:
                                self._grant.chunk_bytes_max)
         self._answer(transfer.lane, FrameType.GRANT, transfer_id, transfer.grant.encode())
 
-    def _on_segment(self, lane: int, transfer: _Transfer, header: FrameHeader,
+    def _on_segment(self, lane: int, transfer: TransferRecord, header: FrameHeader,
                     payload: bytes) -> None:
         index = header.segment_index
         if index in transfer.segments:
@@ -335,8 +286,8 @@ class ReferenceReceiver:
         memory = transfer.ticket.memory
         replicas = memory.claim(manifest.spec, announced.items)
         memory.zero_missing_columns(manifest.spec, announced.items)
-        chunks = [_Chunk() for _ in range(announced.chunk_count)]
-        transfer.segments[index] = _Segment(payload, announced, tensors[0].dtype.item_bytes, replicas,
+        chunks = [ChunkRecord() for _ in range(announced.chunk_count)]
+        transfer.segments[index] = SegmentRecord(payload, announced, tensors[0].dtype.item_bytes, replicas,
                                              chunks)
         self._check_end(transfer)
 
@@ -358,8 +309,8 @@ class ReferenceReceiver:
             if not (done and done[2] == FrameType.DONE):
                 self._stray(lane, header.transfer_id)
             return
-        segment, number = self._chunk_place(self._granted(transfer), header)
-        header.check_agreed(transfer.grant.codecs)
+        header.check_agreed(self._granted(transfer).grant.codecs)
+        segment, number = self._chunk_place(transfer, header)
         chunk = segment.chunks[number]
         if chunk.state == ChunkState.VERIFIED:
             self._receipt(lane, header.transfer_id, ChunkRun(header.segment_index, number, 1))
@@ -373,7 +324,7 @@ class ReferenceReceiver:
         chunk.state, chunk.lane, chunk.attempt = ChunkState.LEASED, lane, header.attempt
         self._lanes[lane].lease = transfer, header.segment_index, chunk
 
-    def _chunk_place(self, transfer: _Transfer, header: FrameHeader) -> tuple[_Segment, int]:
+    def _chunk_place(self, transfer: TransferRecord, header: FrameHeader) -> tuple[SegmentRecord, int]:
         segment = self._segment(transfer, header)
         announced = segment.announced
         number, rest = divmod(header.raw_offset, announced.chunk_bytes)
@@ -387,19 +338,19 @@ class ReferenceReceiver:
                  actual=header.raw_bytes)
         return segment, number
 
-    def _segment(self, transfer: _Transfer, header: FrameHeader) -> _Segment:
+    def _segment(self, transfer: TransferRecord, header: FrameHeader) -> SegmentRecord:
         if header.segment_index not in transfer.segments:
-            fail(ErrorCode.FIELD_INVALID, f"{header.name}: segment {header.segment_index} was not "
-                 "announced", actual=header.segment_index)
+            fail(ErrorCode.SEGMENT_INVALID, f"{header.name}: segment {header.segment_index} was "
+                 "not announced", actual=header.segment_index)
         return transfer.segments[header.segment_index]
 
-    def _on_chunk_payload(self, lane: int, transfer: _Transfer, segment: _Segment, chunk: _Chunk,
+    def _on_chunk_payload(self, lane: int, transfer: TransferRecord, segment: SegmentRecord, chunk: ChunkRecord,
                           header: FrameHeader, payload: bytes) -> None:
         """Verify what the lane's lease allowed to be written."""
         number = header.raw_offset // segment.announced.chunk_bytes
         chunk.state = ChunkState.MISSING
         try:
-            raw = _verified(header, payload, segment.item_bytes)
+            raw = verified_bytes(header, payload, segment.item_bytes)
         except KvwireError as error:
             self._repair(lane, chunk, number, header, error)
             return
@@ -409,7 +360,7 @@ class ReferenceReceiver:
         self._receipt(lane, header.transfer_id, ChunkRun(header.segment_index, number, 1))
         self._check_segment(lane, transfer, header, segment)
 
-    def _repair(self, lane: int, chunk: _Chunk, number: int, header: FrameHeader,
+    def _repair(self, lane: int, chunk: ChunkRecord, number: int, header: FrameHeader,
                 error: KvwireError) -> None:
         chunk.failures += 1
         if chunk.failures >= self._attempts_max:
@@ -423,32 +374,39 @@ class ReferenceReceiver:
     def _receipt(self, lane: int, transfer_id: bytes, run: ChunkRun) -> None:
         self._answer(lane, FrameType.RECEIPT, transfer_id, Receipt((run,)).encode())
 
-    def _on_segment_end(self, lane: int, transfer: _Transfer, header: FrameHeader,
+    def _on_segment_end(self, lane: int, transfer: TransferRecord, header: FrameHeader,
                         payload: bytes) -> None:
         end, segment = SegmentEnd.decode(payload), self._segment(transfer, header)
         if end.chunk_count != len(segment.chunks):
             fail(ErrorCode.SEGMENT_INVALID, f"segment {header.segment_index}: chunk_count differs",
                  expected=len(segment.chunks), actual=end.chunk_count)
+        if segment.end:
+            check_digest(f"repeated end of segment {header.segment_index}", end.digest,
+                          segment.end.digest)
         segment.end, segment.complete = end, False
         self._check_segment(lane, transfer, header, segment)
 
-    def _check_segment(self, lane: int, transfer: _Transfer, header: FrameHeader,
-                       segment: _Segment) -> None:
+    def _check_segment(self, lane: int, transfer: TransferRecord, header: FrameHeader,
+                       segment: SegmentRecord) -> None:
         """Receipt the segment, and then the transfer, when they are whole now."""
         verified = all(chunk.state == ChunkState.VERIFIED for chunk in segment.chunks)
         if segment.end and verified:
-            _check_digest(f"segment {header.segment_index}", segment.end.digest, segment.digest)
+            check_digest(f"segment {header.segment_index}", segment.end.digest, segment.digest)
             segment.complete = True
             self._receipt(lane, header.transfer_id,
                           ChunkRun(header.segment_index, 0, 0, segment.digest))
             self._check_transfer(lane, header.transfer_id, transfer)
 
-    def _on_end(self, lane: int, transfer: _Transfer, header: FrameHeader, payload: bytes) -> None:
-        transfer.end = End.decode(payload)
+    def _on_end(self, lane: int, transfer: TransferRecord, header: FrameHeader, payload: bytes) -> None:
+        end = End.decode(payload)
+        if transfer.end and transfer.end != end:
+            fail(ErrorCode.INCOMPLETE, "END: contradicts an earlier END",
+                 expected=transfer.end.segment_count, actual=end.segment_count)
+        transfer.end = end
         self._check_end(transfer)
         self._check_transfer(lane, header.transfer_id, transfer)
 
-    def _check_end(self, transfer: _Transfer) -> None:
+    def _check_end(self, transfer: TransferRecord) -> None:
         """Raise INCOMPLETE when END contradicts what is announced so far."""
         end, segments = transfer.end, transfer.segments
         if end is None:
@@ -462,36 +420,16 @@ class ReferenceReceiver:
             fail(ErrorCode.INCOMPLETE, "END: raw_bytes is not the sum of the segments",
                  expected=raw_bytes, actual=end.raw_bytes)
 
-    def _check_transfer(self, lane: int, transfer_id: bytes, transfer: _Transfer) -> None:
+    def _check_transfer(self, lane: int, transfer_id: bytes, transfer: TransferRecord) -> None:
         end, segments = transfer.end, transfer.segments
         if not end or len(segments) < end.segment_count or not all(
                 segment.complete for segment in segments.values()):
             return
         digest = transfer_digest((index, segment.digest, segment.announced.raw_bytes)
                                  for index, segment in sorted(segments.items()))
-        _check_digest("transfer", end.digest, digest)
+        check_digest("transfer", end.digest, digest)
         transfer.ticket.rank_done(transfer.manifest, end)
         done = encode_frame(FrameType.DONE, transfer_id, Done(end.raw_bytes, digest).encode())
         del self._open[transfer_id]
         self._ended[transfer_id] = done
         self._send(lane, done)
-
-
-def _check_digest(what: str, stated: int, actual: int) -> None:
-    if stated != actual:
-        fail(ErrorCode.DIGEST_MISMATCH, f"{what}: the digest differs", expected=stated,
-             actual=actual)
-
-
-def _verified(header: FrameHeader, payload: bytes, item_bytes: int) -> bytes:
-    """Return a chunk's raw bytes, or raise one of the three errors that cost a chunk (§8)."""
-    crc = crc32c(payload)
-    if crc != header.payload_crc:
-        fail(ErrorCode.PAYLOAD_CORRUPT, "chunk payload checksum differs",
-             expected=header.payload_crc, actual=crc)
-    raw = decode_chunk(header.codec, payload, header.raw_bytes, item_bytes)
-    crc = crc32c(raw)
-    if crc != header.raw_crc:
-        fail(ErrorCode.RAW_CORRUPT, "chunk's raw bytes have another checksum",
-             expected=header.raw_crc, actual=crc)
-    return raw
