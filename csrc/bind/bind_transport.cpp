@@ -145,6 +145,7 @@ void bind_handles(py::module_& module) {
         .def("cancel", &TicketHandle::cancel, NoGil())
         .def("wait_layer", &TicketHandle::wait_layer, py::arg("layer"), py::arg("timeout_s"), NoGil())
         .def("layers_ready", &TicketHandle::layers_ready)
+        .def("layers_touched", &TicketHandle::layers_touched)
         .def("metadata", [](const TicketHandle& self) {
             py::list result;  // (source_rank, manifest entries, count, end entries, count)
             for (const auto& m : self.metadata())

@@ -160,6 +160,7 @@ EndpointStats Endpoint::stats() {
 void Endpoint::close() {
     if (closed_) return;
     closed_ = true;
+    if (loop_->forked()) return loop_->stop();
     const Error why(ErrorCode::CLOSED, "the " +
                                            std::string(role_ == Role::SENDER ? "sender" : "receiver") +
                                            " was closed");

@@ -143,6 +143,11 @@ std::set<uint32_t> TicketHandle::layers_ready() const {
     return layers_ready_;
 }
 
+std::set<uint32_t> TicketHandle::layers_touched() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return layers_touched_;
+}
+
 std::vector<TicketHandle::Metadata> TicketHandle::metadata() const {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<Metadata> all;
@@ -156,6 +161,11 @@ void TicketHandle::on_bytes(uint64_t verified_bytes, uint64_t wire_bytes, bool r
     progress_.verified_bytes += verified_bytes;
     progress_.wire_bytes += wire_bytes;
     progress_.repaired_chunks += repaired;
+}
+
+void TicketHandle::on_layer_touched(uint32_t layer) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    layers_touched_.insert(layer);
 }
 
 void TicketHandle::on_layer_ready(uint32_t layer) {

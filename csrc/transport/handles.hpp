@@ -100,6 +100,7 @@ public:
     void cancel();
     bool wait_layer(uint32_t layer, double timeout_s) const;  // or until the ticket ended
     std::set<uint32_t> layers_ready() const;
+    std::set<uint32_t> layers_touched() const;  // ready ones included
 
     struct Metadata {
         uint16_t source_rank;
@@ -109,6 +110,7 @@ public:
     std::vector<Metadata> metadata() const;
 
     void on_bytes(uint64_t verified_bytes, uint64_t wire_bytes, bool repaired) override;
+    void on_layer_touched(uint32_t layer) override;
     void on_layer_ready(uint32_t layer) override;
     void on_metadata(uint16_t source_rank, const Bytes& manifest, uint16_t manifest_count,
                      const Bytes& end, uint16_t end_count) override;
@@ -118,7 +120,7 @@ private:
     friend class ReceiverEndpoint;
     ReceiverEndpoint& endpoint_;  // touched on the loop thread only
     std::shared_ptr<Ticket> ticket_;
-    std::set<uint32_t> layers_ready_;
+    std::set<uint32_t> layers_ready_, layers_touched_;
     std::map<uint16_t, Metadata> metadata_;
 };
 

@@ -32,6 +32,10 @@ Loop::Loop()
 Loop::~Loop() { stop(); }
 
 void Loop::stop() {
+    if (::getpid() != process_) {  // after fork: the thread is the parent's, and so are its locks
+        if (thread_.joinable()) thread_.detach();
+        return;
+    }
     stopping_ = true;
     const uint64_t one = 1;
     (void)!::write(wake_.get(), &one, sizeof one);

@@ -8,7 +8,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <sys/types.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include "transport/socket.hpp"
@@ -43,6 +45,7 @@ public:
 
     static uint64_t now_ns();
     void stop();
+    bool forked() const { return ::getpid() != process_; }
 
 private:
     void run();
@@ -54,6 +57,7 @@ private:
     std::vector<Task> tasks_;
     bool stopped_ = false;
     std::atomic<bool> stopping_{false};
+    const pid_t process_ = ::getpid();
     struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
     std::map<int, Watch> watches_;
     uint64_t serial_ = 0;

@@ -84,6 +84,10 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Segment& 
     chunk.lane = uint8_t(lane_index);
     lane.transfer = &transfer;
     lane.segment = &segment;
+    if (!segment.touched)
+        for (const Item& item : segment.announcement.items)
+            transfer.ticket->observer().on_layer_touched(item.layer);
+    segment.touched = true;
     const Placement& placement = *segment.placement;
     if (lane.header.codec == 0 && !placement.has_skips() &&
         placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN) {

@@ -93,7 +93,7 @@ private:
         std::vector<Chunk> chunks;
         uint32_t verified = 0;
         std::optional<SegmentEnd> end;
-        bool complete = false;
+        bool complete = false, touched = false;
         uint32_t digest = 0;
         uint64_t raw_bytes = 0;
         uint64_t state_bytes = 0;

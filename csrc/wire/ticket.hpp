@@ -33,6 +33,7 @@ class TicketObserver {
 public:
     virtual ~TicketObserver() = default;
     virtual void on_bytes(uint64_t verified_bytes, uint64_t wire_bytes, bool repaired) = 0;
+    virtual void on_layer_touched(uint32_t layer) = 0;  // bytes may be written from now on
     virtual void on_layer_ready(uint32_t layer) = 0;
     virtual void on_metadata(uint16_t source_rank, const Bytes& manifest, uint16_t manifest_count,
                              const Bytes& end, uint16_t end_count) = 0;

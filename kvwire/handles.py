@@ -1,0 +1,229 @@
+"""What a transfer and a ticket have in common: waiting, progress, errors; in threads and asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvwire.errors import ErrorCode, ForkedError, KvwireError, UsageError, error_from_code
+
+__all__ = ["Endpoint", "Handle", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of a transfer or ticket.
+
+    Attributes:
+        verified_bytes: raw bytes that are in place at the receiver and proved.
+        wire_bytes: chunk payload bytes, sent (sender) or accepted (receiver).
+        repaired_chunks: chunks that had to travel again.
+        granted: the two sides agree and destinations are bound.
+        ended: delivered or failed; nothing more will happen.
+    """
+
+    verified_bytes: int
+    wire_bytes: int
+    repaired_chunks: int
+    granted: bool
+    ended: bool
+
+
+class Endpoint:
+    """Base of `Sender` and `Receiver`: one native endpoint with one I/O thread.
+
+    Keeps every array that is lent to the native side alive until its transfer or ticket has
+    ended, so that dropping a handle is safe.
+    """
+
+    def __init__(self, native: object):
+        self._native = native
+        self._pid = os.getpid()
+        self._lent: dict[int, tuple[Handle, object]] = {}
+        self._waiters: dict[int, list[tuple[Callable[[], bool], asyncio.Future]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._finalizer = weakref.finalize(self, _close, native, self._lent, self._pid)
+
+    def close(self) -> None:
+        """Abort what is open, close all connections, end the I/O thread. Idempotent.
+
+        When it returns no array that was lent is read or written any more.
+        """
+        self._detach_loop()
+        self._finalizer()
+
+    def stats(self) -> dict[str, int]:
+        """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,
+        send_calls, receive_calls (system calls), lanes_lost."""
+        return self._checked().stats()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+    def _checked(self) -> object:
+        if os.getpid() != self._pid:
+            raise ForkedError(f"this {type(self).__name__} belongs to process {self._pid}; its I/O "
+                              "thread did not survive the fork: make a new one in the child")
+        if not self._finalizer.alive:
+            raise UsageError(f"this {type(self).__name__} is closed")
+        return self._native
+
+    def _lend(self, handle: Handle, memory: object) -> None:
+        for number in [n for n, (lent, _) in self._lent.items() if lent.done()]:
+            del self._lent[number]
+        self._lent[handle._native.number] = (handle, memory)
+
+    async def _until(self, handle: Handle, condition: Callable[[], bool]) -> None:
+        """Wait on the running event loop until `condition()`, checked at each news of `handle`."""
+        native = self._checked()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._detach_loop()
+            loop.add_reader(native.event_fd(), _drain, weakref.ref(self))
+            self._loop = loop
+        future = loop.create_future()
+        waiting = (condition, future)
+        self._waiters.setdefault(handle._native.number, []).append(waiting)
+        try:
+            if not condition():
+                await future
+        finally:
+            remaining = [w for w in self._waiters.pop(handle._native.number) if w is not waiting]
+            if remaining:
+                self._waiters[handle._native.number] = remaining
+
+    def _detach_loop(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._native.event_fd())
+        self._loop = None
+
+    def _on_events(self) -> None:
+        for number in self._native.drain_events():
+            for condition, future in list(self._waiters.get(number, ())):
+                if not future.done() and condition():
+                    future.set_result(None)
+
+
+def _drain(endpoint: weakref.ref) -> None:
+    if (found := endpoint()) is not None:
+        found._on_events()
+
+
+def _close(native: object, lent: dict, pid: int) -> None:
+    if os.getpid() == pid:
+        native.close()
+        lent.clear()  # after close: nobody reads or writes these arrays any more
+
+
+class Handle:
+    """A transfer or a ticket: wait for it in a thread (``result``) or await it."""
+
+    def __init__(self, endpoint: Endpoint, native: object):
+        self._endpoint = endpoint
+        self._native = native
+
+    @property
+    def id(self) -> str:
+        """128-bit name, 32 hexadecimal digits."""
+        return self._native.id.hex()
+
+    def done(self) -> bool:
+        """True when delivered or failed."""
+        return self.progress().ended
+
+    def progress(self) -> Progress:
+        return Progress(*self._native.progress()[:5])
+
+    def exception(self) -> KvwireError | None:
+        """The error that ended it, or None."""
+        return self._error(self._native.progress()[5])
+
+    def cancel(self) -> None:
+        """End it now. When this returns no byte of its memory is read or written any more.
+
+        The other side learns of it (`TransferCancelled`). No effect on what has ended.
+        """
+        self._endpoint._checked()
+        self._native.cancel()
+
+    def _wait(self, timeout_s: float | None, on_progress: Callable[[Progress], object] | None,
+              wait: Callable[[float], bool]) -> None:
+        self._endpoint_must_be_ours()
+        if on_progress is None:
+            finished = wait(-1.0 if timeout_s is None else timeout_s)
+        else:
+            finished = _wait_reporting(timeout_s, lambda: on_progress(self.progress()), wait)
+        if not finished:
+            raise error_from_code(ErrorCode.DEADLINE_EXCEEDED,
+                                  f"{type(self).__name__.lower()} {self.id} has not ended within "
+                                  f"{timeout_s} s; it goes on: wait again or cancel it")
+
+    def _endpoint_must_be_ours(self) -> None:
+        if os.getpid() != self._endpoint._pid:
+            self._endpoint._checked()
+
+    def _error(self, fields: tuple | None) -> KvwireError | None:
+        if fields is None:
+            return None
+        code, message, expected, actual, offset, remote = fields
+        return error_from_code(code, message, expected=expected, actual=actual, offset=offset,
+                               remote=remote)
+
+
+def _wait_reporting(timeout_s: float | None, report: Callable[[], object],
+                    wait: Callable[[float], bool], interval_s: float = 0.1) -> bool:
+    left = float("inf") if timeout_s is None else timeout_s
+    while True:
+        step = min(interval_s, left)
+        finished = wait(step)
+        report()
+        left -= step
+        if finished or left <= 0:
+            return finished
+
+
+def split_address(address: str, what: str = "address") -> tuple[str, int]:
+    """Split "host:port" or "[v6::address]:port"."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{what} is {address!r}; it must be 'host:port'")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def id_bytes(name: object, what: str) -> bytes:
+    """Take an id as 32 hexadecimal digits, 16 bytes, or an object with an ``id``."""
+    if isinstance(name, (bytes, bytearray)) and len(name) == 16:
+        return bytes(name)
+    text = getattr(name, "id", name)
+    if isinstance(text, str):
+        try:
+            decoded = bytes.fromhex(text)
+        except ValueError:
+            decoded = b""
+        if len(decoded) == 16:
+            return decoded
+    raise UsageError(f"{what} is {name!r}; it must be 32 hexadecimal digits or 16 bytes")
+
+
+def ranks_of(value: tuple[int, int] | int, what: str) -> tuple[int, int]:
+    """Take (rank, count), or a count of 1."""
+    rank, count = value if isinstance(value, tuple) else (value, 1)
+    if not 0 <= rank < count:
+        raise UsageError(f"{what} is {value!r}; it must be (rank, count) with rank < count")
+    return rank, count
+
+
+def merged(entries: Mapping[str, object], later: Mapping[str, object]) -> dict[str, object]:
+    return {**entries, **later}

@@ -1,0 +1,205 @@
+"""`Receiver`: binds destination memory to tickets and places what comes, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+
+from kvwire import _native, limits
+from kvwire.structure import Cursor
+from kvwire.errors import KvwireError, TransferError, UsageError
+from kvwire.handles import Endpoint, Handle, Progress, id_bytes, ranks_of, split_address
+from kvwire.manifest import decode_metadata
+from kvwire.memory import CacheMemory
+
+__all__ = ["Receiver", "Ticket"]
+
+
+class Receiver(Endpoint):
+    """Receives caches. Listens for senders, or dials senders that listen.
+
+    Args:
+        listen: "host:port"; port 0 takes any (see `.address`). None: do not listen.
+        window_bytes: raw bytes per transfer that may be on their way without a receipt.
+        chunk_bytes_max: largest chunk that a sender may use, 64 KiB to 4 MiB.
+        transfers_max: open transfers per link.
+        patience_s: how long a manifest may wait for its ticket to be bound.
+
+    Threads: every method may be called from any thread. One I/O thread, no Python on it.
+    """
+
+    def __init__(self, listen: str | None = "127.0.0.1:0", *, window_bytes: int = 256 << 20,
+                 chunk_bytes_max: int = 1 << 20, transfers_max: int = 1024,
+                 patience_s: float = 30.0, connect_timeout_s: float = 10.0):
+        if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
+            raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
+                             f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
+        if window_bytes < chunk_bytes_max or transfers_max < 1:
+            raise UsageError("window_bytes must hold a chunk, and transfers_max at least 1")
+        super().__init__(_native.ReceiverEndpoint({
+            "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
+            "transfers_max": transfers_max, "patience_ns": int(patience_s * 1e9),
+            "connect_timeout_ns": int(connect_timeout_s * 1e9)}))
+        self._connect_timeout_s = connect_timeout_s
+        self._dialled: dict[str, bytes] = {}
+        self.address: str | None = None
+        if listen is not None:
+            host, port = split_address(listen, "listen")
+            bound = self._native.listen(host, port)
+            self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+    def expect(self, memory: CacheMemory, *, source_ranks: int | Iterable[int] = 1,
+               source_rank_count: int | None = None, destination_rank: tuple[int, int] | int = 0,
+               deadline_s: float | None = None, ticket_id: str | bytes | None = None) -> Ticket:
+        """Bind `memory` (made with ``writable=True``) as the destination of one hand-off.
+
+        Args:
+            memory: all that it covers must arrive; written until the ticket ends.
+            source_ranks: how many source ranks will send to this one, or which of them.
+            source_rank_count: of how many, when only some of them send here.
+            destination_rank: (rank, count) of this receiver.
+            deadline_s: fail with `TransferTimeout` when not complete by then.
+            ticket_id: to name the ticket oneself; it must be unguessable and never reused.
+
+        Returns: a ticket; hand its ``id`` to the sender.
+        """
+        native = self._checked()
+        if not isinstance(memory, CacheMemory) or not memory.writable:
+            raise UsageError("expect() needs a CacheMemory made with writable=True")
+        ranks = list(range(source_ranks)) if isinstance(source_ranks, int) else sorted(source_ranks)
+        count = len(ranks) if source_rank_count is None else source_rank_count
+        if not ranks or ranks[-1] >= count or ranks[0] < 0:
+            raise UsageError(f"source_ranks are {ranks} of {count}: at least one, each below count")
+        rank, destination_count = ranks_of(destination_rank, "destination_rank")
+        name = _native.random_id() if ticket_id is None else id_bytes(ticket_id, "ticket_id")
+        handle = native.bind(name, memory.spec.model, *memory.tokens, ranks, count, rank,
+                             destination_count, memory.native,
+                             -1.0 if deadline_s is None else deadline_s)
+        ticket = Ticket(self, handle, memory)
+        self._lend(ticket, memory)
+        return ticket
+
+    def dial(self, address: str, *, lanes: int = 2, timeout_s: float | None = None) -> str:
+        """Make a link to a listening `Sender`; returns its id. Raises what went wrong."""
+        native = self._checked()
+        link = native.dial(*split_address(address), lanes)
+        native.wait_connected(link, self._connect_timeout_s if timeout_s is None else timeout_s)
+        self._dialled[address] = link
+        return link.hex()
+
+    def pull(self, address: str, offer: str | bytes, memory: CacheMemory, *,
+             source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
+             deadline_s: float | None = None, lanes: int = 2) -> Ticket:
+        """Fetch an offer of the Sender that listens at `address` into `memory`.
+
+        Only the tokens of `memory` travel; states travel whole. Further source ranks: `expect`
+        with ``source_ranks``, then `pull_into` for each.
+        """
+        rank, count = ranks_of(source_rank, "source_rank")
+        ticket = self.expect(memory, source_ranks=[rank], source_rank_count=count,
+                             destination_rank=destination_rank, deadline_s=deadline_s)
+        try:
+            self.pull_into(ticket, address, offer, source_rank=rank,
+                           destination_rank=destination_rank, lanes=lanes)
+        except KvwireError:
+            ticket.cancel()
+            raise
+        return ticket
+
+    def pull_into(self, ticket: Ticket, address: str, offer: str | bytes, *,
+                  source_rank: int = 0, destination_rank: tuple[int, int] | int = 0,
+                  lanes: int = 2) -> None:
+        """Ask one source rank for its part of `ticket`."""
+        native = self._checked()
+        link = self._dialled.get(address)
+        if link is None or link not in native.link_ids():
+            link = bytes.fromhex(self.dial(address, lanes=lanes))
+        rank, count = ranks_of(destination_rank, "destination_rank")
+        native.pull(link, ticket._native.id, id_bytes(offer, "offer"), *ticket.memory.tokens,
+                    source_rank, rank, count)
+
+
+class Ticket(Handle):
+    """The destination of one hand-off.
+
+    Awaitable: ``await ticket`` is ``ticket.result()``; ``await ticket.layer(3)`` waits for one.
+    """
+
+    def __init__(self, receiver: Receiver, native: object, memory: CacheMemory):
+        super().__init__(receiver, native)
+        self.memory = memory
+
+    def result(self, timeout_s: float | None = None,
+               on_progress: Callable[[Progress], object] | None = None) -> Progress:
+        """Wait until everything is in place and verified.
+
+        Raises: what failed the hand-off, with ``error.layers`` = `report()`; `TransferTimeout`
+        when it has not ended within `timeout_s` (it goes on).
+        """
+        self._wait(timeout_s, on_progress, self._native.wait)
+        return self._outcome()
+
+    def wait_layer(self, layer: int, timeout_s: float | None = None) -> None:
+        """Wait until all parts of one layer are in place and verified. Raises like `result`."""
+        self._check_layer(layer)
+        self._wait(timeout_s, None, lambda s: self._native.wait_layer(layer, s))
+        self._layer_outcome(layer)
+
+    async def layer(self, layer: int) -> None:
+        """`wait_layer` for asyncio."""
+        self._check_layer(layer)
+        await self._endpoint._until(
+            self, lambda: layer in self._native.layers_ready() or self.done())
+        self._layer_outcome(layer)
+
+    def layers_ready(self) -> set[int]:
+        """The layers that are complete and verified."""
+        return self._native.layers_ready()
+
+    def report(self) -> dict[int, str]:
+        """Say of every layer: "ready", "partly written" or "unwritten"."""
+        ready, touched = self._native.layers_ready(), self._native.layers_touched()
+        return {layer: "ready" if layer in ready else
+                "partly written" if layer in touched else "unwritten"
+                for layer in self._layers()}
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """What the senders said: the manifest's entries, overridden by those of the end; of
+        several source ranks, the higher rank's override."""
+        together: dict[str, object] = {}
+        for entries in self.metadata_by_rank().values():
+            together.update(entries)
+        return together
+
+    def metadata_by_rank(self) -> dict[int, dict[str, object]]:
+        """`metadata` of each source rank by itself."""
+        return {rank: {**decode_metadata(Cursor(first, "MANIFEST"), first_count),
+                       **decode_metadata(Cursor(last, "END"), last_count)}
+                for rank, first, first_count, last, last_count in self._native.metadata()}
+
+    def exception(self) -> KvwireError | None:
+        error = super().exception()
+        if error is not None:
+            error.layers = self.report()
+        return error
+
+    def __await__(self) -> Generator[object, None, Progress]:
+        yield from self._endpoint._until(self, self.done).__await__()
+        return self._outcome()
+
+    def _outcome(self) -> Progress:
+        if (error := self.exception()) is not None:
+            raise error
+        return self.progress()
+
+    def _layer_outcome(self, layer: int) -> None:
+        if layer in self._native.layers_ready():
+            return
+        raise self.exception() or TransferError(f"layer {layer} never came")
+
+    def _layers(self) -> list[int]:
+        return sorted({layer for group in self.memory.spec.groups for layer in group.layers})
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self._layers():
+            raise UsageError(f"layer {layer} is not in the ticket's spec")

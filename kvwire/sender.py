@@ -1,0 +1,265 @@
+"""`Sender`: a link to the machine that will decode, and the `Transfer`s on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+from kvwire import _native, limits
+from kvwire.codec import Codec
+from kvwire.control import Item
+from kvwire.errors import UnsupportedError, UsageError
+from kvwire.handles import Endpoint, Handle, Progress, id_bytes, ranks_of, split_address
+from kvwire.layout import CacheSpec
+from kvwire.manifest import Manifest, encode_metadata
+from kvwire.memory import CacheMemory
+
+__all__ = ["Offer", "Push", "Sender", "Transfer"]
+
+
+class Sender(Endpoint):
+    """Sends caches. Dials a receiver, or listens for receivers that dial.
+
+    Args:
+        address: "host:port" of a listening `Receiver`. The link is made now, in the background,
+            and made again when a later `open` finds it lost.
+        listen: "host:port" to listen on instead (port 0: any; see `.address`), for decoders
+            that may only dial out.
+        lanes: TCP connections of the link, 1 to 64.
+        codec: "raw" or "lz4", the default of transfers. A chunk that does not shrink, or a peer
+            that lacks the codec, gets raw bytes.
+        chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
+        connect_timeout_s: to give up on a dialled lane.
+
+    Threads: every method may be called from any thread. One I/O thread, no Python on it.
+    """
+
+    def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 2,
+                 codec: str = "raw", chunk_bytes: int = 256 << 10,
+                 connect_timeout_s: float = 10.0):
+        if (address is None) == (listen is None):
+            raise UsageError("give a Sender an address to dial or listen=..., one of the two")
+        if chunk_bytes % limits.CHUNK_BYTES_MIN or not (
+                limits.CHUNK_BYTES_MIN <= chunk_bytes <= limits.CHUNK_BYTES_MAX):
+            raise UsageError(f"chunk_bytes is {chunk_bytes}; it must be a multiple of "
+                             f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
+        super().__init__(_native.SenderEndpoint({
+            "chunk_bytes": chunk_bytes, "connect_timeout_ns": int(connect_timeout_s * 1e9)}))
+        self._codec = Codec.of(codec)
+        self._connect_timeout_s = connect_timeout_s
+        self._peer = split_address(address) if address else None
+        self._lanes = lanes
+        self._link: bytes | None = None
+        if listen is not None:
+            host, port = split_address(listen, "listen")
+            self.address = f"{host}:{self._native.listen(host, port)}"
+        else:
+            self.address = address
+            self._link = self._native.dial(*self._peer, lanes)
+
+    def connect(self, timeout_s: float | None = None) -> None:
+        """Wait until the link has a lane; raises what went wrong. Not needed before `open`."""
+        self._checked().wait_connected(
+            self._live_link(), self._connect_timeout_s if timeout_s is None else timeout_s)
+
+    def open(self, ticket: str | bytes, memory: CacheMemory, *, carry: CacheSpec | None = None,
+             source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
+             codec: str | None = None, metadata: Mapping[str, object] | None = None,
+             deadline_s: float | None = None, link: str | None = None) -> Transfer:
+        """Open a transfer that fills `ticket`; returns at once, layers can be pushed at once.
+
+        Args:
+            ticket: the receiver's `Ticket.id`.
+            memory: the source; read until each push completes, never written.
+            carry: the part of `memory` that travels, as a spec with the same groups: the
+                destination rank's shard when tensor parallelism differs. All of it by default.
+            source_rank, destination_rank: (rank, count) in the hand-off.
+            codec: overrides the sender's.
+            metadata: str -> int, float, bool, str or bytes; known to the receiver with the grant.
+            deadline_s: fail with `TransferTimeout` when not verified by then.
+            link: of a listening sender, the id of the receiver's link (`Receiver.dial` returned
+                it); needed only when there are several.
+
+        Raises: UsageError. What the network or the peer does shows on the transfer.
+        """
+        native = self._checked()
+        manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
+                                  destination_rank, metadata)
+        handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
+                             self._codec_number(codec), _deadline(deadline_s))
+        return self._started(Transfer(self, handle, memory, manifest.spec))
+
+    def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
+              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
+              codec: str | None = None, metadata: Mapping[str, object] | None = None,
+              deadline_s: float | None = None, offer_id: str | bytes | None = None) -> Offer:
+        """Offer source memory for a receiver to pull; arguments as for `open`.
+
+        Layers are pushed onto the offer as they are produced, before or after it is pulled.
+        `offer_id` lets several ranks offer the parts of one hand-off under one name.
+        """
+        native = self._checked()
+        name = _native.random_id() if offer_id is None else id_bytes(offer_id, "offer_id")
+        manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
+                                  metadata)
+        handle = native.offer(name, manifest.encode(), memory.native, self._codec_number(codec),
+                              _deadline(deadline_s))
+        return self._started(Offer(self, handle, memory, manifest.spec, name))
+
+    def send(self, ticket: str | bytes, memory: CacheMemory, **options: object) -> Transfer:
+        """`open`, push every layer in order, `finish`. Options as for `open`."""
+        return self.open(ticket, memory, **options).push_all().finish()
+
+    def _manifest(self, ticket: bytes, memory: CacheMemory, carry: CacheSpec | None,
+                  source_rank: object, destination_rank: object,
+                  metadata: Mapping[str, object] | None) -> Manifest:
+        spec = carry if carry is not None else memory.spec
+        if [(g.kind, g.layers) for g in spec.groups] != [(g.kind, g.layers)
+                                                         for g in memory.spec.groups]:
+            raise UsageError("carry must have the groups and layers of the memory's spec")
+        source, sources = ranks_of(source_rank, "source_rank")
+        destination, destinations = ranks_of(destination_rank, "destination_rank")
+        return Manifest(ticket, spec, *memory.tokens, source, sources, destination, destinations,
+                        codecs=1 | 1 << Codec.LZ4, metadata=metadata or {})
+
+    def _started(self, transfer: Transfer) -> Transfer:
+        self._lend(transfer, transfer.memory)
+        return transfer
+
+    def _codec_number(self, codec: str | None) -> int:
+        return int(self._codec if codec is None else Codec.of(codec))
+
+    def _live_link(self) -> bytes:
+        if self._peer is None:
+            raise UsageError("a listening Sender waits for receivers to dial; it cannot connect")
+        if not self._native.link_alive(self._link):
+            self._link = self._native.dial(*self._peer, self._lanes)
+        return self._link
+
+    def _choose_link(self, link: str | None) -> bytes:
+        if link is not None:
+            return id_bytes(link, "link")
+        if self._peer is not None:
+            return self._live_link()
+        links = self._native.link_ids()
+        if len(links) != 1:
+            raise UsageError(f"{len(links)} receivers have dialled this Sender; name the link")
+        return links[0]
+
+
+class Transfer(Handle):
+    """One transfer: push layers as prefill produces them, finish, wait for the receipt.
+
+    Awaitable: ``await transfer`` is ``transfer.result()``.
+    """
+
+    def __init__(self, sender: Sender, native: object, memory: CacheMemory, spec: CacheSpec):
+        super().__init__(sender, native)
+        self.memory = memory
+        self.spec = spec
+
+    def push(self, layer: int, *, tokens: tuple[int, int] | None = None,
+             states: bool = True) -> Push:
+        """Send one layer, or a token range of it; returns at once.
+
+        The layer's source memory is lent until the returned push completes: do not change it.
+        Each byte may be pushed once. States are final only when prefill of the layer has ended;
+        pass ``states=False`` while it has not.
+        """
+        return self.push_items(self.memory.items(layer, tokens, states))
+
+    def push_items(self, items: Sequence[Item]) -> Push:
+        """Send any items (token ranges of tensors) as one push. See `CacheMemory.items`."""
+        self._endpoint._checked()
+        return Push(self, self._native.push([
+            (i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop) for i in items]))
+
+    def push_all(self) -> Transfer:
+        """Push every layer, in order; returns the transfer."""
+        for layer in sorted({layer for group in self.spec.groups for layer in group.layers}):
+            self.push(layer)
+        return self
+
+    def finish(self, metadata: Mapping[str, object] | None = None) -> Transfer:
+        """Say that all has been pushed; returns the transfer.
+
+        Args:
+            metadata: what is known only now (the first token ...); as in `Sender.open`.
+        """
+        self._endpoint._checked()
+        metadata = metadata or {}
+        self._native.finish(encode_metadata(metadata), len(metadata))
+        return self
+
+    def result(self, timeout_s: float | None = None,
+               on_progress: Callable[[Progress], object] | None = None) -> Progress:
+        """Wait until the receiver has verified everything.
+
+        Args:
+            timeout_s: how long to wait; the transfer itself goes on.
+            on_progress: called in this thread, about ten times a second.
+
+        Raises: what failed the transfer; `TransferTimeout` when it has not ended in time.
+        """
+        self._wait(timeout_s, on_progress, self._native.wait)
+        return self._outcome()
+
+    def __await__(self) -> Generator[object, None, Progress]:
+        yield from self._endpoint._until(self, self.done).__await__()
+        return self._outcome()
+
+    def _outcome(self) -> Progress:
+        if (error := self.exception()) is not None:
+            raise error
+        return self.progress()
+
+
+class Offer(Transfer):
+    """A transfer that starts when a receiver pulls it.
+
+    Attributes:
+        offer_id: what the receiver passes to `Receiver.pull`.
+    """
+
+    def __init__(self, sender: Sender, native: object, memory: CacheMemory, spec: CacheSpec,
+                 name: bytes):
+        super().__init__(sender, native, memory, spec)
+        self.offer_id = name.hex()
+
+
+class Push:
+    """The completion of one push: it completes exactly once, also when the transfer fails.
+
+    Awaitable. Completion returns the source memory; whether the bytes arrived is for
+    `Transfer.result` to say, though a push of a live transfer completes only when they have.
+    """
+
+    def __init__(self, transfer: Transfer, number: int):
+        self._transfer = transfer
+        self._number = number
+
+    def done(self) -> bool:
+        """True when the source memory is the caller's again."""
+        return self._transfer._native.wait_push(self._number, 0.0)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the completion; False when it has not come in time."""
+        self._transfer._endpoint_must_be_ours()
+        return self._transfer._native.wait_push(
+            self._number, -1.0 if timeout_s is None else timeout_s)
+
+    def __await__(self) -> Generator[object, None, None]:
+        return self._transfer._endpoint._until(self._transfer, self.done).__await__()
+
+
+def _deadline(deadline_s: float | None) -> float:
+    if deadline_s is not None and deadline_s < 0:
+        raise UsageError(f"deadline_s is {deadline_s}; it must not be negative")
+    return -1.0 if deadline_s is None else deadline_s
+
+
+def require_cpu_memory(memory: object) -> CacheMemory:
+    """Refuse anything but a CacheMemory by name."""
+    if not isinstance(memory, CacheMemory):
+        raise UnsupportedError(f"{type(memory).__name__} is no CacheMemory: describe the arrays "
+                               "with kvwire.CacheMemory(spec, arrays, ...)")
+    return memory
