@@ -25,18 +25,17 @@ def tensor_memory(tensors: Mapping[str, object], *, writable: bool = False) -> C
     """Describe named arrays as request tensors.
 
     Args:
-        tensors: name -> array of up to 5 axes, any strides (see `Buffer.of`). Both sides name the
-            same tensors with the same shapes and dtypes; arrays of other dtypes travel as bytes.
+        tensors: name -> array, any strides (see `Buffer.of`). Both sides name the same tensors
+            with the same shapes and dtypes; dtypes that the format lacks travel as bytes.
         writable: the arrays are a destination.
     """
     specs, arrays = [], {}
     for name, array in sorted(tensors.items()):
-        buffer = _squeezed(Buffer.of(array))
+        buffer = Buffer.of(array)
         dtype = _DTYPES.get(buffer.dtype_name)
         if dtype is None:
-            buffer, dtype = _as_bytes(name, buffer), DType.BYTES
-        if len(buffer.shape) > len(_AXES):
-            raise UsageError(f"tensor {name!r} has {len(buffer.shape)} axes; at most {len(_AXES)}")
+            buffer, dtype = _as_bytes(buffer), DType.BYTES
+        buffer = _squeezed(name, buffer)
         axes = _AXES[len(_AXES) - len(buffer.shape):]
         specs.append(TensorSpec(name, dtype, tuple(
             AxisSpec.of(axis, extent) for axis, extent in zip(axes, buffer.shape))))
@@ -65,40 +64,37 @@ def receive(receiver: Receiver, tensors: Mapping[str, object], **options: object
     return receiver.expect(tensor_memory(tensors, writable=True), **options)
 
 
-def _squeezed(buffer: Buffer) -> Buffer:
-    """Merge axes that lie behind one another, and split what is too long for one axis."""
+def _squeezed(name: str, buffer: Buffer) -> Buffer:
+    """Bring an array to 1 to 5 axes that fit the format, by its shape alone: the other side must
+    come to the same ones, whatever its strides."""
     shape, strides = [], []
     for extent, stride in zip(buffer.shape, buffer.strides):
         if extent == 1:
             continue
-        if shape and strides[-1] == extent * stride and shape[-1] * extent <= EXTENT_MAX:
-            shape[-1], strides[-1] = shape[-1] * extent, stride
-        else:
-            shape.append(extent)
-            strides.append(stride)
-    for index in reversed(range(len(shape))):
-        if shape[index] > EXTENT_MAX:
-            outer, inner = _factors(shape[index])
-            stride = strides[index]
-            shape[index:index + 1] = [outer, inner]
-            strides[index:index + 1] = [inner * stride, stride]
+        inner = _inner_factor(name, extent)
+        if inner < extent:
+            shape.append(extent // inner)
+            strides.append(inner * stride)
+        shape.append(inner)
+        strides.append(stride)
+    while len(shape) > len(_AXES):
+        if strides[0] != shape[1] * strides[1] or shape[0] * shape[1] > EXTENT_MAX:
+            raise UsageError(f"tensor {name!r} has too many axes, and its outer ones cannot be "
+                             f"merged: reshape it to {len(_AXES)}")
+        shape[:2], strides[:1] = [shape[0] * shape[1]], []
     return _reshaped(buffer, shape or [1], strides or [buffer.item_bytes], buffer.item_bytes,
                      buffer.dtype_name)
 
 
-def _factors(extent: int) -> tuple[int, int]:
-    for inner in range(EXTENT_MAX, 0, -1):
+def _inner_factor(name: str, extent: int) -> int:
+    for inner in range(min(extent, EXTENT_MAX), 0, -1):
         if extent % inner == 0 and extent // inner <= EXTENT_MAX:
-            return extent // inner, inner
-    raise UsageError(f"an axis of {extent} items cannot be split in two; reshape the tensor")
+            return inner
+    raise UsageError(f"tensor {name!r}: an axis of {extent} items is too long; reshape it")
 
 
-def _as_bytes(name: str, buffer: Buffer) -> Buffer:
-    if buffer.strides[-1] != buffer.item_bytes:
-        raise UsageError(f"tensor {name!r}: dtype {buffer.dtype_name} travels as bytes, which "
-                         "needs its innermost axis contiguous")
-    return _squeezed(_reshaped(buffer, (*buffer.shape, buffer.item_bytes), (*buffer.strides, 1), 1,
-                               "uint8"))
+def _as_bytes(buffer: Buffer) -> Buffer:
+    return _reshaped(buffer, (*buffer.shape, buffer.item_bytes), (*buffer.strides, 1), 1, "uint8")
 
 
 def _reshaped(buffer: Buffer, shape, strides, item_bytes: int, dtype_name: str) -> Buffer:
