@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from kvwire.codec import Codec
 from kvwire.control import (
-    Abort, ChunkRun, Done, Grant, Item, Pull, Receipt, Repair, RepairEntry,
+    Abort, ChunkRun, Done, End, Grant, Item, Pull, Receipt, Repair, RepairEntry, Segment,
+    SegmentEnd,
 )
 from kvwire.errors import ErrorCode
 from kvwire.files import FileWriter
@@ -36,6 +37,10 @@ from kvwire.reference_sender import ReferenceSender
 from kvwire.wire import FrameReader, FrameType, Role, encode_frame
 
 HERE = Path(__file__).parent
+EXAMPLE_INTRODUCTION = """\
+A latent cache of one layer, three tokens: for each the leaf `latent` of four fp16 elements and the
+leaf `rope` of one, fused in one tensor `mla`; 30 bytes in one segment of one chunk. Left of the bytes
+stands their offset in the stream, in hexadecimal."""
 TICKET, TRANSFER, LINK = b"ticket of vector", b"transfer, vector", b"link of vectors."
 
 
@@ -270,25 +275,47 @@ def hex_lines(data: bytes, offset: int) -> list[str]:
 def annotated(data: bytes, reader: Role) -> list[str]:
     """Return a stream as hexadecimal lines, each structure under a title."""
     lines = ["greeting", *hex_lines(data[:64], 0)]
-    stream = FrameReader(reader)
     offset = 64
-    for header, payload in stream.feed(data):
-        titles = [f"{name} {value}" for name, value in vars(header).items()
-                  if name in ("segment_index", "attempt", "raw_offset", "raw_bytes")
-                  and header.type == FrameType.CHUNK]
-        lines += [", ".join([f"{header.name} header", *titles])]
+    for header, payload in FrameReader(reader).feed(data):
+        lines += [titled(f"{header.name} header", header, ("segment_index", "attempt",
+                                                           "raw_offset", "raw_bytes"))
+                  if header.type == FrameType.CHUNK else f"{header.name} header"]
         lines += hex_lines(data[offset:offset + 64], offset)
         if payload:
-            lines += [f"{header.name} payload", *hex_lines(payload, offset + 64)]
+            lines += [f"{header.name} payload{described(header.type, payload)}",
+                      *hex_lines(payload, offset + 64)]
         offset += 64 + len(payload)
     return lines
+
+
+def titled(title: str, value: object, names: tuple[str, ...]) -> str:
+    fields = ", ".join(f"{name} {getattr(value, name)}" for name in names)
+    return f"{title}: {fields}"
+
+
+def described(kind: int, payload: bytes) -> str:
+    """Return the most telling fields of a payload."""
+    structures = {
+        FrameType.MANIFEST: (Manifest, ("token_start", "token_stop", "source_rank_count",
+                                        "destination_rank_count", "codecs")),
+        FrameType.GRANT: (Grant, ("window_bytes", "codecs", "chunk_bytes_max")),
+        FrameType.SEGMENT: (Segment, ("raw_bytes", "chunk_bytes")),
+        FrameType.SEGMENT_END: (SegmentEnd, ("chunk_count",)),
+        FrameType.END: (End, ("segment_count", "raw_bytes")), FrameType.DONE: (Done, ("raw_bytes",))}
+    if kind == FrameType.RECEIPT:
+        return titled("", Receipt.decode(payload).runs[0], ("segment_index", "chunk_first",
+                                                            "chunk_count"))
+    if kind not in structures:
+        return ""
+    decoder, names = structures[kind]
+    return titled("", decoder.decode(payload), names)
 
 
 def example() -> str:
     sent, answered = transfer("minimal", "", minimal_spec(), (0, 3), items_per_segment=2)
     blocks = [("valid/minimal.bin", "sender", annotated(sent.data, Role.RECEIVER)),
               ("valid/minimal.answers.bin", "receiver", annotated(answered.data, Role.SENDER))]
-    return "\n\n".join(f"What the {who} writes (`{file}`):\n\n```\n" + "\n".join(lines) + "\n```"
+    return EXAMPLE_INTRODUCTION + "\n\n" + "\n\n".join(f"What the {who} writes (`{file}`):\n\n```\n" + "\n".join(lines) + "\n```"
                        for file, who, lines in blocks)
 
 
