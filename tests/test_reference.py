@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_probe import NativeProbe
 from vectors.generate import (
     LINK, TICKET, TRANSFER, all_items, filled, hybrid_spec, minimal_spec, run,
 )
@@ -71,7 +72,7 @@ class ReferenceProbe:
         return {key: array.tobytes() for key, array in arrays.items()}
 
 
-IMPLEMENTATIONS = {"reference": ReferenceProbe}
+IMPLEMENTATIONS = {"reference": ReferenceProbe, "native": NativeProbe}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())

@@ -59,7 +59,8 @@ void add_leaf(MemoryMap& memory, uint8_t kind, uint32_t layer, const std::string
 
 void set_tokens(MemoryMap& memory, uint8_t kind, uint32_t layer, const std::string& leaf,
                 uint64_t origin, uint64_t count, uint64_t start, int64_t stride,
-                uint32_t block_tokens, int64_t block_stride, const Table* table, uint32_t ring) {
+                uint32_t block_tokens, int64_t block_stride, const Table* table, uint32_t ring,
+                uint32_t window) {
     LeafMemory& held = memory.at({static_cast<GroupKind>(kind), layer, leaf});
     held.has_tokens = true;
     held.token_origin = origin;
@@ -70,6 +71,7 @@ void set_tokens(MemoryMap& memory, uint8_t kind, uint32_t layer, const std::stri
     held.block_stride = block_stride;
     if (table) held.block_ids = table->ids;
     held.ring_tokens = ring;
+    held.window_tokens = window;
 }
 
 const GroupDesc& group_of(const std::vector<GroupDesc>& groups, const Item& item) {
@@ -156,7 +158,8 @@ void register_plan(py::module_& module) {
         .def("set_tokens", &set_tokens, py::arg("kind"), py::arg("layer"), py::arg("leaf"),
              py::kw_only(), py::arg("origin"), py::arg("count"), py::arg("start"),
              py::arg("stride"), py::arg("block_tokens") = 0, py::arg("block_stride") = 0,
-             py::arg("table") = nullptr, py::arg("ring_tokens") = 0)
+             py::arg("table") = nullptr, py::arg("ring_tokens") = 0,
+             py::arg("window_tokens") = 0)
         .def("__len__", [](const MemoryMap& memory) { return memory.size(); });
 
     py::class_<Placement, std::shared_ptr<Placement>>(

@@ -7,6 +7,7 @@ void register_checksum(pybind11::module_& module);
 void register_codec(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_wire(pybind11::module_& module);
+void register_probes(pybind11::module_& module);
 void register_transport(pybind11::module_& module);
 
 }  // namespace kvwire
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_native, module) {
     kvwire::register_codec(module);
     kvwire::register_plan(module);
     kvwire::register_wire(module);
+    kvwire::register_probes(module);
     kvwire::register_transport(module);
 }

@@ -96,6 +96,7 @@ struct LeafMemory {
     int64_t block_stride = 0;
     BlockTable block_ids;
     uint32_t ring_tokens = 0;
+    uint32_t window_tokens = 0;    // only so many of the newest are needed; 0: all
 
     uint64_t token_first() const { return token_start > token_origin ? token_start : token_origin; }
     uint64_t token_end() const { return token_origin + token_count; }

@@ -113,7 +113,7 @@ End decode_end(ByteSpan payload) {
     end.metadata_count = in.number<uint16_t>();
     in.zeros(6);
     if (end.segment_count > limits::segment_count_max)
-        in.fail(ErrorCode::LIMIT_EXCEEDED, "segment_count over the limit",
+        in.fail(ErrorCode::INCOMPLETE, "segment_count over the limit",
                 limits::segment_count_max, end.segment_count);
     const size_t metadata_start = in.offset();
     check_metadata(in, end.metadata_count);

@@ -72,6 +72,10 @@ void LaneReader::header_complete() {
     header_ = decode_header(header_bytes_, limits_);
     received_ = 0;
     crc_ = 0;
+    if (closed_)
+        throw Error(ErrorCode::STATE_INVALID,
+                    std::string(frame_type_name(header_.type)) + " after CLOSE");
+    closed_ = header_.type == FrameType::CLOSE;
     if (header_.type == FrameType::CHUNK) {
         state_ = State::CHUNK;
         target_ = handler_.on_chunk(lane_, header_);

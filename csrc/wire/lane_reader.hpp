@@ -66,6 +66,7 @@ private:
     uint8_t header_bytes_[HEADER_BYTES];
     uint32_t received_ = 0;  // of the header or payload, by state
     uint32_t crc_ = 0;
+    bool closed_ = false;  // the peer said CLOSE
     ChunkTarget* target_ = nullptr;
     std::unique_ptr<uint8_t[]> control_;
     size_t control_capacity_ = 0;

@@ -77,7 +77,12 @@ Ticket::Ticket(Options options, std::shared_ptr<const MemoryMap> memory, TicketO
     for (const auto& [key, held] : *memory_) {
         Leaf& leaf = leaves_[key];
         leaf.needed = {0, 1};
-        if (held.has_tokens) leaf.needed = {held.token_first(), held.token_end()};
+        if (held.has_tokens) {
+            leaf.needed = {held.token_first(), held.token_end()};
+            if (held.window_tokens && leaf.needed.stop > held.window_tokens)
+                leaf.needed.start =
+                    std::max(leaf.needed.start, leaf.needed.stop - held.window_tokens);
+        }
         if (leaf.needed.stop > leaf.needed.start)
             leaf.needed_bytes = (leaf.needed.stop - leaf.needed.start) * memory_row_bytes(held);
         leaf.ready = leaf.needed_bytes == 0;
