@@ -1,4 +1,4 @@
-"""Reads cache files (FORMAT.md §7.11): trusts only what a checksum covers, reads only what it must."""
+"""Reads cache files (FORMAT.md §7.11): trusts what a checksum covers, reads what it must."""
 
 from __future__ import annotations
 

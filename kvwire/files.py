@@ -220,7 +220,10 @@ def _new_memory(reader: FileReader, layers: frozenset[int] | None, wanted: Token
 def _new_array(tensor: TensorSpec, tokens: TokenRange) -> np.ndarray:
     shape = [tokens[1] - tokens[0] if spec.axis == Axis.TOKEN else spec.held
              for spec in tensor.axes]
-    return np.empty(shape, _NUMPY_DTYPES[tensor.dtype])
+    dtype = np.dtype(_NUMPY_DTYPES[tensor.dtype])
+    if 0 in shape:  # numpy would give it strides of 0, as a broadcast array has
+        return np.ndarray(shape, dtype, bytearray(), strides=[dtype.itemsize] * len(shape))
+    return np.empty(shape, dtype)
 
 
 def _hull(ranges: Iterable[TokenRange]) -> TokenRange:

@@ -287,8 +287,8 @@ class ReferenceReceiver:
         replicas = memory.claim(manifest.spec, announced.items)
         memory.zero_missing_columns(manifest.spec, announced.items)
         chunks = [ChunkRecord() for _ in range(announced.chunk_count)]
-        transfer.segments[index] = SegmentRecord(payload, announced, tensors[0].dtype.item_bytes, replicas,
-                                             chunks)
+        transfer.segments[index] = SegmentRecord(
+            payload, announced, tensors[0].dtype.item_bytes, replicas, chunks)
         self._check_end(transfer)
 
     def _on_chunk(self, lane: int, header: FrameHeader, payload: bytes | None) -> None:
@@ -324,7 +324,8 @@ class ReferenceReceiver:
         chunk.state, chunk.lane, chunk.attempt = ChunkState.LEASED, lane, header.attempt
         self._lanes[lane].lease = transfer, header.segment_index, chunk
 
-    def _chunk_place(self, transfer: TransferRecord, header: FrameHeader) -> tuple[SegmentRecord, int]:
+    def _chunk_place(self, transfer: TransferRecord, header: FrameHeader
+                     ) -> tuple[SegmentRecord, int]:
         segment = self._segment(transfer, header)
         announced = segment.announced
         number, rest = divmod(header.raw_offset, announced.chunk_bytes)
@@ -344,8 +345,8 @@ class ReferenceReceiver:
                  "not announced", actual=header.segment_index)
         return transfer.segments[header.segment_index]
 
-    def _on_chunk_payload(self, lane: int, transfer: TransferRecord, segment: SegmentRecord, chunk: ChunkRecord,
-                          header: FrameHeader, payload: bytes) -> None:
+    def _on_chunk_payload(self, lane: int, transfer: TransferRecord, segment: SegmentRecord,
+                          chunk: ChunkRecord, header: FrameHeader, payload: bytes) -> None:
         """Verify what the lane's lease allowed to be written."""
         number = header.raw_offset // segment.announced.chunk_bytes
         chunk.state = ChunkState.MISSING
@@ -397,7 +398,8 @@ class ReferenceReceiver:
                           ChunkRun(header.segment_index, 0, 0, segment.digest))
             self._check_transfer(lane, header.transfer_id, transfer)
 
-    def _on_end(self, lane: int, transfer: TransferRecord, header: FrameHeader, payload: bytes) -> None:
+    def _on_end(self, lane: int, transfer: TransferRecord, header: FrameHeader,
+                payload: bytes) -> None:
         end = End.decode(payload)
         if transfer.end and transfer.end != end:
             fail(ErrorCode.INCOMPLETE, "END: contradicts an earlier END",

@@ -22,7 +22,8 @@ from kvwire.wire import (
     payload_rule,
 )
 
-LIMITS = {name: value for name, value in vars(limits).items() if name[0].isupper()}
+LIMITS = {name: value for name, value in vars(limits).items() 
+          if name.isupper() and not name.startswith("_")}
 TEXT = (Path(kvwire.__file__).parent / "FORMAT.md").read_text()
 
 
@@ -118,7 +119,8 @@ def test_frame_types():
 PAYLOAD_BYTES = {
     "64 to control_bytes_max": (64, 1000, 1), "16": (16, 16, 1), "8": (8, 8, 1),
     "16 + 24 × items": (40, 16 + 24 * limits.ITEM_COUNT_MAX, 24), "48": (48, 48, 1),
-    "1 to payload_bytes_max": (1, 2000, 1), "24 + metadata": (24, 24 + limits.METADATA_BYTES_MAX, 1),
+    "1 to payload_bytes_max": (1, 2000, 1),
+    "24 + metadata": (24, 24 + limits.METADATA_BYTES_MAX, 1),
     "16 × entries": (16, 16 * limits.RECEIPT_COUNT_MAX, 16), "32": (32, 32, 1), "0": (0, 0, 1),
     "24 × entries": (24, 24 * limits.REPAIR_COUNT_MAX, 24),
     "32 + message": (32, 32 + limits.MESSAGE_BYTES_MAX, 1),

@@ -39,8 +39,8 @@ from kvwire.wire import FrameReader, FrameType, Role, encode_frame
 HERE = Path(__file__).parent
 EXAMPLE_INTRODUCTION = """\
 A latent cache of one layer, three tokens: for each the leaf `latent` of four fp16 elements and the
-leaf `rope` of one, fused in one tensor `mla`; 30 bytes in one segment of one chunk. Left of the bytes
-stands their offset in the stream, in hexadecimal."""
+leaf `rope` of one, fused in one tensor `mla`; 30 bytes in one segment of one chunk. Left of the
+bytes stands their offset in the stream, in hexadecimal."""
 TICKET, TRANSFER, LINK = b"ticket of vector", b"transfer, vector", b"link of vectors."
 
 
@@ -301,7 +301,8 @@ def described(kind: int, payload: bytes) -> str:
         FrameType.GRANT: (Grant, ("window_bytes", "codecs", "chunk_bytes_max")),
         FrameType.SEGMENT: (Segment, ("raw_bytes", "chunk_bytes")),
         FrameType.SEGMENT_END: (SegmentEnd, ("chunk_count",)),
-        FrameType.END: (End, ("segment_count", "raw_bytes")), FrameType.DONE: (Done, ("raw_bytes",))}
+        FrameType.END: (End, ("segment_count", "raw_bytes")),
+        FrameType.DONE: (Done, ("raw_bytes",))}
     if kind == FrameType.RECEIPT:
         return titled("", Receipt.decode(payload).runs[0], ("segment_index", "chunk_first",
                                                             "chunk_count"))
@@ -315,8 +316,9 @@ def example() -> str:
     sent, answered = transfer("minimal", "", minimal_spec(), (0, 3), items_per_segment=2)
     blocks = [("valid/minimal.bin", "sender", annotated(sent.data, Role.RECEIVER)),
               ("valid/minimal.answers.bin", "receiver", annotated(answered.data, Role.SENDER))]
-    return EXAMPLE_INTRODUCTION + "\n\n" + "\n\n".join(f"What the {who} writes (`{file}`):\n\n```\n" + "\n".join(lines) + "\n```"
-                       for file, who, lines in blocks)
+    return "\n\n".join([EXAMPLE_INTRODUCTION, *(
+        f"What the {who} writes (`{file}`):\n\n```\n" + "\n".join(lines) + "\n```"
+        for file, who, lines in blocks)])
 
 
 def all_vectors() -> list[Vector]:
