@@ -12,6 +12,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,12 +149,17 @@ def hybrid_spec(block_tokens: int = 16) -> CacheSpec:
         convolution([0, 1], {"q": 8, "k": 8, "v": 16}, columns=3)))
 
 
-def repaired(data: bytes, seen=[]) -> bytes:
-    """Damage the first CHUNK that passes by, once."""
-    if data[2] == FrameType.CHUNK and data[:2] == b"KW" and not seen:
-        seen.append(True)
-        return data[:-1] + bytes((data[-1] ^ 1,))
-    return data
+def damage_once() -> Callable[[bytes], bytes]:
+    """Return what flips a bit of the first CHUNK that passes by, and of no other."""
+    left = [1]
+
+    def damage(data: bytes) -> bytes:
+        if data[:3] == bytes((*b"KW", FrameType.CHUNK)) and left:
+            left.pop()
+            return data[:-1] + bytes((data[-1] ^ 1,))
+        return data
+
+    return damage
 
 
 def tensor_parallel() -> Vector:
@@ -257,7 +263,7 @@ def valid_vectors() -> list[Vector]:
         *transfer("lz4", "chunks coded by LZ4 over byte planes", hybrid_spec(), (0, 200),
                   codec=Codec.LZ4, items_per_segment=3),
         *transfer("repaired", "a chunk with a flipped bit, and its second attempt",
-                  hybrid_spec(), (0, 20), damage=repaired),
+                  hybrid_spec(), (0, 20), damage=damage_once()),
         *transfer("zero_tokens", "no token: states only", hybrid_spec(), (9, 9)),
         *transfer("hnd", "fused HND pages of 4 tokens into contiguous NHD", heads, (3, 14),
                   into=CacheSpec("hnd", (attention([0], kv_heads=2, head_dim=4),))),
