@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvwire.errors import ErrorCode, ForkedError, KvwireError, UsageError, error_from_code
+from kvwire.errors import (
+    ErrorCode, ForkedError, KvwireError, TransferTimeout, UsageError, error_from_code,
+)
 
 __all__ = ["Endpoint", "Handle", "Progress"]
+
+WAIT_SLICE_S = 0.1
+SECONDS_MAX = 1e8  # three years: beyond it clocks overflow
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class Endpoint:
     def __init__(self, native: object):
         self._native = native
         self._pid = os.getpid()
-        self._lent: dict[int, tuple[Handle, object]] = {}
+        self._lent: dict[int, tuple[object, object]] = {}  # native handle, memory
+        self._lent_lock = threading.Lock()
         self._waiters: dict[int, list[tuple[Callable[[], bool], asyncio.Future]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer = weakref.finalize(self, _close, native, self._lent, self._pid)
@@ -52,8 +61,13 @@ class Endpoint:
 
         When it returns no array that was lent is read or written any more.
         """
-        self._detach_loop()
         self._finalizer()
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(self._leave_loop)
+            except RuntimeError:  # closed meanwhile: nobody waits there any more
+                pass
 
     def stats(self) -> dict[str, int]:
         """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,
@@ -80,13 +94,22 @@ class Endpoint:
             raise UsageError(f"this {type(self).__name__} is closed")
         return self._native
 
-    def _lend(self, handle: Handle, memory: object) -> None:
-        for number in [n for n, (lent, _) in self._lent.items() if lent.done()]:
-            del self._lent[number]
-        self._lent[handle._native.number] = (handle, memory)
+    def _lend(self, native_handle: object, memory: object) -> None:
+        with self._lent_lock:
+            for number, (lent, _) in list(self._lent.items()):
+                if _has_ended(lent):
+                    del self._lent[number]
+            self._lent[native_handle.number] = (native_handle, memory)
+
+    def _return(self, native_handle: object) -> None:
+        """Let go of what was lent for a transfer or ticket that has ended."""
+        with self._lent_lock:
+            self._lent.pop(native_handle.number, None)
 
     async def _until(self, handle: Handle, condition: Callable[[], bool]) -> None:
         """Wait on the running event loop until `condition()`, checked at each news of `handle`."""
+        if condition():
+            return
         native = self._checked()
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
@@ -109,8 +132,13 @@ class Endpoint:
             self._loop.remove_reader(self._native.event_fd())
         self._loop = None
 
-    def _on_events(self) -> None:
-        for number in self._native.drain_events():
+    def _leave_loop(self) -> None:
+        """After close: all has ended, so everybody who waits wakes up."""
+        self._detach_loop()
+        self._wake(list(self._waiters))
+
+    def _wake(self, numbers: list[int]) -> None:
+        for number in numbers:
             for condition, future in list(self._waiters.get(number, ())):
                 if not future.done() and condition():
                     future.set_result(None)
@@ -118,7 +146,7 @@ class Endpoint:
 
 def _drain(endpoint: weakref.ref) -> None:
     if (found := endpoint()) is not None:
-        found._on_events()
+        found._wake(found._native.drain_events())
 
 
 def _close(native: object, lent: dict, pid: int) -> None:
@@ -139,9 +167,13 @@ class Handle:
         """128-bit name, 32 hexadecimal digits."""
         return self._native.id.hex()
 
+    def __del__(self):
+        if (native := getattr(self, "_native", None)) is not None and _has_ended(native):
+            self._endpoint._return(native)
+
     def done(self) -> bool:
         """True when delivered or failed."""
-        return self.progress().ended
+        return _has_ended(self._native)
 
     def progress(self) -> Progress:
         return Progress(*self._native.progress()[:5])
@@ -160,19 +192,34 @@ class Handle:
 
     def _wait(self, timeout_s: float | None, on_progress: Callable[[Progress], object] | None,
               wait: Callable[[float], bool]) -> None:
-        self._endpoint_must_be_ours()
-        if on_progress is None:
-            finished = wait(-1.0 if timeout_s is None else timeout_s)
-        else:
-            finished = _wait_reporting(timeout_s, lambda: on_progress(self.progress()), wait)
-        if not finished:
+        report = None if on_progress is None else lambda: on_progress(self.progress())
+        if not self._wait_for(timeout_s, wait, report):
             raise error_from_code(ErrorCode.DEADLINE_EXCEEDED,
                                   f"{type(self).__name__.lower()} {self.id} has not ended within "
                                   f"{timeout_s} s; it goes on: wait again or cancel it")
 
-    def _endpoint_must_be_ours(self) -> None:
+    def _wait_for(self, timeout_s: float | None, wait: Callable[[float], bool],
+                  report: Callable[[], object] | None = None) -> bool:
+        """Call `wait` until it is True, in slices between which Python handles signals."""
         if os.getpid() != self._endpoint._pid:
             self._endpoint._checked()
+        timeout_s = seconds(timeout_s, "timeout_s")
+        end = math.inf if timeout_s < 0 else time.monotonic() + timeout_s
+        while True:
+            left = end - time.monotonic()
+            finished = wait(max(0.0, min(WAIT_SLICE_S, left)))
+            if report is not None:
+                report()
+            if finished or left <= WAIT_SLICE_S and time.monotonic() >= end:
+                return finished
+
+    def _outcome(self) -> Progress:
+        """Return the final progress or raise what ended it; the memory is given back."""
+        if _has_ended(self._native):
+            self._endpoint._return(self._native)
+        if (error := self.exception()) is not None:
+            raise error
+        return self.progress()
 
     def _error(self, fields: tuple | None) -> KvwireError | None:
         if fields is None:
@@ -182,16 +229,17 @@ class Handle:
                                remote=remote)
 
 
-def _wait_reporting(timeout_s: float | None, report: Callable[[], object],
-                    wait: Callable[[float], bool], interval_s: float = 0.1) -> bool:
-    left = float("inf") if timeout_s is None else timeout_s
-    while True:
-        step = min(interval_s, left)
-        finished = wait(step)
-        report()
-        left -= step
-        if finished or left <= 0:
-            return finished
+def _has_ended(native_handle: object) -> bool:
+    return native_handle.progress()[4]
+
+
+def seconds(value: float | None, what: str) -> float:
+    """Take a time span in seconds; None and infinity, for ever, become -1."""
+    if value is None or value == math.inf:
+        return -1.0
+    if not value >= 0:
+        raise UsageError(f"{what} is {value}; it must not be negative")
+    return min(float(value), SECONDS_MAX)
 
 
 def split_address(address: str, what: str = "address") -> tuple[str, int]:
@@ -225,5 +273,18 @@ def ranks_of(value: tuple[int, int] | int, what: str) -> tuple[int, int]:
     return rank, count
 
 
-def merged(entries: Mapping[str, object], later: Mapping[str, object]) -> dict[str, object]:
-    return {**entries, **later}
+def wait_connected(native: object, link: bytes, timeout_s: float) -> None:
+    """Wait until a dialled link has a lane, in slices between which Python handles signals."""
+    end = time.monotonic() + nanoseconds(timeout_s, "timeout_s") / 1e9
+    while True:
+        try:
+            return native.wait_connected(link, max(0.0, min(WAIT_SLICE_S, end - time.monotonic())))
+        except TransferTimeout as error:
+            if error.code != ErrorCode.DEADLINE_EXCEEDED or time.monotonic() >= end:
+                raise
+
+
+def nanoseconds(value: float, what: str) -> int:
+    """A time span in seconds as nanoseconds, bounded."""
+    span = seconds(value, what)
+    return int((SECONDS_MAX if span < 0 else span) * 1e9)

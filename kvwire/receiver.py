@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 
 from kvwire import _native, limits
-from kvwire.structure import Cursor
 from kvwire.errors import KvwireError, TransferError, UsageError
-from kvwire.handles import Endpoint, Handle, Progress, id_bytes, ranks_of, split_address
+from kvwire.handles import (
+    Endpoint, Handle, Progress, id_bytes, nanoseconds, ranks_of, seconds, split_address,
+    wait_connected,
+)
 from kvwire.manifest import decode_metadata
 from kvwire.memory import CacheMemory
+from kvwire.structure import Cursor
 
 __all__ = ["Receiver", "Ticket"]
 
@@ -37,8 +40,8 @@ class Receiver(Endpoint):
             raise UsageError("window_bytes must hold a chunk, and transfers_max at least 1")
         super().__init__(_native.ReceiverEndpoint({
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
-            "transfers_max": transfers_max, "patience_ns": int(patience_s * 1e9),
-            "connect_timeout_ns": int(connect_timeout_s * 1e9)}))
+            "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
+            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s")}))
         self._connect_timeout_s = connect_timeout_s
         self._dialled: dict[str, bytes] = {}
         self.address: str | None = None
@@ -73,16 +76,16 @@ class Receiver(Endpoint):
         name = _native.random_id() if ticket_id is None else id_bytes(ticket_id, "ticket_id")
         handle = native.bind(name, memory.spec.model, *memory.tokens, ranks, count, rank,
                              destination_count, memory.native,
-                             -1.0 if deadline_s is None else deadline_s)
+                             seconds(deadline_s, "deadline_s"))
         ticket = Ticket(self, handle, memory)
-        self._lend(ticket, memory)
+        self._lend(ticket._native, memory)
         return ticket
 
     def dial(self, address: str, *, lanes: int = 2, timeout_s: float | None = None) -> str:
         """Make a link to a listening `Sender`; returns its id. Raises what went wrong."""
         native = self._checked()
         link = native.dial(*split_address(address), lanes)
-        native.wait_connected(link, self._connect_timeout_s if timeout_s is None else timeout_s)
+        wait_connected(native, link, self._connect_timeout_s if timeout_s is None else timeout_s)
         self._dialled[address] = link
         return link.hex()
 
@@ -186,11 +189,6 @@ class Ticket(Handle):
     def __await__(self) -> Generator[object, None, Progress]:
         yield from self._endpoint._until(self, self.done).__await__()
         return self._outcome()
-
-    def _outcome(self) -> Progress:
-        if (error := self.exception()) is not None:
-            raise error
-        return self.progress()
 
     def _layer_outcome(self, layer: int) -> None:
         if layer in self._native.layers_ready():

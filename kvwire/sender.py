@@ -7,8 +7,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from kvwire import _native, limits
 from kvwire.codec import Codec
 from kvwire.control import Item
-from kvwire.errors import UnsupportedError, UsageError
-from kvwire.handles import Endpoint, Handle, Progress, id_bytes, ranks_of, split_address
+from kvwire.errors import UsageError
+from kvwire.handles import (
+    Endpoint, Handle, Progress, id_bytes, nanoseconds, ranks_of, seconds, split_address,
+    wait_connected,
+)
 from kvwire.layout import CacheSpec
 from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
@@ -43,7 +46,8 @@ class Sender(Endpoint):
             raise UsageError(f"chunk_bytes is {chunk_bytes}; it must be a multiple of "
                              f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
         super().__init__(_native.SenderEndpoint({
-            "chunk_bytes": chunk_bytes, "connect_timeout_ns": int(connect_timeout_s * 1e9)}))
+            "chunk_bytes": chunk_bytes,
+            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s")}))
         self._codec = Codec.of(codec)
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
@@ -58,8 +62,8 @@ class Sender(Endpoint):
 
     def connect(self, timeout_s: float | None = None) -> None:
         """Wait until the link has a lane; raises what went wrong. Not needed before `open`."""
-        self._checked().wait_connected(
-            self._live_link(), self._connect_timeout_s if timeout_s is None else timeout_s)
+        native, link = self._checked(), self._live_link()
+        wait_connected(native, link, self._connect_timeout_s if timeout_s is None else timeout_s)
 
     def open(self, ticket: str | bytes, memory: CacheMemory, *, carry: CacheSpec | None = None,
              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
@@ -85,7 +89,7 @@ class Sender(Endpoint):
         manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
                                   destination_rank, metadata)
         handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
-                             self._codec_number(codec), _deadline(deadline_s))
+                             self._codec_number(codec), seconds(deadline_s, "deadline_s"))
         return self._started(Transfer(self, handle, memory, manifest.spec))
 
     def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
@@ -102,7 +106,7 @@ class Sender(Endpoint):
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
                                   metadata)
         handle = native.offer(name, manifest.encode(), memory.native, self._codec_number(codec),
-                              _deadline(deadline_s))
+                              seconds(deadline_s, "deadline_s"))
         return self._started(Offer(self, handle, memory, manifest.spec, name))
 
     def send(self, ticket: str | bytes, memory: CacheMemory, **options: object) -> Transfer:
@@ -112,6 +116,9 @@ class Sender(Endpoint):
     def _manifest(self, ticket: bytes, memory: CacheMemory, carry: CacheSpec | None,
                   source_rank: object, destination_rank: object,
                   metadata: Mapping[str, object] | None) -> Manifest:
+        if not isinstance(memory, CacheMemory):
+            raise UsageError(f"{type(memory).__name__} is no CacheMemory: describe the arrays "
+                             "with kvwire.CacheMemory(spec, arrays, ...)")
         spec = carry if carry is not None else memory.spec
         if [(g.kind, g.layers) for g in spec.groups] != [(g.kind, g.layers)
                                                          for g in memory.spec.groups]:
@@ -122,7 +129,7 @@ class Sender(Endpoint):
                         codecs=1 | 1 << Codec.LZ4, metadata=metadata or {})
 
     def _started(self, transfer: Transfer) -> Transfer:
-        self._lend(transfer, transfer.memory)
+        self._lend(transfer._native, transfer.memory)
         return transfer
 
     def _codec_number(self, codec: str | None) -> int:
@@ -165,6 +172,8 @@ class Transfer(Handle):
         Each byte may be pushed once. States are final only when prefill of the layer has ended;
         pass ``states=False`` while it has not.
         """
+        if not any(layer in group.layers for group in self.spec.groups):
+            raise UsageError(f"layer {layer} is not in the transfer's spec")
         return self.push_items(self.memory.items(layer, tokens, states))
 
     def push_items(self, items: Sequence[Item]) -> Push:
@@ -207,11 +216,6 @@ class Transfer(Handle):
         yield from self._endpoint._until(self, self.done).__await__()
         return self._outcome()
 
-    def _outcome(self) -> Progress:
-        if (error := self.exception()) is not None:
-            raise error
-        return self.progress()
-
 
 class Offer(Transfer):
     """A transfer that starts when a receiver pulls it.
@@ -243,23 +247,8 @@ class Push:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the completion; False when it has not come in time."""
-        self._transfer._endpoint_must_be_ours()
-        return self._transfer._native.wait_push(
-            self._number, -1.0 if timeout_s is None else timeout_s)
+        return self._transfer._wait_for(
+            timeout_s, lambda s: self._transfer._native.wait_push(self._number, s))
 
     def __await__(self) -> Generator[object, None, None]:
         return self._transfer._endpoint._until(self._transfer, self.done).__await__()
-
-
-def _deadline(deadline_s: float | None) -> float:
-    if deadline_s is not None and deadline_s < 0:
-        raise UsageError(f"deadline_s is {deadline_s}; it must not be negative")
-    return -1.0 if deadline_s is None else deadline_s
-
-
-def require_cpu_memory(memory: object) -> CacheMemory:
-    """Refuse anything but a CacheMemory by name."""
-    if not isinstance(memory, CacheMemory):
-        raise UnsupportedError(f"{type(memory).__name__} is no CacheMemory: describe the arrays "
-                               "with kvwire.CacheMemory(spec, arrays, ...)")
-    return memory

@@ -113,8 +113,11 @@ protected:
             const Bytes last = written(*out);
             lane.last_words.insert(lane.last_words.end(), last.begin(), last.end());
         }
-        if (lane.reader) machine().lane_lost(index, why);
+        if (lane.reader) machine().lane_lost(index);
         lane.reader.reset();
+        for (const auto& [other, state] : lanes_)
+            if (state.error == ErrorCode::OK) return;
+        machine().fail_all(Error(ErrorCode::LINK_LOST, "the last lane was lost: " + why.message));
     }
 
     static Bytes written(LaneWriter& out) {

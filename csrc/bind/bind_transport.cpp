@@ -73,6 +73,7 @@ py::dict stats_of(Endpoint& endpoint) {
     result["send_calls"] = stats.send_calls;
     result["receive_calls"] = stats.receive_calls;
     result["lanes_lost"] = stats.lanes_lost;
+    result["internal_errors"] = stats.internal_errors;
     return result;
 }
 

@@ -149,6 +149,7 @@ EndpointStats Endpoint::stats() {
     EndpointStats stats;
     loop_->call([&] {
         stats = counters_;
+        stats.internal_errors = loop_->internal_errors();
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
             stats.open_transfers +=
@@ -183,9 +184,9 @@ std::shared_ptr<TicketHandle> ReceiverEndpoint::bind(Ticket::Options options,
     const Id ticket_id = options.id;
     auto handle = std::make_shared<TicketHandle>(loop_, notifier_, *this, std::move(options),
                                                  std::move(memory));
-    const bool running = loop_->post([this, handle, ticket_id, deadline_s] {
-        handle->hold(handle);
+    const bool running = loop_->call([&] {
         tickets_.add(handle->ticket_);
+        handle->hold(handle);
         if (deadline_s >= 0)
             handle->deadline_ = loop_->timer(after(deadline_s), [handle] {
                 handle->deadline_.reset();
@@ -269,12 +270,12 @@ std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest
 std::shared_ptr<TransferHandle> SenderEndpoint::offer(const Id& offer_id, Manifest manifest,
                                                       std::shared_ptr<const MemoryMap> memory,
                                                       uint8_t codec, double deadline_s) {
-    const uint16_t rank = manifest.destination_rank;
+    const OfferBook::Key key{offer_id, manifest.source_rank, manifest.destination_rank};
     auto handle = make(std::move(manifest), std::move(memory), codec);
-    const bool running = loop_->post([this, handle, offer_id, rank, deadline_s] {
+    const bool running = loop_->post([this, handle, key, deadline_s] {
         handle->hold(handle);
         handle->transfer_->offered = true;
-        if (!offers_.offers.emplace(OfferBook::Key{offer_id, rank}, handle->transfer_).second) {
+        if (!offers_.offers.emplace(key, handle->transfer_).second) {
             handle->transfer_->ended = true;
             return handle->on_end(Error(ErrorCode::USAGE, "the offer id is in use"));
         }

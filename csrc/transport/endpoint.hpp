@@ -28,6 +28,7 @@ struct EndpointStats {
     uint64_t send_calls = 0;
     uint64_t receive_calls = 0;
     uint64_t lanes_lost = 0;
+    uint64_t internal_errors = 0;  // anything but 0 is a bug: please report it
 };
 
 class Endpoint {

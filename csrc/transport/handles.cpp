@@ -1,5 +1,7 @@
 #include "transport/handles.hpp"
 
+#include <algorithm>
+
 #include "transport/endpoint.hpp"
 
 namespace kvwire {
@@ -44,9 +46,31 @@ TransferHandle::TransferHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notif
                                std::shared_ptr<const MemoryMap> memory, uint8_t codec)
     : Handle(std::move(loop), std::move(notifier)), endpoint_(endpoint),
       transfer_(std::make_shared<SendTransfer>(id, std::move(manifest), std::move(memory), codec,
-                                               *this)) {}
+                                               *this)),
+      groups_(transfer_->manifest.groups), token_start_(transfer_->manifest.token_start),
+      token_stop_(transfer_->manifest.token_stop) {}
+
+void TransferHandle::check(const Item& item) const {
+    const auto refuse = [&](const std::string& what) {
+        throw Error(ErrorCode::USAGE, "push: item (group " + std::to_string(item.group) +
+                                          ", tensor " + std::to_string(item.tensor) + ", layer " +
+                                          std::to_string(item.layer) + "): " + what);
+    };
+    if (item.group >= groups_.size()) refuse("the spec has no such group");
+    const GroupDesc& group = groups_[item.group];
+    if (item.tensor >= group.tensors.size()) refuse("the group has no such tensor");
+    if (!std::binary_search(group.layers.begin(), group.layers.end(), item.layer))
+        refuse("the group has no such layer");
+    const bool has_tokens = group.tensors[item.tensor].has_tokens();
+    if (item.token_stop < item.token_start ||
+        (has_tokens ? item.token_start < token_start_ || item.token_stop > token_stop_
+                    : item.token_stop != 0))
+        refuse("tokens [" + std::to_string(item.token_start) + ", " +
+               std::to_string(item.token_stop) + ") are not part of the transfer");
+}
 
 uint32_t TransferHandle::push(std::vector<Item> items) {
+    for (const Item& item : items) check(item);
     std::lock_guard<std::mutex> lock(mutex_);
     if (finished_)
         throw Error(ErrorCode::USAGE, "push after finish: the transfer's end has been announced");

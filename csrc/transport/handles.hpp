@@ -82,8 +82,12 @@ public:
 
 private:
     friend class SenderEndpoint;
+    void check(const Item& item) const;
     SenderEndpoint& endpoint_;  // touched on the loop thread only
     const std::shared_ptr<SendTransfer> transfer_;
+    // As opened: a PULL may narrow the manifest's tokens later, on the loop thread.
+    const std::vector<GroupDesc> groups_;
+    const uint64_t token_start_, token_stop_;
     std::vector<PushState> pushes_;
     bool finished_ = false;
 };

@@ -72,13 +72,12 @@ void Lane::on_events(uint32_t epoll_events) {
     }
     if (epoll_events & EPOLLOUT) blocked_ = false;
     if (epoll_events & (EPOLLIN | EPOLLHUP | EPOLLERR)) guarded(&Lane::read);
-    if (state_ == State::CLOSED) return;
-    if (state_ == State::OPEN) {
-        const auto link = link_;
-        link->pump();
-    } else {
-        write();
-    }
+    if (state_ != State::CLOSED) guarded(&Lane::pump);
+}
+
+void Lane::pump() {
+    const auto link = link_;
+    state_ == State::OPEN ? link->pump() : write();
 }
 
 bool Lane::read_greeting() {

@@ -28,9 +28,15 @@ void Link::lane_closed(uint32_t lane, const Lane* socket, const Error& why) {
     if (found == lanes_.end() || found->second.get() != socket) return;
     const auto alive = shared_from_this();
     lanes_.erase(found);
-    receive ? receive->lane_lost(lane, why) : send->lane_lost(lane, why);
-    if (!this->alive()) return endpoint_.link_lost(*this, why);
-    pump();
+    receive ? receive->lane_lost(lane) : send->lane_lost(lane);
+    if (this->alive()) return pump();
+    lost(Error(ErrorCode::LINK_LOST, "the last lane to the peer was lost: " + why.message,
+               why.expected, why.actual, why.offset));
+}
+
+void Link::lost(const Error& why) {
+    receive ? receive->fail_all(why) : send->fail_all(why);
+    endpoint_.link_lost(*this, why);
 }
 
 void Link::dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count) {
@@ -56,10 +62,7 @@ void Link::dial_failed(const Error& why) {
     const auto alive = shared_from_this();
     if (dialling_ > 0) --dialling_;
     if (this->alive()) return;
-    const Error error(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message);
-    if (send) send->fail_all(error);
-    if (receive) receive->fail_all(error);
-    endpoint_.link_lost(*this, error);
+    lost(Error(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message));
 }
 
 void Link::pump() {

@@ -31,6 +31,7 @@ private:
     void watch();
     void read();
     bool read_greeting();
+    void pump();
     void greeted(const Greeting& peer);
     void open(const Greeting& peer);
     void guarded(void (Lane::*step)());
@@ -84,6 +85,7 @@ private:
     bool pumping_ = false, pump_again_ = false;
     std::optional<Loop::TimerKey> expiry_;
     void schedule_expiry();
+    void lost(const Error& why);
 };
 
 }  // namespace kvwire

@@ -66,6 +66,7 @@ bool Loop::call(const Task& task) {
         std::mutex mutex;
         std::condition_variable done;
         bool finished = false, ran = false;
+        std::exception_ptr thrown;
     };
     // The waiter is released also when the loop drops the task unrun.
     struct Guard {
@@ -80,14 +81,29 @@ bool Loop::call(const Task& task) {
     const auto sync = std::make_shared<Sync>();
     auto guard = std::make_shared<Guard>(sync);
     const bool posted = post([&task, guard = std::move(guard)] {
-        task();
+        try {
+            task();
+        } catch (...) {
+            guard->sync->thrown = std::current_exception();
+        }
         std::lock_guard<std::mutex> lock(guard->sync->mutex);
         guard->sync->ran = true;
     });
     if (!posted) return false;
     std::unique_lock<std::mutex> lock(sync->mutex);
     sync->done.wait(lock, [&] { return sync->finished; });
+    if (sync->thrown) std::rethrow_exception(sync->thrown);
     return sync->ran;
+}
+
+// An error that reaches this far is a bug of ours, or no memory: the thread, and all other
+// transfers, outlive it.
+void Loop::guarded(const Task& task) {
+    try {
+        task();
+    } catch (...) {
+        ++internal_errors_;
+    }
 }
 
 void Loop::watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> handler) {
@@ -127,7 +143,7 @@ void Loop::run_tasks() {
         tasks.swap(tasks_);
     }
     for (Task& task : tasks) {
-        task();
+        guarded(task);
         task = nullptr;  // what it holds dies before the next one runs
     }
 }
@@ -142,7 +158,7 @@ int Loop::run_timers() {
         }
         const Task task = std::move(first->second);
         timers_.erase(first);
-        task();
+        guarded(task);
     }
     return -1;
 }
@@ -169,7 +185,7 @@ void Loop::run() {
             if (found == watches_.end() || found->second.serial != events[i].data.u64 >> 32)
                 continue;
             const std::shared_ptr<Handler> alive = found->second.handler;
-            alive->on_events(events[i].events);
+            guarded([&] { alive->on_events(events[i].events); });
         }
         run_tasks();
     }

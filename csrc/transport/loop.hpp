@@ -33,7 +33,8 @@ public:
 
     // From any thread. False (and the task is dropped) when the loop has stopped.
     bool post(Task task);
-    // Runs `task` on the loop and waits for it; on the loop's own thread runs it at once.
+    // Runs `task` on the loop and waits for it; on the loop's own thread runs it at once. What it
+    // throws is thrown here.
     bool call(const Task& task);
 
     // On the loop thread only. A watched handler is kept alive until unwatch().
@@ -46,9 +47,11 @@ public:
     static uint64_t now_ns();
     void stop();
     bool forked() const { return ::getpid() != process_; }
+    uint64_t internal_errors() const { return internal_errors_; }
 
 private:
     void run();
+    void guarded(const Task& task);
     void run_tasks();
     int run_timers();  // milliseconds until the next one, -1: none
 
@@ -57,6 +60,7 @@ private:
     std::vector<Task> tasks_;
     bool stopped_ = false;
     std::atomic<bool> stopping_{false};
+    std::atomic<uint64_t> internal_errors_{0};
     const pid_t process_ = ::getpid();
     struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
     std::map<int, Watch> watches_;

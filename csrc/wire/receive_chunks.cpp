@@ -274,7 +274,7 @@ void ReceiveLink::maybe_done(uint32_t lane_index, Transfer& transfer) {
     const auto ticket = transfer.ticket;
     ticket->observer().on_metadata(manifest.source_rank, manifest.metadata,
                                    manifest.metadata_count, end.metadata, end.metadata_count);
-    ticket->transfer_done(manifest);
+    ticket->transfer_done(id, manifest);
     remember(id, {done, {}});
     forget(id);
     auto& receipts = lanes_.at(lane_index).receipts;  // DONE says it all

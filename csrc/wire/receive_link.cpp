@@ -59,30 +59,28 @@ void ReceiveLink::fail_all(const Error& error) {
     waiting_bytes_ = 0;
     const auto pulls = std::move(pulls_);
     pulls_.clear();
-    for (const auto& [ticket_id, pull] : pulls)
-        if (const auto ticket = tickets_.find(ticket_id)) ticket->fail(error);
+    for (const auto& [key, pull] : pulls)
+        if (const auto ticket = tickets_.find(key.first)) ticket->fail(error);
 }
 
 LaneWriter& ReceiveLink::lane_opened(uint32_t lane) {
     const bool first = lanes_.empty();
     LaneWriter& writer = lanes_[lane].writer;
-    if (first)
-        for (const auto& [ticket_id, pull] : pulls_) send(FrameType::PULL, ticket_id, encode(pull));
+    if (first) repeat_pulls();
     return writer;
 }
 
-void ReceiveLink::lane_lost(uint32_t lane, const Error& why) {
+void ReceiveLink::lane_lost(uint32_t lane) {
     const auto found = lanes_.find(lane);
     if (found == lanes_.end()) return;
     revoke_lease(found->second);
     lanes_.erase(found);
-    if (!lanes_.empty()) {
-        // A PULL is the one frame that no answer of ours follows from: say it again.
-        for (const auto& [ticket_id, pull] : pulls_) send(FrameType::PULL, ticket_id, encode(pull));
-        return;
-    }
-    fail_all(Error(ErrorCode::LINK_LOST, "the last lane to the sender was lost: " + why.message,
-                   why.expected, why.actual, why.offset));
+    repeat_pulls();
+}
+
+// A PULL is the one frame that no answer of ours follows from.
+void ReceiveLink::repeat_pulls() {
+    for (const auto& [key, pull] : pulls_) send(FrameType::PULL, key.first, encode(pull));
 }
 
 void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) {
@@ -126,7 +124,7 @@ void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payl
                     options_.transfers_max, transfers_.size() + waiting_.size());
     auto manifest = std::make_unique<Manifest>(decode_manifest(payload));
     const Id ticket_id = manifest->ticket_id;
-    pulls_.erase(ticket_id);
+    pulls_.erase({ticket_id, manifest->source_rank});
     if (auto ticket = tickets_.find(ticket_id))
         return open(id, payload, std::move(manifest), std::move(ticket));
     if (tickets_.was_removed(ticket_id))
@@ -351,13 +349,20 @@ void ReceiveLink::on_abort(const FrameHeader& header, ByteSpan payload) {
         waiting_bytes_ -= waiting->payload.size();
         waiting_.erase(waiting);
     }
-    if (pulls_.erase(id))
+    const size_t pulled = pulls_.size();
+    pull_withdrawn(id);
+    if (pulls_.size() != pulled)
         if (const auto ticket = tickets_.find(id)) ticket->fail(error);
 }
 
 void ReceiveLink::pull(const Id& ticket_id, const Pull& pull) {
-    pulls_[ticket_id] = pull;
-    if (!lanes_.empty()) send(FrameType::PULL, ticket_id, encode(pull));
+    pulls_[{ticket_id, pull.source_rank}] = pull;
+    send(FrameType::PULL, ticket_id, encode(pull));
+}
+
+void ReceiveLink::pull_withdrawn(const Id& ticket_id) {
+    for (auto it = pulls_.begin(); it != pulls_.end();)
+        it = it->first.first == ticket_id ? pulls_.erase(it) : std::next(it);
 }
 
 void ReceiveLink::send_close() {

@@ -52,7 +52,8 @@ public:
     ~ReceiveLink() override;
 
     LaneWriter& lane_opened(uint32_t lane);
-    void lane_lost(uint32_t lane, const Error& why);
+    // With its last lane lost a link waits for another, or for fail_all().
+    void lane_lost(uint32_t lane);
     bool has_lanes() const { return !lanes_.empty(); }
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
@@ -65,7 +66,7 @@ public:
     // A ticket was bound: opens the transfers that wait for it.
     void ticket_added(const Id& ticket_id);
     void pull(const Id& ticket_id, const Pull& pull);
-    void pull_withdrawn(const Id& ticket_id) { pulls_.erase(ticket_id); }
+    void pull_withdrawn(const Id& ticket_id);
 
     // Gives up on manifests that have waited too long; returns when to call again (0: never).
     uint64_t expire(uint64_t now_ns);
@@ -162,6 +163,7 @@ private:
     void remember(const Id& transfer_id, Ended ended);
     void send_grant(const Transfer& transfer);
     void send(FrameType type, const Id& transfer_id, const Bytes& payload);
+    void repeat_pulls();
     Transfer* find(const Id& transfer_id);
     bool is_waiting(const Id& transfer_id) const;
 
@@ -171,7 +173,7 @@ private:
     std::map<uint32_t, Lane> lanes_;
     std::unordered_map<Id, std::unique_ptr<Transfer>, IdHash> transfers_;
     std::deque<Waiting> waiting_;
-    std::map<Id, Pull> pulls_;
+    std::map<std::pair<Id, uint16_t>, Pull> pulls_;  // by ticket and source rank
     uint64_t waiting_bytes_ = 0;
     uint64_t state_bytes_ = 0;
     std::unordered_map<Id, Ended, IdHash> ended_;

@@ -204,8 +204,7 @@ bool SendLink::maybe_send_end(uint32_t lane, SendTransfer& transfer) {
 }
 
 // Section 10, lost lanes.
-void SendLink::resend_after_loss(SendTransfer& transfer, uint32_t lost) {
-    if (!transfer.grant) return send_manifest(transfer);
+void SendLink::requeue_lost(SendTransfer& transfer, uint32_t lost) {
     const uint64_t bit = uint64_t(1) << lost;
     for (const auto& segment : transfer.segments) {
         segment->announced_lanes &= ~bit;

@@ -20,21 +20,22 @@ LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uin
     LaneWriter& writer = lanes_[lane].writer;
     payload_bytes_max_ = std::min(payload_bytes_max_, payload_bytes_max);
     peer_codecs_ = codecs;
-    if (first)
-        for (const auto& transfer : order_)
-            if (!transfer->grant) send_manifest(*transfer);
+    if (first) repeat_control();
     return writer;
 }
 
-void SendLink::lane_lost(uint32_t lane, const Error& why) {
+void SendLink::lane_lost(uint32_t lane) {
     if (!lanes_.erase(lane)) return;
-    if (lanes_.empty())
-        return fail_all(Error(ErrorCode::LINK_LOST,
-                              "the last lane to the receiver was lost: " + why.message,
-                              why.expected, why.actual, why.offset));
+    for (const auto& transfer : order_)
+        if (transfer->grant) requeue_lost(*transfer, lane);
+    repeat_control();
+}
+
+// What a lost lane may have swallowed, and no answer would bring back.
+void SendLink::repeat_control() {
     for (const auto& [id, error] : recent_aborts_) send(FrameType::ABORT, id, encode(error));
-    const auto open = order_;
-    for (const auto& transfer : open) resend_after_loss(*transfer, lane);
+    for (const auto& transfer : order_)
+        if (!transfer->grant) send_manifest(*transfer);
 }
 
 void SendLink::fail_all(const Error& error) {
@@ -116,25 +117,32 @@ void SendLink::send_close() {
 void SendLink::on_pull(const FrameHeader& header, ByteSpan payload) {
     const Pull pull = decode_pull(payload);
     for (const auto& transfer : order_)  // repeated after a lost lane
-        if (transfer->manifest.ticket_id == header.transfer_id) return;
-    const auto found = offers_.offers.find({pull.offer_id, pull.destination_rank});
-    if (found == offers_.offers.end())
+        if (transfer->manifest.ticket_id == header.transfer_id &&
+            transfer->manifest.source_rank == pull.source_rank)
+            return;
+    const auto found =
+        offers_.offers.find({pull.offer_id, pull.source_rank, pull.destination_rank});
+    if (found == offers_.offers.end()) {
+        const auto near = offers_.offers.lower_bound({pull.offer_id, 0, 0});
+        if (near != offers_.offers.end() && std::get<0>(near->first) == pull.offer_id)
+            throw Error(ErrorCode::RANK_UNEXPECTED, "PULL: the offer is for other ranks",
+                        std::get<1>(near->first), pull.source_rank);
         throw Error(ErrorCode::OFFER_UNKNOWN, "offer " + hex(pull.offer_id) + " is not known");
+    }
     start_offer(found->second, header.transfer_id, pull);
 }
 
 void SendLink::start_offer(std::shared_ptr<SendTransfer> transfer, const Id& ticket_id,
                            const Pull& pull) {
     Manifest& manifest = transfer->manifest;
-    if (pull.source_rank != manifest.source_rank ||
-        pull.destination_rank_count != manifest.destination_rank_count)
-        throw Error(ErrorCode::RANK_UNEXPECTED, "PULL: the offer is for other ranks",
-                    manifest.source_rank, pull.source_rank);
+    if (pull.destination_rank_count != manifest.destination_rank_count)
+        throw Error(ErrorCode::RANK_UNEXPECTED, "PULL: the offer is for another number of ranks",
+                    manifest.destination_rank_count, pull.destination_rank_count);
     if (pull.token_stop < pull.token_start || pull.token_start < manifest.token_start ||
         pull.token_stop > manifest.token_stop)
         throw Error(ErrorCode::TOKENS_MISMATCH, "PULL: tokens lie outside the offer",
                     manifest.token_stop, pull.token_stop);
-    offers_.offers.erase({pull.offer_id, pull.destination_rank});
+    offers_.offers.erase({pull.offer_id, pull.source_rank, pull.destination_rank});
     manifest.ticket_id = ticket_id;
     manifest.token_start = pull.token_start;
     manifest.token_stop = pull.token_stop;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -98,7 +99,7 @@ public:
 
 class OfferBook {
 public:
-    using Key = std::pair<Id, uint16_t>;  // offer, destination rank
+    using Key = std::tuple<Id, uint16_t, uint16_t>;  // offer, source rank, destination rank
     std::map<Key, std::shared_ptr<SendTransfer>> offers;
 };
 
@@ -109,7 +110,8 @@ public:
 
     // `payload_bytes_max` and `codecs` as the receiver's greeting states them.
     LaneWriter& lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs);
-    void lane_lost(uint32_t lane, const Error& why);
+    // With its last lane lost a link waits for another, or for fail_all().
+    void lane_lost(uint32_t lane);
     bool has_lanes() const { return !lanes_.empty(); }
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
@@ -171,7 +173,8 @@ private:
     void complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment);
     static void complete_push(SendTransfer& transfer, uint32_t push, const Error& error);
     void end(SendTransfer& transfer, const Error& error);
-    void resend_after_loss(SendTransfer& transfer, uint32_t lane);
+    void requeue_lost(SendTransfer& transfer, uint32_t lane);
+    void repeat_control();
     void detach(const SendTransfer::Segment& segment);
 
     OfferBook& offers_;

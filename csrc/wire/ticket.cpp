@@ -231,7 +231,8 @@ void Ticket::verified(const Manifest& manifest, const Item& item) {
     }
 }
 
-void Ticket::transfer_done(const Manifest& manifest) {
+void Ticket::transfer_done(const Id& transfer, const Manifest& manifest) {
+    aborts_.erase(transfer);
     ranks_done_.insert(manifest.source_rank);
     if (ranks_done_.size() < options_.source_ranks.size()) return;
     for (const auto& [key, leaf] : leaves_)

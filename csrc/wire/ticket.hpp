@@ -78,7 +78,7 @@ public:
 
     // The transfer of this rank is complete; throws INCOMPLETE when it was the last one and parts
     // are missing.
-    void transfer_done(const Manifest& manifest);
+    void transfer_done(const Id& transfer, const Manifest& manifest);
 
     // Ends the ticket: all its transfers are aborted, nothing will be written any more.
     void fail(const Error& error);
