@@ -21,10 +21,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvwire.errors import UsageError
 
-__all__ = ["DemoModel", "TRAINED", "decode_tokens", "load", "model_names", "prefill", "title"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DemoModel", "TRAINED", "decode_steps", "decode_tokens", "load", "model_names",
+           "prefill", "title"]
 
 TRAINED = "smollm2-135m"
 
@@ -127,25 +132,41 @@ def load(name: str) -> DemoModel:
     return _load_trained() if recipe is None else _make_random(name, recipe)
 
 
-def prefill(demo_model: DemoModel, ids: list[int]) -> tuple[object, int]:
-    """Read the prompt; return its cache and the token that follows."""
+def prefill(demo_model: DemoModel, ids: list[int],
+            on_layer: Callable[[int, int], object] | None = None) -> tuple[object, int]:
+    """Read the prompt; return its cache and the token that follows.
+
+    Args:
+        on_layer: called with how many layers are done, and of how many.
+    """
     import torch
+    layers = demo_model.model.model.layers
+    hooks = [layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers)))
+             for done, layer in enumerate(layers, 1) if on_layer is not None]
     with torch.no_grad():
         output = demo_model.model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
     return output.past_key_values, int(output.logits[0, -1].argmax())
 
 
 def decode_tokens(demo_model: DemoModel, cache: object, first: int, count: int) -> list[int]:
     """Return the `count` tokens that follow `first`, by greedy choice. Changes the cache."""
+    return [token for token, _ in decode_steps(demo_model, cache, first, count)]
+
+
+def decode_steps(demo_model: DemoModel, cache: object, first: int,
+                 count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield each token of `decode_tokens` with the logits [vocabulary] that it was chosen by."""
     import torch
-    tokens, token = [], first
-    with torch.no_grad():
-        for _ in range(count):
+    token = first
+    for _ in range(count):
+        with torch.no_grad():
             output = demo_model.model(input_ids=torch.tensor([[token]]), past_key_values=cache,
                                       use_cache=True)
-            token = int(output.logits[0, -1].argmax())
-            tokens.append(token)
-    return tokens
+        logits = output.logits[0, -1]
+        token = int(logits.argmax())
+        yield token, logits
 
 
 def _quieten() -> None:

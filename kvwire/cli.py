@@ -1,0 +1,135 @@
+"""The command `kvwire`: the demo, and what helps to look at a cache, a file, or this build."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import kvwire
+from kvwire.errors import KvwireError, UsageError
+from kvwire.limits import LANE_COUNT_MAX
+
+__all__ = ["main"]
+
+_PACKAGE = Path(__file__).parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns: 0; 1 when something failed or the demo's runs differ; 2 when the call is wrong;
+        130 when interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except (KvwireError, OSError) as error:
+        print(f"kvwire: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("kvwire: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvwire", description=kvwire.__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"kvwire {kvwire.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="hand over caches of real models between processes")
+    demo.add_argument("--text", metavar="FILE", type=Path,
+                      help="what the models read (kvwire's README by default)")
+    demo.add_argument("--models", metavar="NAME,...", help="all by default; see --list")
+    demo.add_argument("--list", action="store_true", help="list the models and leave")
+    demo.add_argument("--lanes", type=_lanes, default=2, metavar="N",
+                      help=f"TCP connections, 1 to {LANE_COUNT_MAX} (default 2)")
+    demo.add_argument("--codec", choices=("raw", "lz4"), default="raw", help="(default raw)")
+    demo.set_defaults(run=_demo)
+
+    backends = commands.add_parser("backends", help="show which variants this machine uses")
+    backends.set_defaults(run=_backends)
+
+    spec = commands.add_parser("spec", help="show the cache geometry of a known model")
+    spec.add_argument("name", nargs="?", metavar="NAME", help="without it: list the names")
+    spec.add_argument("--tokens", type=int, help="also the bytes of a request of that length")
+    spec.add_argument("--block-tokens", type=int, default=0, help="tokens a page (default: none)")
+    spec.set_defaults(run=_spec)
+
+    inspect = commands.add_parser("inspect", help="show what a cache file holds")
+    inspect.add_argument("file", metavar="FILE", type=Path)
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _lanes(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= LANE_COUNT_MAX:
+        raise argparse.ArgumentTypeError(f"{count} is not 1 to {LANE_COUNT_MAX}")
+    return count
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from kvwire import demo
+    from kvwire.demo import models
+    if options.list:
+        for name in models.model_names():
+            print(f"{name:14}{models.title(name)}")
+        return 0
+    sys.stdout.reconfigure(errors="replace")  # models may write what the terminal cannot
+    names = options.models.split(",") if options.models else models.model_names()
+    path = options.text or _default_text()
+    text = path.read_text("utf-8", errors="replace")
+    print(f"text: {path}, {len(text):,} characters")
+    good = demo.run(names, text, lanes=options.lanes, codec=options.codec, stream=sys.stdout)
+    return 0 if good else 1
+
+
+def _default_text() -> Path:
+    """Return the README of the clone that kvwire runs from, else a text that is always there."""
+    readme = _PACKAGE.parent / "README.md"
+    in_a_clone = (_PACKAGE.parent / "pyproject.toml").exists()
+    return readme if in_a_clone and readme.exists() else _PACKAGE / "FORMAT.md"
+
+
+def _backends(options: argparse.Namespace) -> int:
+    for name, value in kvwire.backends().items():
+        print(f"{name:17}{value if isinstance(value, str) else ', '.join(map(str, value))}")
+    return 0
+
+
+def _spec(options: argparse.Namespace) -> int:
+    from kvwire.presets import preset_names
+    if options.name is None:
+        print("\n".join(preset_names()))
+        return 0
+    spec = kvwire.CacheSpec.preset(options.name, block_tokens=options.block_tokens)
+    print(spec)
+    if options.tokens is not None:
+        for kind, count in spec.bytes_by_kind(options.tokens).items():
+            print(f"{kind.name.lower():17}{count:>18,} bytes")
+        print(f"{'all':17}{spec.bytes(options.tokens):>18,} bytes")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    held = kvwire.inspect(options.file)
+    print(held.spec)
+    start, stop = held.tokens
+    print(f"tokens     [{start:,}, {stop:,})")
+    print(f"bytes      {held.raw_bytes:,} of cache in a file of {held.file_bytes:,}")
+    print(f"frames     {held.segment_count:,} segments, {held.chunk_count:,} chunks")
+    for name, value in held.metadata.items():
+        print(f"metadata   {name} = {value!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
