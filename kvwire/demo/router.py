@@ -160,7 +160,7 @@ class Router:
         ticket = {"ticket": bound["ticket"], "address": bound["address"]}
         received, sent = self._both("the cache travels", self._ask(self.decode, "receive"),
                                     self._ask(self.prefill, "push", **ticket, **self._wire))
-        unsplit, split = self._both("both go on", *(
+        unsplit, split = self._both("both continue", *(
             self._ask(self.prefill, "unsplit", count=NEW_TOKENS),
             self._ask(self.decode, "split", count=NEW_TOKENS)))
         # Both processes read the same clock: the monotonic one is the machine's.
@@ -181,9 +181,7 @@ class Router:
         """Wait for what was asked; the first error ends the wait, and with it the run."""
         pending = set(asked)
         while pending:
-            said = [f"{worker.role} {worker.progress}" for worker in (self.prefill, self.decode)
-                    if worker.progress]
-            self._on_status(phase, ", ".join(said))
+            self._on_status(phase, self.prefill.progress or self.decode.progress)
             done, pending = wait(pending, _STATUS_SECONDS, FIRST_EXCEPTION)
             for future in done:
                 future.result()
