@@ -1,4 +1,4 @@
-"""What a transfer and a ticket have in common: waiting, progress, errors; in threads and asyncio."""
+"""What a transfer and a ticket have in common: waiting, progress, errors; threads and asyncio."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvwire.errors import UsageError
-from kvwire.limits import GROUP_COUNT_MAX, LAYER_COUNT_MAX, TENSOR_COUNT_MAX
+from kvwire.limits import GROUP_COUNT_MAX, LAYER_COUNT_MAX, LEAF_COUNT_MAX, TENSOR_COUNT_MAX
 from kvwire.tensor_spec import (
     Axis, AxisSpec, DType, GroupKind, Leaf, Slice, TensorSpec, check_integer, check_member,
     check_members, check_text,
@@ -120,6 +120,12 @@ class LayerGroup:
         return len(self.layers) * (rows * self.row_bytes + self.state_bytes)
 
 
+def leaf_count(groups: Iterable[LayerGroup]) -> int:
+    """Return the number of leaves of all layers together."""
+    return sum(len(group.layers) * len(tensor.leaves)
+               for group in groups for tensor in group.tensors)
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """What one machine holds of a model's cache: all its layer groups."""
@@ -130,6 +136,9 @@ class CacheSpec:
     def __post_init__(self):
         check_text("model", self.model, 0)
         check_members(self, "groups", LayerGroup, GROUP_COUNT_MAX)
+        if (count := leaf_count(self.groups)) > LEAF_COUNT_MAX:
+            raise UsageError(f"the spec has {count} leaves in all its layers; it must have at most "
+                             f"{LEAF_COUNT_MAX}")
         seen = set()
         for group, layer, _, leaf in self.leaves():
             if (group.kind, layer, leaf.name) in seen:

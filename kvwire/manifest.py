@@ -10,7 +10,7 @@ from enum import IntEnum
 from kvwire import limits
 from kvwire.errors import ErrorCode, FormatError, UsageError, error_from_code
 from kvwire.layout import (
-    Axis, AxisSpec, CacheSpec, DType, GroupKind, LayerGroup, Slice, TensorSpec,
+    Axis, AxisSpec, CacheSpec, DType, GroupKind, LayerGroup, Slice, TensorSpec, leaf_count,
 )
 from kvwire.structure import Cursor, Structure, pack_str
 
@@ -77,6 +77,9 @@ class Manifest:
         cursor = Cursor(data, "MANIFEST", MANIFEST.bytes)
         model = cursor.str("model name")
         groups = tuple(_read_group(cursor) for _ in range(values.pop("group_count")))
+        if (count := leaf_count(groups)) > limits.LEAF_COUNT_MAX:
+            cursor.fail(ErrorCode.LIMIT_EXCEEDED, f"leaf_count is {count}",
+                        expected=limits.LEAF_COUNT_MAX, actual=count)
         metadata = decode_metadata(cursor, values.pop("metadata_count"))
         cursor.finish()
         return cls(**values, spec=_built(cursor, CacheSpec, model, groups), metadata=metadata)

@@ -276,7 +276,8 @@ def _checked(what: str, tensor: TensorSpec, buffer: Buffer, writable: bool) -> B
                          f"[{names}]")
     if writable and buffer.read_only:
         raise UsageError(f"{what}: the array is read-only; a destination must be writable")
-    if writable and any(step == 0 and extent > 1 for step, extent in zip(strides, shape)):
+    if writable and 0 not in shape and any(
+            step == 0 and extent > 1 for step, extent in zip(strides, shape)):
         raise UsageError(f"{what}: the array has stride 0 along an axis; a destination's elements "
                          "must be distinct")
     return Buffer(buffer.address, shape, strides, buffer.item_bytes, buffer.dtype_name,

@@ -261,6 +261,8 @@ def _check_header_fields(values: dict) -> None:
             require(values, field, values[field] == 0, expected=0)
         return
     raw_bytes, payload_bytes = values["raw_bytes"], values["payload_bytes"]
+    require(values, "attempt", values["attempt"] <= limits.ATTEMPT_MAX, ErrorCode.LIMIT_EXCEEDED,
+            limits.ATTEMPT_MAX)
     require(values, "raw_offset", values["raw_offset"] % limits.CHUNK_BYTES_MIN == 0)
     require(values, "raw_bytes", 1 <= raw_bytes <= limits.CHUNK_BYTES_MAX)
     if values["codec"] == Codec.RAW:

@@ -1,5 +1,5 @@
-// The protocol machines driven with bytes instead of sockets: what the parity and model tests use to
-// hold C++ against the Python reference, frame by frame and split by split.
+// The protocol machines driven with bytes instead of sockets: what the parity and model tests use
+// to hold C++ against the Python reference, frame by frame and split by split.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -305,7 +305,9 @@ public:
 
     uint32_t pushes_returned() const { return returned_; }
     uint64_t verified_bytes() const { return verified_; }
-    py::object outcome() const { return ended_ ? py::object(py::int_(uint16_t(error_))) : py::none(); }
+    py::object outcome() const {
+        return ended_ ? py::object(py::int_(uint16_t(error_))) : py::object(py::none());
+    }
 
 private:
     SendLink& machine() override { return *link_; }

@@ -124,7 +124,7 @@ void bind_handles(py::module_& module) {
         .def("progress", &progress_of)
         .def("wait", &Handle::wait, py::arg("timeout_s"), NoGil());
     py::class_<TransferHandle, Handle, std::shared_ptr<TransferHandle>>(module, "TransferHandle")
-        .def_property_readonly("id", [](const TransferHandle& self) { return to_python(self.id()); })
+        .def_property_readonly("id", [](const TransferHandle& h) { return to_python(h.id()); })
         .def("push", [](TransferHandle& self, const py::object& items) {
             std::vector<Item> taken = items_from_python(items);
             const py::gil_scoped_release release;
@@ -134,7 +134,8 @@ void bind_handles(py::module_& module) {
             self.finish(bytes_from(metadata), count);
         }, py::arg("metadata"), py::arg("metadata_count"), NoGil())
         .def("cancel", &TransferHandle::cancel, NoGil())
-        .def("wait_push", &TransferHandle::wait_push, py::arg("push"), py::arg("timeout_s"), NoGil())
+        .def("wait_push", &TransferHandle::wait_push, py::arg("push"), py::arg("timeout_s"),
+             NoGil())
         .def("pushes_returned", [](const TransferHandle& self) {
             std::vector<bool> returned;
             for (const auto state : self.push_states())
@@ -144,7 +145,8 @@ void bind_handles(py::module_& module) {
     py::class_<TicketHandle, Handle, std::shared_ptr<TicketHandle>>(module, "TicketHandle")
         .def_property_readonly("id", [](const TicketHandle& self) { return to_python(self.id()); })
         .def("cancel", &TicketHandle::cancel, NoGil())
-        .def("wait_layer", &TicketHandle::wait_layer, py::arg("layer"), py::arg("timeout_s"), NoGil())
+        .def("wait_layer", &TicketHandle::wait_layer, py::arg("layer"), py::arg("timeout_s"),
+             NoGil())
         .def("layers_ready", &TicketHandle::layers_ready)
         .def("layers_touched", &TicketHandle::layers_touched)
         .def("metadata", [](const TicketHandle& self) {

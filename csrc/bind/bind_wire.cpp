@@ -62,6 +62,8 @@ py::dict limit_values() {
     KVWIRE_LIMIT(segment_bytes_max);
     KVWIRE_LIMIT(token_count_max);
     KVWIRE_LIMIT(attempts_max);
+    KVWIRE_LIMIT(attempt_max);
+    KVWIRE_LIMIT(leaf_count_max);
     KVWIRE_LIMIT(waiting_manifests_max);
     KVWIRE_LIMIT(ended_transfers_min);
     KVWIRE_LIMIT(greeting_timeout_ms);

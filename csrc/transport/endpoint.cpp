@@ -8,6 +8,7 @@ namespace kvwire {
 namespace {
 
 constexpr uint64_t ACCEPT_PAUSE_NS = 50'000'000;
+constexpr size_t DIALLED_KEPT = 256;  // outcomes of dials that nobody may ask for
 
 class Acceptor : public Loop::Handler {
 public:
@@ -71,7 +72,9 @@ void Endpoint::accept_some() {
     }
     // Full, or out of descriptors: leave the rest in the backlog for a moment.
     loop_->modify(listener_, 0);
-    loop_->timer(Loop::now_ns() + ACCEPT_PAUSE_NS, [this] { loop_->modify(listener_, EPOLLIN); });
+    loop_->timer(Loop::now_ns() + ACCEPT_PAUSE_NS, [this] {
+        if (listener_) loop_->modify(listener_, EPOLLIN);
+    });
 }
 
 std::shared_ptr<Link> Endpoint::find_link(const Id& link_id) {
@@ -106,6 +109,8 @@ Id Endpoint::dial(const Address& address, uint16_t lanes) {
     const Id link_id = random_id();
     {
         std::lock_guard<std::mutex> lock(dialled_mutex_);
+        for (auto it = dialled_.begin(); dialled_.size() > DIALLED_KEPT && it != dialled_.end();)
+            it = it->second.state == Dialled::DOWN ? dialled_.erase(it) : std::next(it);
         dialled_[link_id] = {};
     }
     loop_->call([&] { make_link(link_id)->dial(addresses, lanes); });
@@ -162,9 +167,8 @@ void Endpoint::close() {
     if (closed_) return;
     closed_ = true;
     if (loop_->forked()) return loop_->stop();
-    const Error why(ErrorCode::CLOSED, "the " +
-                                           std::string(role_ == Role::SENDER ? "sender" : "receiver") +
-                                           " was closed");
+    const std::string role = role_ == Role::SENDER ? "sender" : "receiver";
+    const Error why(ErrorCode::CLOSED, "the " + role + " was closed");
     loop_->call([&] {
         if (listener_) loop_->unwatch(listener_);
         listener_.reset();

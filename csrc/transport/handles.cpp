@@ -96,7 +96,8 @@ void TransferHandle::finish(Bytes metadata, uint16_t metadata_count) {
 }
 
 void TransferHandle::cancel() {
-    loop_->call([&] { endpoint_.fail(*this, Error(ErrorCode::CANCELLED, "cancelled by the sender")); });
+    const Error why(ErrorCode::CANCELLED, "cancelled by the sender");
+    loop_->call([&] { endpoint_.fail(*this, why); });
 }
 
 bool TransferHandle::wait_push(uint32_t push, double timeout_s) const {
@@ -154,7 +155,8 @@ TicketHandle::TicketHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier>
 }
 
 void TicketHandle::cancel() {
-    loop_->call([&] { endpoint_.cancel(*this, Error(ErrorCode::CANCELLED, "cancelled by the receiver")); });
+    const Error why(ErrorCode::CANCELLED, "cancelled by the receiver");
+    loop_->call([&] { endpoint_.cancel(*this, why); });
 }
 
 bool TicketHandle::wait_layer(uint32_t layer, double timeout_s) const {

@@ -1,6 +1,6 @@
 #pragma once
-// What the application holds: a TransferHandle per transfer it sends, a TicketHandle per hand-off it
-// expects. Safe from any thread; waiting never needs the loop's cooperation beyond its events.
+// What the application holds: a TransferHandle per transfer it sends, a TicketHandle per hand-off
+// it expects. Safe from any thread; waiting never needs the loop's cooperation beyond its events.
 
 #include <condition_variable>
 #include <cstdint>

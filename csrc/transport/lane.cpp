@@ -39,6 +39,11 @@ void Lane::start() {
 void Lane::watch() {
     interest_ = state_ == State::CONNECTING ? uint32_t(EPOLLOUT) : uint32_t(EPOLLIN);
     endpoint_.loop().watch(fd_, interest_, shared_from_this());
+    start_patience();
+}
+
+void Lane::start_patience() {
+    if (greeting_timer_) endpoint_.loop().cancel(*greeting_timer_);
     const uint64_t patience_ns = state_ == State::CONNECTING
                                      ? endpoint_.options().connect_timeout_ns
                                      : limits::greeting_timeout_ms * 1'000'000;
@@ -69,6 +74,7 @@ void Lane::on_events(uint32_t epoll_events) {
         if (error != 0)
             return close(Error(ErrorCode::CONNECT_FAILED, "connect: " + error_text(error)), false);
         state_ = State::GREETING;
+        start_patience();
     }
     if (epoll_events & EPOLLOUT) blocked_ = false;
     if (epoll_events & (EPOLLIN | EPOLLHUP | EPOLLERR)) guarded(&Lane::read);

@@ -1,6 +1,6 @@
 #pragma once
-// A lane is one socket with its reader and writer; a link is the lanes to one peer with the protocol
-// machine they feed. Both live on the endpoint's loop thread.
+// A lane is one socket with its reader and writer; a link is the lanes to one peer with the
+// protocol machine they feed. Both live on the endpoint's loop thread.
 
 #include <map>
 #include <memory>
@@ -29,6 +29,7 @@ private:
     enum class State { CONNECTING, GREETING, OPEN, CLOSED };
 
     void watch();
+    void start_patience();  // to connect, then to be greeted
     void read();
     bool read_greeting();
     void pump();

@@ -11,7 +11,9 @@ bool is_text(const std::string& text, bool may_hold_nul) {
     const size_t n = text.size();
     for (size_t i = 0; i < n;) {
         const uint8_t c = s[i];
-        size_t follow = c < 0x80 ? 0 : c < 0xC2 ? 9 : c < 0xE0 ? 1 : c < 0xF0 ? 2 : c < 0xF5 ? 3 : 9;
+        size_t follow = 9;
+        if (c < 0x80) follow = 0;
+        if (c >= 0xC2 && c < 0xF5) follow = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
         if ((c == 0 && !may_hold_nul) || follow == 9 || n - i <= follow) return false;
         for (size_t k = 1; k <= follow; ++k)
             if ((s[i + k] & 0xC0) != 0x80) return false;
@@ -35,8 +37,9 @@ Grant decode_grant(ByteSpan payload) {
     grant.codecs = in.number<uint32_t>();
     grant.chunk_bytes_max = in.number<uint32_t>();
     in.at_end();
-    if (grant.chunk_bytes_max < limits::chunk_bytes_min)
-        in.fail(ErrorCode::FIELD_INVALID, "chunk_bytes_max too small", limits::chunk_bytes_min,
+    if (grant.chunk_bytes_max < limits::chunk_bytes_min ||
+        grant.chunk_bytes_max > limits::chunk_bytes_max)
+        in.fail(ErrorCode::FIELD_INVALID, "chunk_bytes_max out of range", limits::chunk_bytes_max,
                 grant.chunk_bytes_max);
     if (grant.window_bytes < limits::chunk_bytes_min)
         in.fail(ErrorCode::FIELD_INVALID, "window_bytes holds no chunk", limits::chunk_bytes_min,
@@ -223,6 +226,14 @@ Pull decode_pull(ByteSpan payload) {
     pull.destination_rank = in.number<uint16_t>();
     pull.destination_rank_count = in.number<uint16_t>();
     in.zeros(10);
+    if (pull.token_stop < pull.token_start || pull.token_stop > limits::token_count_max)
+        in.fail(ErrorCode::TOKENS_MISMATCH, "token range runs backwards or too far",
+                pull.token_start, pull.token_stop);
+    if (pull.destination_rank >= pull.destination_rank_count ||
+        pull.destination_rank_count > limits::rank_count_max ||
+        pull.source_rank >= limits::rank_count_max)
+        in.fail(ErrorCode::RANK_UNEXPECTED, "a rank is out of range", pull.destination_rank_count,
+                pull.destination_rank);
     return pull;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// Control payloads (FORMAT.md section 7), all but MANIFEST: encode, and decode with every check that
-// needs no other state. Decoding throws Error.
+// Control payloads (FORMAT.md section 7), all but MANIFEST: encode, and decode with every check
+// that needs no other state. Decoding throws Error.
 
 #include <cstdint>
 #include <string>

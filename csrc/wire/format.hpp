@@ -60,7 +60,8 @@ constexpr uint64_t chunk_bytes_min = 4096, chunk_bytes_max = 4194304, payload_by
                    message_bytes_max = 1024, item_count_max = 4096, receipt_count_max = 4096,
                    repair_count_max = 2730, segment_count_max = 65536,
                    segment_bytes_max = 1099511627776, token_count_max = 4294967296,
-                   attempts_max = 8, waiting_manifests_max = 64, ended_transfers_min = 4096,
+                   attempts_max = 8, attempt_max = 65535, leaf_count_max = 262144,
+                   waiting_manifests_max = 64, ended_transfers_min = 4096,
                    greeting_timeout_ms = 5000;
 static_assert(chunk_bytes_max % chunk_bytes_min == 0);
 static_assert(SEGMENT_FIXED_BYTES + item_count_max * ITEM_BYTES <= control_bytes_max);

@@ -45,7 +45,7 @@ PayloadRule payload_rule(FrameType type, const FrameLimits& limit) {
             return {ABORT_FIXED_BYTES, ABORT_FIXED_BYTES + limits::message_bytes_max, 0};
         case FrameType::PULL: return {PULL_BYTES, PULL_BYTES, 0};
         case FrameType::DONE: return {DONE_BYTES, DONE_BYTES, 0};
-        case FrameType::INDEX: return {0, limits::index_bytes_max, 0};
+        case FrameType::INDEX: return {0, limits::index_bytes_max, 8};
         case FrameType::COMMIT: return {COMMIT_BYTES, COMMIT_BYTES, 0};
         case FrameType::CLOSE: return {0, 0, 0};
     }
@@ -78,6 +78,13 @@ void check_chunk_fields(const FrameHeader& header) {
         fail(ErrorCode::FIELD_INVALID,
              "CHUNK: raw_bytes " + std::to_string(header.raw_bytes) + " out of range",
              limits::chunk_bytes_max, header.raw_bytes, header_at::RAW_BYTES);
+    if (header.attempt > limits::attempt_max)
+        fail(ErrorCode::LIMIT_EXCEEDED,
+             "CHUNK: attempt " + std::to_string(header.attempt) + " over the limit",
+             limits::attempt_max, header.attempt, header_at::ATTEMPT);
+    if (header.raw_offset % limits::chunk_bytes_min)
+        fail(ErrorCode::FIELD_INVALID, "CHUNK: raw_offset is on no grid of chunks",
+             limits::chunk_bytes_min, header.raw_offset, header_at::RAW_OFFSET);
     // Codec and table are judged with the transfer: they fail it, not the lane.
     if (header.codec == 0) {
         if (header.payload_bytes != header.raw_bytes)
@@ -275,8 +282,7 @@ FrameHeader decode_header(const uint8_t* in, const FrameLimits& limit) {
     h.table_index = load_le<uint32_t>(in + TABLE_INDEX);
     h.codec = in[CODEC];
     check_payload_bytes(h, limit);
-    if (h.skippable()) return h;
-    check_fields(h);
+    if (!h.skippable()) check_fields(h);
     require_zero(in, RESERVED, 2, "frame header");
     return h;
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Greeting and frame header (FORMAT.md sections 5, 6): encode, and decode with every check in order.
-// Decoding throws Error; nothing here allocates but the error's message.
+// Greeting and frame header (FORMAT.md sections 5, 6): encode, and decode with every check in
+// order. Decoding throws Error; nothing here allocates but the error's message.
 
 #include <cstdint>
 #include <string>

@@ -54,6 +54,8 @@ AxisDesc read_axis(FieldReader& in) {
     std::set<std::string> names;
     for (int i = 0; i < count; ++i) {
         axis.slices.push_back(read_slice(in, count > 1));
+        if (count == 1 && !axis.slices[0].name.empty())
+            in.fail(ErrorCode::FIELD_INVALID, "a single slice has a name", 0, 1);
         if (!names.insert(axis.slices.back().name).second)
             in.fail(ErrorCode::FIELD_INVALID, "two slices have one name", 0, i);
     }
@@ -82,10 +84,98 @@ TensorDesc read_tensor(FieldReader& in) {
             in.fail(ErrorCode::FIELD_INVALID, "an axis occurs twice", 1, 2);
         fused += tensor.axes.back().slices.size() > 1;
     }
-    if (axis_count == 0 || fused > 1)
-        in.fail(ErrorCode::FIELD_INVALID, "a tensor needs axes, at most one of them fused", 1,
-                fused);
+    if (tensor.axes.size() <= tensor.has_tokens() || fused > 1)
+        in.fail(ErrorCode::FIELD_INVALID,
+                "a tensor needs axes besides token, at most one of them fused", 1, fused);
+    if (tensor.block_tokens && !tensor.has_tokens())
+        in.fail(ErrorCode::FIELD_INVALID, "block_tokens without a token axis", 0,
+                tensor.block_tokens);
     return tensor;
+}
+
+const AxisDesc* find_axis(const TensorDesc& tensor, Axis axis) {
+    for (const AxisDesc& desc : tensor.axes)
+        if (desc.axis == axis) return &desc;
+    return nullptr;
+}
+
+// Which axes a group of this kind must and must not have.
+void check_axes(FieldReader& in, GroupKind kind, const TensorDesc& tensor) {
+    const bool per_token = kind == GroupKind::FULL_ATTENTION || kind == GroupKind::LATENT ||
+                           kind == GroupKind::SLIDING_WINDOW;
+    const bool fixed = kind == GroupKind::RECURRENT || kind == GroupKind::CONVOLUTION ||
+                       kind == GroupKind::REQUEST;
+    if ((per_token && !tensor.has_tokens()) || (fixed && tensor.has_tokens()))
+        in.fail(ErrorCode::FIELD_INVALID, "the group's kind and the token axis do not agree",
+                per_token, tensor.has_tokens());
+    const AxisDesc* column = find_axis(tensor, Axis::COLUMN);
+    const bool convolution = kind == GroupKind::CONVOLUTION;
+    if (convolution != (column != nullptr) ||
+        (convolution && !find_axis(tensor, Axis::CHANNEL)))
+        in.fail(ErrorCode::FIELD_INVALID, "convolution alone has columns, and channels with them",
+                convolution, column != nullptr);
+    if (column && (column->slices.size() > 1 ||
+                   column->slices[0].extent() != column->slices[0].full))
+        in.fail(ErrorCode::FIELD_INVALID, "columns are never cut", 1, column->slices.size());
+}
+
+void check_group(FieldReader& in, const GroupDesc& group) {
+    const bool request = group.kind == GroupKind::REQUEST;
+    const bool window = group.kind == GroupKind::SLIDING_WINDOW;
+    if (group.layers.empty() || group.tensors.empty())
+        in.fail(ErrorCode::FIELD_INVALID, "a group has no layer or no tensor", 1, 0);
+    if (request ? group.layers != std::vector<uint32_t>{REQUEST_LAYER}
+                : group.layers.back() == REQUEST_LAYER)
+        in.fail(ErrorCode::FIELD_INVALID, "request tensors alone have layer 0xFFFFFFFF",
+                REQUEST_LAYER, group.layers.back());
+    if (window != (group.window_tokens != 0))
+        in.fail(ErrorCode::FIELD_INVALID, "sliding windows alone have window_tokens", window,
+                group.window_tokens);
+    const TensorDesc* first = nullptr;  // of those with tokens
+    std::set<std::string> names;
+    for (const TensorDesc& tensor : group.tensors) {
+        check_axes(in, group.kind, tensor);
+        if (tensor.has_tokens()) {
+            if (!first) first = &tensor;
+            if (tensor.block_tokens != first->block_tokens)
+                in.fail(ErrorCode::FIELD_INVALID, "block_tokens differ in a group",
+                        first->block_tokens, tensor.block_tokens);
+        }
+        for (size_t leaf = 0; leaf < tensor.leaf_count(); ++leaf)
+            if (!names.insert(tensor.leaf_name(leaf)).second)
+                in.fail(ErrorCode::FIELD_INVALID, "a leaf occurs twice", 1, 2);
+    }
+}
+
+bool share_a_layer(const GroupDesc& a, const GroupDesc& b) {
+    for (size_t i = 0, k = 0; i < a.layers.size() && k < b.layers.size();) {
+        if (a.layers[i] == b.layers[k]) return true;
+        a.layers[i] < b.layers[k] ? ++i : ++k;
+    }
+    return false;
+}
+
+std::set<std::string> leaf_names(const GroupDesc& group) {
+    std::set<std::string> names;
+    for (const TensorDesc& tensor : group.tensors)
+        for (size_t leaf = 0; leaf < tensor.leaf_count(); ++leaf)
+            names.insert(tensor.leaf_name(leaf));
+    return names;
+}
+
+void check_leaves(FieldReader& in, const std::vector<GroupDesc>& groups) {
+    uint64_t count = 0;
+    for (size_t i = 0; i < groups.size(); ++i) {
+        const std::set<std::string> names = leaf_names(groups[i]);
+        count += names.size() * groups[i].layers.size();
+        for (size_t k = 0; k < i; ++k) {
+            if (groups[k].kind != groups[i].kind || !share_a_layer(groups[i], groups[k])) continue;
+            for (const std::string& name : leaf_names(groups[k]))
+                if (names.count(name))
+                    in.fail(ErrorCode::FIELD_INVALID, "a leaf occurs in two groups", 1, 2);
+        }
+    }
+    check_count(in, "leaf_count", count, limits::leaf_count_max);
 }
 
 GroupDesc read_group(FieldReader& in) {
@@ -106,6 +196,7 @@ GroupDesc read_group(FieldReader& in) {
                     group.layers[i]);
     }
     for (int i = 0; i < tensor_count; ++i) group.tensors.push_back(read_tensor(in));
+    check_group(in, group);
     return group;
 }
 
@@ -188,6 +279,7 @@ Manifest decode_manifest(ByteSpan payload) {
     check_count(in, "metadata_count", manifest.metadata_count, limits::metadata_count_max);
     manifest.model = read_name(in, true);
     for (int i = 0; i < group_count; ++i) manifest.groups.push_back(read_group(in));
+    check_leaves(in, manifest.groups);
     const size_t metadata_start = in.offset();
     check_metadata(in, manifest.metadata_count);
     in.at_end();

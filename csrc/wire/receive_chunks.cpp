@@ -61,9 +61,6 @@ void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& 
     if (header.raw_bytes != announced.chunk_raw_bytes(index))
         throw Error(ErrorCode::FIELD_INVALID, "CHUNK: raw_bytes differs from the segment's grid",
                     announced.chunk_raw_bytes(index), header.raw_bytes, header_at::RAW_BYTES);
-    if (header.attempt > UINT16_MAX)
-        throw Error(ErrorCode::LIMIT_EXCEEDED, "CHUNK: attempt over the limit", UINT16_MAX,
-                    header.attempt, header_at::ATTEMPT);
     Chunk& chunk = segment.chunks[index];
     if (chunk.state == Chunk::VERIFIED)
         return owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
@@ -284,7 +281,7 @@ void ReceiveLink::maybe_done(uint32_t lane_index, Transfer& transfer) {
     lanes_.at(lane_index).writer.control(FrameType::DONE, id, 0, encode(done));
 }
 
-void ReceiveLink::fail(const Id& transfer_id, const Error& error) {
+void ReceiveLink::fail(Id transfer_id, const Error& error) {
     Transfer* transfer = find(transfer_id);
     if (!transfer) return;
     const auto ticket = transfer->ticket;
@@ -292,19 +289,19 @@ void ReceiveLink::fail(const Id& transfer_id, const Error& error) {
     ticket->fail(error);
 }
 
-void ReceiveLink::drop(const Id& transfer_id, const Error& error) {
+void ReceiveLink::drop(Id transfer_id, const Error& error) {
     if (!find(transfer_id)) return;
     remember(transfer_id, {std::nullopt, error});
     forget(transfer_id);
     send(FrameType::ABORT, transfer_id, encode(error));
 }
 
-void ReceiveLink::refuse(const Id& transfer_id, const Error& error) {
+void ReceiveLink::refuse(Id transfer_id, const Error& error) {
     remember(transfer_id, {std::nullopt, error});
     send(FrameType::ABORT, transfer_id, encode(error));
 }
 
-void ReceiveLink::forget(const Id& transfer_id) {
+void ReceiveLink::forget(Id transfer_id) {
     const auto found = transfers_.find(transfer_id);
     if (found == transfers_.end()) return;
     Transfer* transfer = found->second.get();
@@ -315,7 +312,7 @@ void ReceiveLink::forget(const Id& transfer_id) {
     transfers_.erase(found);
 }
 
-void ReceiveLink::remember(const Id& transfer_id, Ended ended) {
+void ReceiveLink::remember(Id transfer_id, Ended ended) {
     if (!ended_.emplace(transfer_id, std::move(ended)).second) return;
     ended_order_.push_back(transfer_id);
     if (ended_order_.size() > limits::ended_transfers_min) {

@@ -1,6 +1,7 @@
 #include "wire/receive_link.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "checksum/crc32c.hpp"
 #include "codec/codec.hpp"
@@ -117,7 +118,17 @@ void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payl
         if (ended->second.done) return send(FrameType::DONE, id, encode(*ended->second.done));
         return send(FrameType::ABORT, id, encode(ended->second.error));
     }
-    if (is_waiting(id)) return;
+    const auto waiting = std::find_if(waiting_.begin(), waiting_.end(),
+                                      [&](const Waiting& w) { return w.transfer_id == id; });
+    if (waiting != waiting_.end()) {
+        const Bytes& known = waiting->payload;
+        if (known.size() == payload.size && !std::memcmp(known.data(), payload.data, payload.size))
+            return;
+        waiting_bytes_ -= known.size();
+        waiting_.erase(waiting);
+        throw Error(ErrorCode::TRANSFER_DUPLICATE,
+                    "transfer " + hex(id) + " waits with another manifest");
+    }
     if (transfers_.size() + waiting_.size() >= options_.transfers_max ||
         state_bytes_ + payload.size > options_.state_bytes_max)
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "too many open transfers on this link",
@@ -140,11 +151,6 @@ void ReceiveLink::wait_for_ticket(const Id& transfer_id, const Id& ticket_id, By
     waiting_.push_back({transfer_id, ticket_id, Bytes(payload.data, payload.data + payload.size),
                         now_ns_ + options_.patience_ns});
     waiting_bytes_ += payload.size;
-}
-
-bool ReceiveLink::is_waiting(const Id& transfer_id) const {
-    return std::any_of(waiting_.begin(), waiting_.end(),
-                       [&](const Waiting& w) { return w.transfer_id == transfer_id; });
 }
 
 void ReceiveLink::ticket_added(const Id& ticket_id) {
@@ -283,8 +289,11 @@ void ReceiveLink::on_segment(Transfer& transfer, const FrameHeader& header, Byte
     segment.announcement_crc = header.payload_crc;
     segment.raw_bytes = announcement.raw_bytes;
     segment.placement = std::make_unique<Placement>();
-    for (const Item& item : announcement.items)
+    for (const Item& item : announcement.items) {
         transfer.ticket->claim(*transfer.manifest, item, *segment.placement);
+        if (transfer.manifest->groups[item.group].kind == GroupKind::CONVOLUTION)
+            transfer.ticket->observer().on_layer_touched(item.layer);  // columns may be zeroed
+    }
     const Item& first = announcement.items[0];
     segment.item_bytes =
         item_bytes(transfer.manifest->groups[first.group].tensors[first.tensor].dtype);

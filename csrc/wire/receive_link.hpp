@@ -1,6 +1,7 @@
 #pragma once
-// The receiving end of a link: FORMAT.md section 10 as a machine without I/O. Frames come in through
-// FrameHandler, answers go out through the lanes' writers, bytes land where the tickets say.
+// The receiving end of a link: FORMAT.md section 10 as a machine without I/O. Frames come in
+// through FrameHandler, answers go out through the lanes' writers, bytes land where the tickets
+// say.
 
 #include <cstdint>
 #include <deque>
@@ -156,16 +157,16 @@ private:
     void maybe_complete(uint32_t lane, Transfer& transfer, uint32_t segment_index,
                         Segment& segment);
     void maybe_done(uint32_t lane, Transfer& transfer);
-    void fail(const Id& transfer_id, const Error& error);   // and the ticket with it
-    void drop(const Id& transfer_id, const Error& error);   // without the ticket
-    void refuse(const Id& transfer_id, const Error& error);  // one that was never opened
-    void forget(const Id& transfer_id);
-    void remember(const Id& transfer_id, Ended ended);
+    // By value: the caller's id often lies in the very transfer that goes.
+    void fail(Id transfer_id, const Error& error);   // and the ticket with it
+    void drop(Id transfer_id, const Error& error);   // without the ticket
+    void refuse(Id transfer_id, const Error& error);  // one that was never opened
+    void forget(Id transfer_id);
+    void remember(Id transfer_id, Ended ended);
     void send_grant(const Transfer& transfer);
     void send(FrameType type, const Id& transfer_id, const Bytes& payload);
     void repeat_pulls();
     Transfer* find(const Id& transfer_id);
-    bool is_waiting(const Id& transfer_id) const;
 
     TicketBook& tickets_;
     ReceiveOptions options_;

@@ -1,4 +1,5 @@
-// Handing chunks to lanes, and saying things again after a lane was lost: the other half of SendLink.
+// Handing chunks to lanes, and saying things again after a lane was lost: the other half of
+// SendLink.
 
 #include <algorithm>
 

@@ -123,7 +123,8 @@ void Ticket::join(const Id& transfer, const Manifest& manifest,
                     options_.source_rank_count, manifest.source_rank);
     if (!transfer_by_rank_.emplace(manifest.source_rank, transfer).second)
         throw Error(ErrorCode::RANK_UNEXPECTED,
-                    "source rank " + std::to_string(manifest.source_rank) + " has a transfer already",
+                    "source rank " + std::to_string(manifest.source_rank) +
+                        " has a transfer already",
                     0, manifest.source_rank);
     aborts_[transfer] = std::move(abort);
     for (const GroupDesc& group : manifest.groups)
@@ -199,8 +200,9 @@ void Ticket::claim(const Manifest& manifest, const Item& item, Placement& placem
             throw Error(ErrorCode::SPEC_MISMATCH, describe(key) + ": not held here");
         replicas += claim_leaf(key, shape_of(tensor, i, memory->second), tokens) == Found::REPLICA;
     }
-    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its layer
-    // cannot be ready before that new part is verified, so nothing ready is ever written again.
+    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its
+    // layer cannot be ready before that new part is verified, so nothing ready is ever written
+    // again.
     if (replicas == tensor.leaf_count()) {
         placement.append_skip(item_raw_bytes(tensor, item));
         return;

@@ -1,6 +1,6 @@
 #pragma once
-// A ticket: the destination of one hand-off, and the book of which of its bytes are claimed, verified
-// and ready. Pure logic; one thread at a time.
+// A ticket: the destination of one hand-off, and the book of which of its bytes are claimed,
+// verified and ready. Pure logic; one thread at a time.
 
 #include <cstdint>
 #include <functional>
@@ -67,7 +67,8 @@ public:
 
     // A transfer wants to fill part of this ticket. Throws Error with the reason to refuse it.
     // `abort` is called should the ticket fail through somebody else.
-    void join(const Id& transfer, const Manifest& manifest, std::function<void(const Error&)> abort);
+    void join(const Id& transfer, const Manifest& manifest,
+              std::function<void(const Error&)> abort);
 
     // Claims the destination of an item before any of its bytes may be written, and appends it to
     // `placement`. Replicas of bytes that are claimed already are placed nowhere.
