@@ -107,7 +107,7 @@ CHUNK_HEADERS = st.builds(
     lambda header, raw_bytes: dataclasses.replace(
         header, raw_bytes=raw_bytes, payload_bytes=raw_bytes, payload_crc=header.raw_crc),
     st.builds(FrameHeader, st.just(FrameType.CHUNK), transfer_id=IDS,
-              segment_index=st.integers(0, 65535), attempt=U32,
+              segment_index=st.integers(0, 65535), attempt=st.integers(0, 65535),
               raw_offset=st.integers(0, 1 << 28).map(lambda count: count * 4096), raw_crc=U32),
     st.integers(1, limits.CHUNK_BYTES_MAX))
 

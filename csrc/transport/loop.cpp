@@ -26,20 +26,20 @@ Loop::Loop()
     event.events = EPOLLIN;
     event.data.u64 = 0;
     ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event);
-    thread_ = std::thread([this] { run(); });
+    thread_ = std::make_unique<std::thread>([this] { run(); });
 }
 
 Loop::~Loop() { stop(); }
 
 void Loop::stop() {
-    if (::getpid() != process_) {  // after fork: the thread is the parent's, and so are its locks
-        if (thread_.joinable()) thread_.detach();
+    if (::getpid() != process_) {  // after a fork the thread is the parent's: nothing to join
+        (void)thread_.release();
         return;
     }
     stopping_ = true;
     const uint64_t one = 1;
     (void)!::write(wake_.get(), &one, sizeof one);
-    if (thread_.joinable()) thread_.join();
+    if (thread_ && thread_->joinable()) thread_->join();
 }
 
 bool Loop::post(Task task) {
@@ -58,7 +58,7 @@ bool Loop::post(Task task) {
 }
 
 bool Loop::call(const Task& task) {
-    if (std::this_thread::get_id() == thread_.get_id()) {
+    if (thread_ && std::this_thread::get_id() == thread_->get_id()) {
         task();
         return true;
     }

@@ -66,7 +66,7 @@ private:
     std::map<int, Watch> watches_;
     uint64_t serial_ = 0;
     std::map<TimerKey, Task> timers_;
-    std::thread thread_;
+    std::unique_ptr<std::thread> thread_;
 };
 
 }  // namespace kvwire
