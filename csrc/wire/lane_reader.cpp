@@ -1,6 +1,7 @@
 #include "wire/lane_reader.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "checksum/crc32c.hpp"
 
@@ -12,35 +13,36 @@ constexpr size_t CONTROL_KEPT_BYTES = 65536;  // larger control buffers go back 
 LaneReader::LaneReader(FrameHandler& handler, uint32_t lane, FrameLimits limits)
     : handler_(handler), lane_(lane), limits_(limits) {}
 
-void LaneReader::chunk_iovecs() {
+// Where the next bytes belong, and nothing beyond what is known.
+void LaneReader::targets() {
+    iov_count_ = 1;
+    if (state_ == State::HEADER) {
+        iov_[0] = {header_bytes_ + received_, HEADER_BYTES - received_};
+        return;
+    }
     const uint64_t rest = header_.payload_bytes - received_;
-    if (target_->discards()) {
-        iov_[0] = {scratch_, size_t(std::min<uint64_t>(rest, sizeof scratch_))};
-        iov_count_ = 1;
+    if (state_ == State::CONTROL) {
+        iov_[0] = {control_.get() + received_, size_t(rest)};
         return;
     }
     uint64_t covered = rest;
-    if (target_->staging) {
+    if (target_->discards())
+        iov_[0] = {scratch_, size_t(covered = std::min<uint64_t>(rest, sizeof scratch_))};
+    else if (target_->staging)
         iov_[0] = {target_->staging + received_, size_t(rest)};
-        iov_count_ = 1;
-    } else {
+    else
         iov_count_ = target_->placement->iovecs(target_->offset + received_, rest, iov_,
                                                 IOV_MAX_READ - 1, &covered);
-    }
     // The next header rides along, so that a stream of chunks costs one read each.
     if (covered == rest) iov_[iov_count_++] = {header_bytes_, HEADER_BYTES};
 }
 
 size_t LaneReader::next_iovecs(const iovec** iov) {
-    if (state_ == State::HEADER) {
-        iov_[0] = {header_bytes_ + received_, HEADER_BYTES - received_};
-        iov_count_ = 1;
-    } else if (state_ == State::CONTROL) {
-        iov_[0] = {control_.get() + received_, header_.payload_bytes - received_};
-        iov_count_ = 1;
-    } else {
-        chunk_iovecs();
-    }
+    targets();
+    // Small frames come many at once: what follows a header or control payload is read ahead and
+    // copied to its place. Chunks that come by themselves are never copied.
+    reads_ahead_ = state_ != State::CHUNK;
+    if (reads_ahead_) iov_[iov_count_++] = {ahead_, sizeof ahead_};
     *iov = iov_;
     return iov_count_;
 }
@@ -53,6 +55,25 @@ void LaneReader::consume_chunk(const iovec& piece, size_t bytes) {
 }
 
 void LaneReader::advance(size_t bytes) {
+    const size_t due = reads_ahead_ ? std::min(bytes, iov_[0].iov_len) : bytes;
+    consume(due);
+    const uint8_t* ahead = ahead_;
+    for (size_t left = bytes - due; left > 0;) {
+        targets();
+        size_t copied = 0;
+        for (size_t i = 0; i < iov_count_ && copied < left; ++i) {
+            const size_t part = std::min(iov_[i].iov_len, left - copied);
+            std::memcpy(iov_[i].iov_base, ahead + copied, part);
+            copied += part;
+        }
+        ahead += copied;
+        left -= copied;
+        consume(copied);
+    }
+}
+
+// `bytes` bytes have arrived in the targets.
+void LaneReader::consume(size_t bytes) {
     for (size_t i = 0; i < iov_count_ && bytes > 0; ++i) {
         const size_t part = std::min(bytes, iov_[i].iov_len);
         bytes -= part;

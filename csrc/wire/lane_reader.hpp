@@ -56,7 +56,8 @@ private:
     void consume_chunk(const iovec& piece, size_t bytes);
     void header_complete();
     void payload_complete();
-    void chunk_iovecs();
+    void targets();
+    void consume(size_t bytes);
 
     FrameHandler& handler_;
     uint32_t lane_;
@@ -72,6 +73,8 @@ private:
     size_t control_capacity_ = 0;
     iovec iov_[IOV_MAX_READ];
     size_t iov_count_ = 0;
+    bool reads_ahead_ = false;  // the last of iov_ is the read-ahead buffer
+    uint8_t ahead_[8192];
     uint8_t scratch_[16384];
 };
 
