@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "bind/bind_plan.hpp"
@@ -120,10 +122,86 @@ py::dict format_constants() {
     return constants;
 }
 
+// Decodes every control payload of a stream, and acts on none.
+class Checker : public FrameHandler {
+public:
+    explicit Checker(Role reader) : reader_(reader) {}
+
+    void on_control(uint32_t, const FrameHeader& header, ByteSpan payload) override {
+        const bool from_sender = reader_ == Role::RECEIVER;
+        switch (header.type) {
+            case FrameType::ABORT: (void)decode_abort(payload); return;
+            case FrameType::CLOSE: return;
+            case FrameType::MANIFEST: return expect(from_sender, decode_manifest, header, payload);
+            case FrameType::SEGMENT: return expect(from_sender, decode_segment, header, payload);
+            case FrameType::SEGMENT_END:
+                return expect(from_sender, decode_segment_end, header, payload);
+            case FrameType::END: return expect(from_sender, decode_end, header, payload);
+            case FrameType::GRANT: return expect(!from_sender, decode_grant, header, payload);
+            case FrameType::RECEIPT: return expect(!from_sender, decode_receipt, header, payload);
+            case FrameType::REPAIR: return expect(!from_sender, decode_repair, header, payload);
+            case FrameType::DONE: return expect(!from_sender, decode_done, header, payload);
+            case FrameType::PULL: return expect(!from_sender, decode_pull, header, payload);
+            default: refuse(header);
+        }
+    }
+    ChunkTarget* on_chunk(uint32_t, const FrameHeader& header) override {
+        if (reader_ != Role::RECEIVER) refuse(header);
+        return &nowhere_;
+    }
+    void on_chunk_end(uint32_t, uint32_t) override {}
+
+private:
+    [[noreturn]] static void refuse(const FrameHeader& header) {
+        throw Error(ErrorCode::STATE_INVALID,
+                    std::string(frame_type_name(header.type)) + " has another writer");
+    }
+    template <class Decode>
+    void expect(bool right_writer, Decode decode, const FrameHeader& header, ByteSpan payload) {
+        if (!right_writer) refuse(header);
+        (void)decode(payload);
+    }
+    const Role reader_;
+    ChunkTarget nowhere_;
+};
+
+// Number of the first error in a whole stream as `reader` sees it, 0 when there is none.
+uint16_t check_stream(uint8_t reader, const std::string& data) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(data.data());
+    try {
+        if (data.size() < GREETING_BYTES)
+            throw Error(ErrorCode::TRUNCATED, "stream ended inside the greeting");
+        const Greeting peer = decode_greeting(bytes);
+        if (peer.role == Role(reader))
+            throw Error(ErrorCode::ROLE_CONFLICT, "both ends have the same role");
+        if (peer.role == Role::FILE)
+            throw Error(ErrorCode::FIELD_INVALID, "a file does not speak TCP");
+        Checker checker{Role(reader)};
+        LaneReader lane(checker, 0, FrameLimits{});
+        for (size_t at = GREETING_BYTES; at < data.size();) {
+            const iovec* iov;
+            const size_t count = lane.next_iovecs(&iov);
+            size_t copied = 0;
+            for (size_t i = 0; i < count && at < data.size(); ++i) {
+                const size_t part = std::min(iov[i].iov_len, data.size() - at);
+                std::memcpy(iov[i].iov_base, bytes + at, part);
+                at += part;
+                copied += part;
+            }
+            lane.advance(copied);
+        }
+        lane.end_of_stream();
+    } catch (const Error& error) {
+        return uint16_t(error.code);
+    }
+    return 0;
+}
+
 }  // namespace
 
 void register_wire(py::module_& module) {
     module.def("format_constants", &format_constants);
+    module.def("check_stream", &check_stream, py::arg("reader"), py::arg("data"));
     module.def("decode_manifest", [](const std::string& payload) {
         const Manifest manifest = decode_manifest(
             {reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});

@@ -68,9 +68,10 @@ SegmentAnnouncement decode_segment(ByteSpan payload) {
         in.fail(ErrorCode::SEGMENT_INVALID, "raw_bytes over the limit", limits::segment_bytes_max,
                 segment.raw_bytes);
     if (segment.chunk_bytes < limits::chunk_bytes_min ||
+        segment.chunk_bytes > limits::chunk_bytes_max ||
         segment.chunk_bytes % limits::chunk_bytes_min)
-        in.fail(ErrorCode::SEGMENT_INVALID, "chunk_bytes is no multiple of 4096",
-                limits::chunk_bytes_min, segment.chunk_bytes);
+        in.fail(ErrorCode::SEGMENT_INVALID, "chunk_bytes is no multiple of 4096, or too large",
+                limits::chunk_bytes_max, segment.chunk_bytes);
     if (count < 1 || count > limits::item_count_max || uint64_t(count) * ITEM_BYTES != in.rest())
         in.fail(ErrorCode::SEGMENT_INVALID, "item_count differs from the payload",
                 in.rest() / ITEM_BYTES, count);
@@ -81,9 +82,6 @@ SegmentAnnouncement decode_segment(ByteSpan payload) {
         item.layer = in.number<uint32_t>();
         item.token_start = in.number<uint64_t>();
         item.token_stop = in.number<uint64_t>();
-        if (item.token_stop < item.token_start || item.token_stop > limits::token_count_max)
-            in.fail(ErrorCode::SEGMENT_INVALID, "token range runs backwards or too far",
-                    item.token_start, item.token_stop);
     }
     return segment;
 }

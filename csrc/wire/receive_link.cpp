@@ -254,7 +254,8 @@ void ReceiveLink::check_items(const Transfer& transfer,
             invalid("layer", item.layer);
         const TensorDesc& tensor = group.tensors[item.tensor];
         if (tensor.has_tokens()
-                ? item.token_start < manifest.token_start || item.token_stop > manifest.token_stop
+                ? item.token_start < manifest.token_start ||
+                      item.token_stop < item.token_start || item.token_stop > manifest.token_stop
                 : item.token_start != 0 || item.token_stop != 0)
             invalid("token range", item.token_stop);
         if (!checked_add(raw_bytes, item_raw_bytes(tensor, item), &raw_bytes))

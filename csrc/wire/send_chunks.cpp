@@ -55,8 +55,9 @@ bool SendLink::dispatch_chunk(uint32_t lane, SendTransfer& transfer) {
     }
     for (; transfer.first_open_segment < transfer.segments.size(); ++transfer.first_open_segment) {
         SendTransfer::Segment& segment = *transfer.segments[transfer.first_open_segment];
+        if (segment.complete) continue;
         if (segment.next_unsent == segment.chunks.size()) {
-            if (!segment.end_due || segment.complete) continue;
+            if (!segment.end_due) continue;
             send_segment_end(lane, transfer, segment);
             return true;
         }

@@ -1,0 +1,88 @@
+"""The C++ decoders find in any stream the error that the reference finds, or none."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_wire import DECODERS, MANIFESTS, ROLES, STREAMS
+
+from kvwire import _native
+from kvwire.errors import ErrorCode, KvwireError
+from kvwire.manifest import Manifest
+from kvwire.wire import FrameReader, FrameType, Greeting, Role, encode_frame
+
+
+def reference_code(stream, reader):
+    machine = FrameReader(reader)
+    try:
+        for header, payload in machine.events(stream):
+            if payload is not None and (decoder := DECODERS.get(header.type)):
+                decoder.decode(payload)
+        machine.finish()
+    except KvwireError as error:
+        return int(error.code)
+    return 0
+
+
+def same_code(stream, reader):
+    native, reference = _native.check_stream(int(reader), bytes(stream)), reference_code(
+        stream, reader)
+    assert ErrorCode(native or 900) == ErrorCode(reference or 900)
+    return native
+
+
+@pytest.mark.parametrize("vector", STREAMS, ids=str)
+def test_every_vector(vector):
+    code = same_code(vector.data, ROLES[vector.reads])
+    if vector.error and vector.reads == "sender":
+        assert code == vector.code
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_mutated_streams(data):
+    vector = data.draw(st.sampled_from(STREAMS))
+    stream = bytearray(vector.data[:6000])
+    for _ in range(data.draw(st.integers(1, 3))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    same_code(bytes(stream), ROLES[vector.reads])
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_mutated_payloads_with_right_checksums(data):
+    """Flips inside a control payload that pass the checksum reach the structure's own checks."""
+    frames = []
+    for vector in STREAMS:
+        if not vector.error:
+            frames += [(vector.reads, header.type, payload, header.transfer_id,
+                        header.segment_index)
+                       for header, payload in FrameReader(ROLES[vector.reads]).feed(vector.data)
+                       if header.type in DECODERS]
+    reads, kind, payload, transfer_id, segment_index = data.draw(st.sampled_from(frames))
+    payload = bytearray(payload)
+    for _ in range(data.draw(st.integers(0, 2))):
+        if payload:
+            at = data.draw(st.integers(0, len(payload) - 1))
+            payload[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        payload = payload[:data.draw(st.integers(0, len(payload)))]
+    writer = Role.RECEIVER if reads == "sender" else Role.SENDER
+    stream = Greeting(writer, b"l" * 16).encode() + encode_frame(
+        kind, transfer_id, bytes(payload), segment_index=segment_index)
+    same_code(stream, ROLES[reads])
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_mutated_manifests(data):
+    manifest = data.draw(MANIFESTS)
+    payload = bytearray(manifest.encode())
+    assert _native.decode_manifest(bytes(payload)) == bytes(payload)
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(payload) - 1))
+        payload[at] = data.draw(st.integers(0, 255))
+    stream = Greeting(Role.SENDER, b"l" * 16).encode() + encode_frame(
+        FrameType.MANIFEST, b"t" * 16, bytes(payload))
+    if not same_code(stream, Role.RECEIVER):
+        again = Manifest.decode(bytes(payload)).encode()
+        assert _native.decode_manifest(bytes(payload)) == again
