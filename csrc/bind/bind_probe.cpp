@@ -113,7 +113,7 @@ protected:
             const Bytes last = written(*out);
             lane.last_words.insert(lane.last_words.end(), last.begin(), last.end());
         }
-        if (lane.reader) machine().lane_lost(index);
+        machine().lane_lost(index);
         lane.reader.reset();
         for (const auto& [other, state] : lanes_)
             if (state.error == ErrorCode::OK) return;

@@ -226,7 +226,7 @@ void Lane::close(const Error& why, bool tell_peer) {
         ++endpoint_.counters().lanes_lost;
         link->lane_closed(own_.lane_index, this, why);
     } else if (dialled_) {
-        link->dial_failed(why);
+        link->dial_failed(own_.lane_index, why);
     } else if (link && !link->alive()) {
         endpoint_.link_lost(*link, why);
     }

@@ -53,15 +53,18 @@ void Link::dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lan
             ++endpoint_.counters().connections;
             socket->start(alive, greeting);
         } catch (const Error& error) {
-            dial_failed(error);
+            dial_failed(lane, error);
         }
     }
 }
 
-void Link::dial_failed(const Error& why) {
+void Link::dial_failed(uint32_t lane, const Error& why) {
     const auto alive = shared_from_this();
     if (dialling_ > 0) --dialling_;
-    if (this->alive()) return;
+    if (this->alive()) {
+        receive ? receive->lane_lost(lane) : send->lane_lost(lane);
+        return pump();
+    }
     lost(Error(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message));
 }
 

@@ -70,7 +70,7 @@ public:
     LaneWriter& lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const Greeting& peer);
     void lane_closed(uint32_t lane, const Lane* socket, const Error& why);
     void dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count);
-    void dial_failed(const Error& why);
+    void dial_failed(uint32_t lane, const Error& why);
 
     // Writes what the machine has to say, on every lane that is not blocked.
     void pump();

@@ -239,11 +239,13 @@ void ReceiveLink::maybe_complete(uint32_t lane, Transfer& transfer, uint32_t seg
     segment.complete = true;
     segment.digest = digest;
     ++transfer.complete_segments;
-    for (const Item& item : segment.announcement.items)
-        transfer.ticket->verified(*transfer.manifest, item);
+    for (size_t i = 0; i < segment.announcement.items.size(); ++i)
+        transfer.ticket->verified(*transfer.manifest, segment.announcement.items[i],
+                                  segment.claimed[i]);
     segment.placement.reset();
     segment.chunks = {};
     segment.announcement.items = {};
+    segment.claimed = {};
     state_bytes_ -= segment.state_bytes - sizeof(Segment);
     segment.state_bytes = sizeof(Segment);
     owe(lane, transfer.id, {segment_index, 0, 0, digest});

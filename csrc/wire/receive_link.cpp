@@ -291,7 +291,8 @@ void ReceiveLink::on_segment(Transfer& transfer, const FrameHeader& header, Byte
     segment.raw_bytes = announcement.raw_bytes;
     segment.placement = std::make_unique<Placement>();
     for (const Item& item : announcement.items) {
-        transfer.ticket->claim(*transfer.manifest, item, *segment.placement);
+        segment.claimed.push_back(
+            transfer.ticket->claim(*transfer.manifest, item, *segment.placement));
         if (transfer.manifest->groups[item.group].kind == GroupKind::CONVOLUTION)
             transfer.ticket->observer().on_layer_touched(item.layer);  // columns may be zeroed
     }

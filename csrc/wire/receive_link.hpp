@@ -90,6 +90,7 @@ private:
     struct Segment {
         uint32_t announcement_crc = 0;
         SegmentAnnouncement announcement;
+        std::vector<uint32_t> claimed;  // what each item was the first to claim
         uint32_t item_bytes = 1;
         std::unique_ptr<Placement> placement;
         std::vector<Chunk> chunks;

@@ -25,7 +25,7 @@ LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uin
 }
 
 void SendLink::lane_lost(uint32_t lane) {
-    if (!lanes_.erase(lane)) return;
+    lanes_.erase(lane);  // even one that never opened here may have swallowed the peer's answers
     for (const auto& transfer : order_)
         if (transfer->grant) requeue_lost(*transfer, lane);
     repeat_control();

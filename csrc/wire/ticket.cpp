@@ -188,27 +188,28 @@ Ticket::Found Ticket::claim_leaf(const LeafKey& key, Claim shape, TokenRange tok
     return Found::NEW;
 }
 
-void Ticket::claim(const Manifest& manifest, const Item& item, Placement& placement) {
+uint32_t Ticket::claim(const Manifest& manifest, const Item& item, Placement& placement) {
     const GroupDesc& group = manifest.groups[item.group];
     const TensorDesc& tensor = group.tensors[item.tensor];
     const TokenRange tokens = range_of(tensor, item);
-    size_t replicas = 0;
+    uint32_t claimed = 0;
     for (size_t i = 0; i < tensor.leaf_count(); ++i) {
         const LeafKey key{group.kind, item.layer, tensor.leaf_name(i)};
         const auto memory = memory_->find(key);
         if (memory == memory_->end())
             throw Error(ErrorCode::SPEC_MISMATCH, describe(key) + ": not held here");
-        replicas += claim_leaf(key, shape_of(tensor, i, memory->second), tokens) == Found::REPLICA;
+        const Found found = claim_leaf(key, shape_of(tensor, i, memory->second), tokens);
+        claimed |= uint32_t(found == Found::NEW) << i;
     }
-    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its
-    // layer cannot be ready before that new part is verified, so nothing ready is ever written
-    // again.
-    if (replicas == tensor.leaf_count()) {
+    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its layer
+    // cannot be ready before that new part is verified, so nothing ready is ever written again.
+    if (claimed == 0) {
         placement.append_skip(item_raw_bytes(tensor, item));
-        return;
+        return 0;
     }
     placement.append(group, item, *memory_);
     zero_missing_columns(group, item, *memory_);
+    return claimed;
 }
 
 void Ticket::leaf_progress(const LeafKey& key, Leaf& leaf) {
@@ -217,11 +218,12 @@ void Ticket::leaf_progress(const LeafKey& key, Leaf& leaf) {
     if (--leaves_open_by_layer_[key.layer] == 0) observer_.on_layer_ready(key.layer);
 }
 
-void Ticket::verified(const Manifest& manifest, const Item& item) {
+void Ticket::verified(const Manifest& manifest, const Item& item, uint32_t claimed) {
     const GroupDesc& group = manifest.groups[item.group];
     const TensorDesc& tensor = group.tensors[item.tensor];
     const TokenRange tokens = range_of(tensor, item);
     for (size_t i = 0; i < tensor.leaf_count(); ++i) {
+        if (!(claimed >> i & 1)) continue;
         const LeafKey key{group.kind, item.layer, tensor.leaf_name(i)};
         const auto slices = shape_of(tensor, i, memory_->at(key)).slices;
         Leaf& leaf = leaves_[key];

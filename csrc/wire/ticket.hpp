@@ -71,11 +71,13 @@ public:
               std::function<void(const Error&)> abort);
 
     // Claims the destination of an item before any of its bytes may be written, and appends it to
-    // `placement`. Replicas of bytes that are claimed already are placed nowhere.
-    void claim(const Manifest& manifest, const Item& item, Placement& placement);
+    // `placement`. Replicas of bytes that are claimed already are placed nowhere. Returns a bit for
+    // each leaf that nobody had claimed.
+    uint32_t claim(const Manifest& manifest, const Item& item, Placement& placement);
 
-    // All bytes of the item are in place and verified.
-    void verified(const Manifest& manifest, const Item& item);
+    // All bytes of the item are in place and verified; it speaks for the leaves that it claimed
+    // first, since only their bytes are sure to be its own.
+    void verified(const Manifest& manifest, const Item& item, uint32_t claimed);
 
     // The transfer of this rank is complete; throws INCOMPLETE when it was the last one and parts
     // are missing.
