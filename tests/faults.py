@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import pytest
 
-from kvwire import CacheMemory
-from kvwire.layout import Axis, GroupKind
+import kvwire
+from kvwire.layout import Axis
 from kvwire.wire import Frame, FrameReader, Greeting, Role, encode_frame
 
 UP, DOWN = "up", "down"  # from the dialler to the listener, and back
@@ -62,12 +63,12 @@ class Proxy:
     def __exit__(self, *exc):
         on_loop(self._close())
 
-    def cut(self, lane):
-        """Reset one lane now."""
-        on_loop(self._cut(lane))
+    def cut(self, lane, near_end_only=False):
+        """Reset one lane now; `near_end_only`: what it has swallowed still reaches the target."""
+        on_loop(self._cut(lane, 1 if near_end_only else 2))
 
-    async def _cut(self, lane):
-        for writer in self._writers.get(lane, ()):
+    async def _cut(self, lane, ends=2):
+        for writer in self._writers.get(lane, ())[:ends]:
             abort(writer)
 
     async def _close(self):
@@ -85,9 +86,8 @@ class Proxy:
             lane = int.from_bytes(first[32:34], "little")
             far_reader, far = await asyncio.open_connection(*self._target)
             self._writers[lane] = writer, far
-            ways = [self._pump(lane, UP, reader, far, first),
-                    self._pump(lane, DOWN, far_reader, writer)]
-            await asyncio.gather(*ways)
+            await asyncio.gather(self._pump(lane, UP, reader, far, first),
+                                 self._pump(lane, DOWN, far_reader, writer))
         except (OSError, EOFError, asyncio.CancelledError):
             for end in (writer, far):
                 abort(end)
@@ -263,7 +263,7 @@ class Held:
                     shape = [blocks + 3, *shape] if tensor.block_tokens else shape
                     self.arrays[index, layer, tensor.name] = self._array(
                         shape, tensor.dtype.item_bytes, None if writable else noise)
-        self.memory = CacheMemory(spec, self.arrays, tokens=tokens, block_ids=tables,
+        self.memory = kvwire.CacheMemory(spec, self.arrays, tokens=tokens, block_ids=tables,
                                   writable=writable, **options)
 
     def _array(self, shape, item_bytes, noise):
@@ -351,5 +351,38 @@ def eventually(condition, timeout_s=10.0):
     return True
 
 
-def window_kinds(spec):
-    return any(group.kind == GroupKind.SLIDING_WINDOW for group in spec.groups)
+class Ends:
+    """A receiver and a sender; with `bytes_per_s`, a slow path between them."""
+
+    def __init__(self, bytes_per_s=None, receiver=None, **sender):
+        self.receiver = kvwire.Receiver(**receiver or {})
+        self.proxy = Proxy(self.receiver.address, bytes_per_s=bytes_per_s) if bytes_per_s else None
+        self.sender = kvwire.Sender((self.proxy or self.receiver).address, **sender)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.sender.close()
+        self.receiver.close()
+        if self.proxy:
+            self.proxy.__exit__()
+
+
+def fails(handle, kind, code, timeout_s=10):
+    """Wait for a transfer or ticket to fail; return its error, of this class and code."""
+    with pytest.raises(kind) as caught:
+        handle.result(timeout_s)
+    assert caught.value.code == code, caught.value
+    return caught.value
+
+
+def fail_both(ticket, transfer, kind, code, found_by="receiver"):
+    """The side that found it and the side that was told say the same."""
+    here = fails(ticket, kind, code)
+    there = fails(transfer, kind, code)
+    assert (here.remote, there.remote) == (found_by == "sender", found_by == "receiver")
+    assert (here.expected, here.actual) == (there.expected, there.actual)
+    assert here.layers == ticket.report()
+    assert all(transfer._native.pushes_returned())
+    return here
