@@ -28,8 +28,9 @@ test-long: build
 test-vllm: build
 	$(PYTEST) -m "vllm and not gpu" || [ $$? -eq 5 ]
 
+# e.g. make bench BENCH="--quick --cases blocks-4k"
 bench: build
-	$(PY) -m bench.loopback
+	$(PY) -m bench.loopback $(BENCH)
 
 build: $(VENV)/native.stamp
 

@@ -1,0 +1,1 @@
+"""Measurements of kvwire against the ceilings of the same machine; see README.md."""

@@ -1,0 +1,195 @@
+"""``python -m bench.loopback``: kvwire and its ceilings over loopback, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import bare, roundtrip, workloads
+from bench.build import BuildError
+from bench.measure import Sample, alternate, machine, progress
+from bench.sides import Pair
+
+__all__ = ["main"]
+
+ROUNDS = 9
+QUICK_ROUNDS = 2
+KVWIRE_LANES = {"kvwire": None, "kvwire-p1": 1}  # None: the default, two
+DEFAULT_LANES = 2
+
+
+def throughput(case: str, rounds: int, shrink: int, have: set[str], corrupt: str | None
+               ) -> list[dict[str, object]]:
+    """Measure all systems in one case; returns the rows.
+
+    Args:
+        have: which of "iperf3" and "bare" this machine can run.
+        corrupt: a system one byte of whose destination is flipped before it is verified.
+    """
+    with Pair(case, shrink) as pair:
+        bench = _Case(pair, workloads.make(case, shrink).payload_bytes, corrupt)
+        systems = bench.connect(have)
+        rows = [series.row() for series in alternate(case, systems, rounds)]
+        rss = max(bench.growth_mib, default=0.0) / DEFAULT_LANES
+    return [*rows, {"case": case, "system": "kvwire", "rss_mib_per_connection": round(rss, 2)}]
+
+
+class _Case:
+    """The systems of one case as functions of a run number."""
+
+    def __init__(self, pair: Pair, payload_bytes: int, corrupt: str | None):
+        self._pair = pair
+        self._payload_bytes = payload_bytes
+        self._corrupt = corrupt
+        self.growth_mib: list[float] = []
+
+    def connect(self, have: set[str]) -> dict[str, Callable[[int], Sample]]:
+        receiving, sending = self._pair.receiving, self._pair.sending
+        address = receiving.call("listen_kvwire")
+        for lanes in KVWIRE_LANES.values():
+            sending.call("connect_kvwire", lanes, address)
+        systems = {}
+        if "bare" in have:
+            systems["memcpy"] = self._copy
+            port = receiving.call("listen_bare")
+            for lanes in (1, 2):
+                receiving.start("accept_bare", lanes)
+                sending.call("connect_bare", lanes, port)
+                receiving.answer()
+        if "iperf3" in have:
+            systems["iperf3-p1"] = lambda run: self._iperf3(1)
+            systems["iperf3-p2"] = lambda run: self._iperf3(2)
+        if "bare" in have:
+            systems["bare-p1"] = lambda run: self._bare("bare-p1", 1, run)
+            systems["bare-p2"] = lambda run: self._bare("bare-p2", 2, run)
+        for name, lanes in KVWIRE_LANES.items():
+            systems[name] = lambda run, name=name, lanes=lanes: self._kvwire(name, lanes, run)
+        self._pair.both("resident_start")
+        return systems
+
+    def _kvwire(self, name: str, lanes: int | None, run: int) -> Sample:
+        receiving, sending = self._pair.receiving, self._pair.sending
+        self._pair.both("prepare", run)
+        ticket = receiving.call("expect_kvwire")
+        receiving.start("receive_kvwire")
+        sent = sending.call("send_kvwire", lanes, ticket)
+        received = receiving.answer()
+        if lanes is None:
+            self.growth_mib += self._pair.both("resident_growth_mib")
+        return self._sample(name, sent, received)
+
+    def _bare(self, name: str, lanes: int, run: int) -> Sample:
+        self._pair.both("prepare", run)
+        self._pair.receiving.start("receive_bare", lanes)
+        sent = self._pair.sending.call("send_bare", lanes)
+        return self._sample(name, sent, self._pair.receiving.answer())
+
+    def _sample(self, name: str, sent: tuple[int, float], received: tuple[int, float]) -> Sample:
+        return Sample((received[0] - sent[0]) / 1e9, sent[1] + received[1], self._payload_bytes,
+                      self._verified(name))
+
+    def _copy(self, run: int) -> Sample:
+        self._pair.receiving.call("prepare", run)
+        seconds, cpu_s = self._pair.receiving.call("copy")
+        return Sample(seconds, cpu_s, self._payload_bytes, self._verified("memcpy"))
+
+    def _iperf3(self, connections: int) -> Sample:
+        seconds, cpu_s, moved = bare.iperf3(connections)
+        return Sample(seconds, cpu_s, moved, None)  # it throws its bytes away
+
+    def _verified(self, name: str) -> bool:
+        wrong = self._pair.receiving.call("verify", name == self._corrupt)
+        if wrong is not None:
+            progress("")
+            print(f"{name}: destination byte {wrong} is wrong", file=sys.stderr)
+        return wrong is None
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the rows in plain text, with each rate's share of iperf3's better one."""
+    lines, case = [], None
+    heading = (f"{'':17}{'GB/s':>8}{'min':>8}{'max':>8}{'of iperf3':>11}{'CPU s/GiB':>11}"
+               f"{'runs':>6}  verified")
+    for row in rows:
+        if "machine" in row:
+            continue
+        if row["case"] != case:
+            case = row["case"]
+            best = max((r["gbps_median"] for r in rows if r.get("case") == case
+                        and r["system"].startswith("iperf3")), default=None)
+            lines += ["", case + (heading[len(case):] if "gbps_median" in row else
+                                  f"{'p50 us':>{25 - len(case)}}{'p99 us':>8}")]
+        lines.append(_line(row, best))
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, object], best: float | None) -> str:
+    name = f"  {row['system']:15}"
+    if "rss_mib_per_connection" in row:
+        return f"{name}{row['rss_mib_per_connection']:8.2f} MiB resident per connection"
+    if "p50_us" in row:
+        return f"{name}{row['p50_us']:8.1f}{row['p99_us']:8.1f}"
+    if row["verified"] is False:
+        return f"{name}  WRONG BYTES in {row['runs']} runs"
+    share = f"{row['gbps_median'] / best:11.2f}" if best else f"{'-':>11}"
+    return (f"{name}{row['gbps_median']:8.2f}{row['gbps_min']:8.2f}{row['gbps_max']:8.2f}{share}"
+            f"{row['cpu_s_per_gib']:11.2f}{row['runs']:6}  "
+            f"{'yes' if row['verified'] else '-'}")
+
+
+def available() -> set[str]:
+    """Return which optional systems can run; says on stderr what the others need."""
+    have = set()
+    for name, probe in {"iperf3": bare.iperf3_version, "bare": bare.build_native}.items():
+        try:
+            probe()
+            have.add(name)
+        except (bare.Iperf3Missing, BuildError) as error:
+            print(error, file=sys.stderr)
+    return have
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    names = list(workloads.CASES)
+    parser = argparse.ArgumentParser("python -m bench.loopback", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--cases", default=",".join(names), help="comma-separated, of: %(default)s")
+    parser.add_argument("--rounds", type=int, help=f"timed runs of each system; {ROUNDS}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
+    # For tests: divide the sizes; flip a byte that this system has delivered.
+    parser.add_argument("--shrink", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--corrupt", help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    options.cases = options.cases.split(",")
+    if unknown := set(options.cases) - set(names):
+        parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    return options
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run the benchmark; returns 1 when any run delivered a wrong byte."""
+    options = arguments(given)
+    have = available()
+    rows: list[dict[str, object]] = [{"machine": machine()}]
+    good = True
+    for case in options.cases:
+        if case == roundtrip.CASE:
+            more, right = roundtrip.measure(options.rounds, options.shrink, "bare" in have)
+            good &= right
+        else:
+            more = throughput(case, options.rounds, options.shrink, have, options.corrupt)
+        rows += more
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print(table(rows))
+    return 0 if good and all(row.get("verified") is not False for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
