@@ -163,7 +163,7 @@ struct IovecSink : RunSink<IovecSink> {
 };
 
 struct CrcSink : RunSink<CrcSink> {
-    static constexpr uint64_t AHEAD_BYTES = 4096, LINE_BYTES = 64;
+    static constexpr uint64_t AHEAD_BYTES = 512, LINE_BYTES = 64;
     uint32_t crc = 0;
 
     // Scattered pages defeat the hardware's prefetching at each page boundary: ask for the next run
