@@ -11,6 +11,7 @@
 #include <set>
 
 #include "bind/bind_plan.hpp"
+#include "bind/convert.hpp"
 #include "wire/receive_link.hpp"
 #include "wire/send_link.hpp"
 
@@ -18,14 +19,6 @@ namespace py = pybind11;
 
 namespace kvwire {
 namespace {
-
-Id id_of(const std::string& bytes) {
-    Id id;
-    if (bytes.size() != id.bytes.size())
-        throw Error(ErrorCode::USAGE, "an id has 16 bytes", 16, bytes.size());
-    std::memcpy(id.bytes.data(), bytes.data(), bytes.size());
-    return id;
-}
 
 using Writes = std::vector<std::pair<uint32_t, py::bytes>>;
 
@@ -146,8 +139,7 @@ protected:
                 bytes.insert(bytes.end(), more.begin(), more.end());
             }
             if (!bytes.empty())
-                writes.emplace_back(index, py::bytes(reinterpret_cast<const char*>(bytes.data()),
-                                                     bytes.size()));
+                writes.emplace_back(index, to_python(bytes));
         }
         return writes;
     }
@@ -186,11 +178,9 @@ public:
 
     Writes bind(const std::string& ticket_id, const std::string& manifest_payload,
                 const std::shared_ptr<MemoryMap>& memory) {
-        const Manifest expected =
-            decode_manifest({reinterpret_cast<const uint8_t*>(manifest_payload.data()),
-                             manifest_payload.size()});
+        const Manifest expected = decode_manifest(span_of(manifest_payload));
         Ticket::Options options;
-        options.id = id_of(ticket_id);
+        options.id = id_from(ticket_id);
         options.model = expected.model;
         options.token_start = expected.token_start;
         options.token_stop = expected.token_stop;
@@ -209,7 +199,7 @@ public:
     }
 
     Writes cancel(const std::string& ticket_id) {
-        if (const auto ticket = tickets_.find(id_of(ticket_id)))
+        if (const auto ticket = tickets_.find(id_from(ticket_id)))
             ticket->fail(Error(ErrorCode::CANCELLED, "the receiver cancelled"));
         return drain();
     }
@@ -220,14 +210,14 @@ public:
     }
 
     bool layer_ready(const std::string& ticket_id, uint32_t layer) {
-        return logs_[id_of(ticket_id)].ready.count(layer) != 0;
+        return logs_[id_from(ticket_id)].ready.count(layer) != 0;
     }
     bool complete(const std::string& ticket_id) {
-        const TicketLog& log = logs_[id_of(ticket_id)];
+        const TicketLog& log = logs_[id_from(ticket_id)];
         return log.ended && log.error == ErrorCode::OK;
     }
     uint16_t failure(const std::string& ticket_id) {
-        return uint16_t(logs_[id_of(ticket_id)].error);
+        return uint16_t(logs_[id_from(ticket_id)].error);
     }
 
 private:
@@ -266,10 +256,7 @@ public:
         options.codecs = 3;
         link_ = std::make_unique<SendLink>(offers_, options);
         transfer_ = std::make_shared<SendTransfer>(
-            id_of(transfer_id),
-            decode_manifest({reinterpret_cast<const uint8_t*>(manifest_payload.data()),
-                             manifest_payload.size()}),
-            memory, codec, *this);
+            id_from(transfer_id), decode_manifest(span_of(manifest_payload)), memory, codec, *this);
         link_->open(transfer_);
     }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bind/bind_plan.hpp"
+#include "bind/convert.hpp"
 #include "codec/codec.hpp"
 #include "transport/endpoint.hpp"
 
@@ -14,22 +15,6 @@ namespace kvwire {
 namespace {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
-
-Id id_from(const std::string& bytes) {
-    Id id;
-    if (bytes.size() != id.bytes.size())
-        throw Error(ErrorCode::USAGE, "an id has 16 bytes", 16, bytes.size());
-    std::memcpy(id.bytes.data(), bytes.data(), bytes.size());
-    return id;
-}
-
-py::bytes to_python(const Id& id) {
-    return py::bytes(reinterpret_cast<const char*>(id.bytes.data()), id.bytes.size());
-}
-
-py::bytes to_python(const Bytes& bytes) {
-    return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-}
 
 Bytes bytes_from(const std::string& text) { return Bytes(text.begin(), text.end()); }
 
@@ -206,7 +191,7 @@ void bind_sender(py::module_& module) {
     }), py::arg("options"));
     bind_endpoint(sender);
     const auto manifest_from = [](const std::string& payload) {
-        return decode_manifest({reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});
+        return decode_manifest(span_of(payload));
     };
     sender
         .def("open", [=](SenderEndpoint& self, const std::string& link, const std::string& manifest,

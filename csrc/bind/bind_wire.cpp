@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "bind/bind_plan.hpp"
+#include "bind/convert.hpp"
 #include "wire/format.hpp"
 #include "wire/receive_link.hpp"
 
@@ -203,10 +204,7 @@ void register_wire(py::module_& module) {
     module.def("format_constants", &format_constants);
     module.def("check_stream", &check_stream, py::arg("reader"), py::arg("data"));
     module.def("decode_manifest", [](const std::string& payload) {
-        const Manifest manifest = decode_manifest(
-            {reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});
-        const Bytes again = encode(manifest);
-        return py::bytes(reinterpret_cast<const char*>(again.data()), again.size());
+        return to_python(encode(decode_manifest(span_of(payload))));
     }, "Decodes and encodes again: the same bytes, or the error.");
 }
 
