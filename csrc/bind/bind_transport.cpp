@@ -19,7 +19,7 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 Bytes bytes_from(const std::string& text) { return Bytes(text.begin(), text.end()); }
 
 // (code, message, expected, actual, offset, remote), or None.
-py::object to_python(const Error& error) {
+py::object error_to_python(const Error& error) {
     if (!error) return py::none();
     return py::make_tuple(uint16_t(error.code), error.message, error.expected, error.actual,
                           error.offset, error.remote);
@@ -66,7 +66,7 @@ py::dict stats_of(Endpoint& endpoint) {
 py::tuple progress_of(const Handle& handle) {
     const Progress p = handle.progress();
     return py::make_tuple(p.verified_bytes, p.wire_bytes, p.repaired_chunks, p.granted, p.ended,
-                          to_python(p.error));
+                          error_to_python(p.error));
 }
 
 template <class Class>
