@@ -114,7 +114,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 2),
+        "busy_cores_before": round(_busy_cores(), 2),
         "kernel": platform.release(),
         "compiler": _first_line(build.compiler(), "--version"),
         "python": platform.python_version(),
@@ -123,6 +123,18 @@ def machine() -> dict[str, object]:
         "versions": {"kvwire": kvwire.__version__, **versions},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _busy_cores(interval_s: float = 1.0) -> float:
+    """Return how many cores other processes kept busy over the next moment."""
+    def idle_s() -> float:
+        fields = Path("/proc/stat").read_text().split(maxsplit=6)
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")  # idle and iowait
+
+    began, idle = time.monotonic(), idle_s()
+    time.sleep(interval_s)
+    passed = time.monotonic() - began
+    return max(0.0, os.cpu_count() - (idle_s() - idle) / passed)
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,5 @@
 // roundtrip kvwire|bare COUNT: 4 KiB there, proof back, between two processes over loopback.
-// Prints COUNT times in nanoseconds, one a line. kvwire: from submit on a granted transfer until the
+// Prints COUNT times in nanoseconds, one a line. kvwire: from submit on a granted transfer to the
 // receiver's verified receipt. bare: the same bytes and a 64-byte answer by epoll, send and recv.
 
 #include <arpa/inet.h>
