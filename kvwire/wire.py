@@ -348,14 +348,14 @@ class FrameReader:
                 return None
             self.greeting = Greeting.decode(self._take(GREETING.bytes), self._reader)
         if self._header is None:
-            if self.closed and self._buffer:
-                fail(ErrorCode.STATE_INVALID, "stream: bytes follow CLOSE", offset=self.offset)
             if len(self._buffer) < HEADER.bytes:
                 return None
             header = FrameHeader.decode(bytes(self._buffer[:HEADER.bytes]), *self._limits)
-            if not header.skippable and self.greeting.role not in WRITERS[header.type]:
-                fail(ErrorCode.STATE_INVALID, f"stream: {header.name} is never written by a "
-                     f"{self.greeting.role.name.lower()}", actual=header.type, offset=self.offset)
+            if self.closed:
+                fail(ErrorCode.STATE_INVALID, f"stream: {header.name} after CLOSE",
+                     offset=self.offset)
+            if header.type == FrameType.CHUNK:
+                self._check_writer(header)
             self._take(HEADER.bytes)
             self._header = header
             return Frame(header, None)
@@ -369,8 +369,14 @@ class FrameReader:
             if crc != header.payload_crc:
                 fail(ErrorCode.CONTROL_CORRUPT, f"{header.name}: payload checksum differs",
                      expected=header.payload_crc, actual=crc, offset=self.offset)
+            self._check_writer(header)
         self.closed = header.type == FrameType.CLOSE
         return Frame(header, payload)
+
+    def _check_writer(self, header: FrameHeader) -> None:
+        if not header.skippable and self.greeting.role not in WRITERS[header.type]:
+            fail(ErrorCode.STATE_INVALID, f"stream: {header.name} is never written by a "
+                 f"{self.greeting.role.name.lower()}", actual=header.type, offset=self.offset)
 
     def _take(self, count: int) -> bytes:
         data = bytes(self._buffer[:count])

@@ -11,11 +11,13 @@ namespace {
 
 // Runs shorter than this are received into a staging buffer and scattered: an iovec each would cost
 // more than the copy.
+constexpr size_t RECENT_ABORTS_KEPT = 64;
 constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;
 
 }  // namespace
 
 ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& header) {
+    lane_heard_ = lane_index;
     Lane& lane = lanes_.at(lane_index);
     lane.header = header;
     lane.target.revoke();
@@ -116,6 +118,7 @@ void ReceiveLink::revoke_lease(Lane& lane) {
 }
 
 void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
+    lane_heard_ = lane_index;
     Lane& lane = lanes_.at(lane_index);
     if (!lane.segment) return;  // read away: stray, stale or revoked
     Transfer& transfer = *lane.transfer;
@@ -295,12 +298,12 @@ void ReceiveLink::drop(Id transfer_id, const Error& error) {
     if (!find(transfer_id)) return;
     remember(transfer_id, {std::nullopt, error});
     forget(transfer_id);
-    send(FrameType::ABORT, transfer_id, encode(error));
+    abort_transfer(transfer_id, error);
 }
 
 void ReceiveLink::refuse(Id transfer_id, const Error& error) {
     remember(transfer_id, {std::nullopt, error});
-    send(FrameType::ABORT, transfer_id, encode(error));
+    abort_transfer(transfer_id, error);
 }
 
 void ReceiveLink::forget(Id transfer_id) {
@@ -328,7 +331,16 @@ void ReceiveLink::send_grant(const Transfer& transfer) {
 }
 
 void ReceiveLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
-    if (!lanes_.empty()) lanes_.begin()->second.writer.control(type, transfer_id, 0, payload);
+    if (lanes_.empty()) return;
+    const auto heard = lanes_.find(lane_heard_);
+    LaneWriter& writer = (heard == lanes_.end() ? lanes_.begin() : heard)->second.writer;
+    writer.control(type, transfer_id, 0, payload);
+}
+
+void ReceiveLink::abort_transfer(const Id& transfer_id, const Error& error) {
+    send(FrameType::ABORT, transfer_id, encode(error));
+    recent_aborts_.emplace_back(transfer_id, error);
+    if (recent_aborts_.size() > RECENT_ABORTS_KEPT) recent_aborts_.pop_front();
 }
 
 ReceiveLink::Transfer* ReceiveLink::find(const Id& transfer_id) {

@@ -77,6 +77,10 @@ void ReceiveLink::lane_lost(uint32_t lane) {
     revoke_lease(found->second);
     lanes_.erase(found);
     repeat_pulls();
+    // Said by ourselves, perhaps on a lane that the peer had given up before.
+    for (const auto& [id, error] : recent_aborts_) send(FrameType::ABORT, id, encode(error));
+    for (const auto& [id, transfer] : transfers_)
+        if (transfer->segments.empty()) send_grant(*transfer);
 }
 
 // A PULL is the one frame that no answer of ours follows from.
@@ -85,6 +89,7 @@ void ReceiveLink::repeat_pulls() {
 }
 
 void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) {
+    lane_heard_ = lane;
     try {
         switch (header.type) {
             case FrameType::MANIFEST: return on_manifest(lane, header, payload);
