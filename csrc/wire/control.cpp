@@ -109,13 +109,13 @@ End decode_end(ByteSpan payload) {
     FieldReader in(payload, "END");
     End end;
     end.segment_count = in.number<uint32_t>();
+    if (end.segment_count > limits::segment_count_max)
+        in.fail(ErrorCode::INCOMPLETE, "segment_count over the limit",
+                limits::segment_count_max, end.segment_count);
     end.digest = in.number<uint32_t>();
     end.raw_bytes = in.number<uint64_t>();
     end.metadata_count = in.number<uint16_t>();
     in.zeros(6);
-    if (end.segment_count > limits::segment_count_max)
-        in.fail(ErrorCode::INCOMPLETE, "segment_count over the limit",
-                limits::segment_count_max, end.segment_count);
     const size_t metadata_start = in.offset();
     check_metadata(in, end.metadata_count);
     in.at_end();
