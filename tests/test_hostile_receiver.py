@@ -1,6 +1,7 @@
 """A receiver that answers nonsense harms no sender: typed errors, and the memory comes back."""
 
 import socket
+import time
 
 import pytest
 
@@ -78,3 +79,13 @@ def test_a_receiver_that_asks_for_ever_is_served_within_bounds(refusing):
             RepairEntry(0, 0, attempt, ErrorCode.PAYLOAD_CORRUPT, 0, 0),)))
     peer.send(FrameType.ABORT, transfer_id, Abort(ErrorCode.CANCELLED))
     fails(transfer, kvwire.TransferCancelled, ErrorCode.CANCELLED)
+
+
+def test_a_silent_listener_is_given_up_after_five_seconds():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        start = time.monotonic()
+        with kvwire.Sender("127.0.0.1:%d" % listener.getsockname()[1]) as sender:
+            with pytest.raises(kvwire.TransferError) as caught:
+                sender.connect(30)
+        assert caught.value.code == ErrorCode.CONNECT_FAILED
+        assert 4 < time.monotonic() - start < 9
