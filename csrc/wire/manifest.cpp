@@ -28,9 +28,9 @@ void check_count(FieldReader& in, const char* what, uint64_t count, uint64_t lim
         in.fail(ErrorCode::LIMIT_EXCEEDED, std::string(what) + " over the limit", limit, count);
 }
 
-Slice read_slice(FieldReader& in, bool named) {
+Slice read_slice(FieldReader& in) {
     Slice slice;
-    slice.name = read_name(in, !named);
+    slice.name = read_name(in, true);
     slice.full = in.number<uint32_t>();
     slice.start = in.number<uint32_t>();
     slice.stop = in.number<uint32_t>();
@@ -51,14 +51,13 @@ AxisDesc read_axis(FieldReader& in) {
     check_count(in, "slice_count", count, limits::slice_count_max);
     if ((axis.axis == Axis::TOKEN) != (count == 0))
         in.fail(ErrorCode::FIELD_INVALID, "the token axis alone has no slices", 0, count);
+    for (int i = 0; i < count; ++i) axis.slices.push_back(read_slice(in));
     std::set<std::string> names;
-    for (int i = 0; i < count; ++i) {
-        axis.slices.push_back(read_slice(in, count > 1));
-        if (count == 1 && !axis.slices[0].name.empty())
-            in.fail(ErrorCode::FIELD_INVALID, "a single slice has a name", 0, 1);
-        if (!names.insert(axis.slices.back().name).second)
-            in.fail(ErrorCode::FIELD_INVALID, "two slices have one name", 0, i);
-    }
+    for (const Slice& slice : axis.slices)
+        if (slice.name.empty() != (count == 1) || !names.insert(slice.name).second)
+            in.fail(ErrorCode::FIELD_INVALID,
+                    "a single slice is unnamed, several have names that differ", count,
+                    names.size());
     return axis;
 }
 
