@@ -61,6 +61,7 @@ uint16_t Endpoint::listen(const Address& address) {
 }
 
 void Endpoint::accept_some() {
+    if (closing_) return;
     for (;;) {
         if (counters_.connections >= options_.connections_max) break;
         bool would_block = false;
@@ -129,6 +130,14 @@ void Endpoint::wait_connected(const Id& link_id, double timeout_s) {
     if (found != dialled_.end() && found->second.state == Dialled::DOWN) throw found->second.error;
 }
 
+Error Endpoint::why_lost(const Id& link_id) {
+    std::lock_guard<std::mutex> lock(dialled_mutex_);
+    const auto found = dialled_.find(link_id);
+    if (found != dialled_.end() && found->second.state == Dialled::DOWN)
+        return found->second.error;
+    return Error(ErrorCode::LINK_LOST, "the link to the peer is gone");
+}
+
 void Endpoint::link_up(const Link& link) {
     std::lock_guard<std::mutex> lock(dialled_mutex_);
     const auto found = dialled_.find(link.id);
@@ -170,6 +179,7 @@ void Endpoint::close() {
     const std::string role = role_ == Role::SENDER ? "sender" : "receiver";
     const Error why(ErrorCode::CLOSED, "the " + role + " was closed");
     loop_->call([&] {
+        closing_ = true;
         if (listener_) loop_->unwatch(listener_);
         listener_.reset();
         end_all(why);
@@ -214,7 +224,7 @@ void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& 
             return link->pump();
         }
         if (const auto ticket = tickets_.find(ticket_id))
-            ticket->fail(Error(ErrorCode::LINK_LOST, "the link to the sender is gone"));
+            ticket->fail(why_lost(link_id));
     });
 }
 
@@ -261,7 +271,7 @@ std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest
         const auto link = find_link(link_id);
         if (!link) {
             handle->transfer_->ended = true;
-            return handle->on_end(Error(ErrorCode::LINK_LOST, "the link to the receiver is gone"));
+            return handle->on_end(why_lost(link_id));
         }
         start_deadline(handle, deadline_s);
         link->send->open(handle->transfer_);

@@ -53,6 +53,7 @@ public:
     EndpointStats& counters() { return counters_; }
     Greeting greeting() const;
     std::shared_ptr<Link> adopt(const Id& link_id);  // finds or makes the link of an accepted lane
+    bool closing() const { return closing_; }
     void link_up(const Link& link);
     void link_lost(const Link& link, const Error& why);
     std::vector<Id> link_ids();  // of links with a lane; from any thread
@@ -60,6 +61,7 @@ public:
 
 protected:
     std::shared_ptr<Link> find_link(const Id& link_id);
+    Error why_lost(const Id& link_id);
     std::shared_ptr<Link> make_link(const Id& link_id);
     virtual void end_all(const Error& why) = 0;  // what no link will end
     const Role role_;
@@ -76,7 +78,8 @@ private:
         Error error;
     };
     Fd listener_;
-    bool closed_ = false;
+    bool closed_ = false;   // the application's thread
+    bool closing_ = false;  // the loop's: no lane opens any more
     EndpointStats counters_;
     std::mutex dialled_mutex_;
     std::condition_variable dialled_changed_;

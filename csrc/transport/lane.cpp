@@ -108,6 +108,7 @@ bool Lane::read_greeting() {
 }
 
 void Lane::greeted(const Greeting& peer) {
+    if (endpoint_.closing()) throw Error(ErrorCode::CLOSED, "this side is closing");
     if (peer.role == endpoint_.role())
         throw Error(ErrorCode::ROLE_CONFLICT, "both ends have the same role", 0,
                     uint64_t(peer.role), greeting_at::ROLE);

@@ -53,9 +53,9 @@ ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& heade
 // The lease table, section 10.
 void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& segment) {
     const FrameHeader& header = lanes_.at(lane_index).header;
-    if (segment.complete)
+    if (!segment.work)
         return owe(lane_index, transfer.id, {header.segment_index, 0, 0, segment.digest});
-    const SegmentAnnouncement& announced = segment.announcement;
+    const SegmentAnnouncement& announced = segment.work->announcement;
     if (header.raw_offset % announced.chunk_bytes || header.raw_offset >= announced.raw_bytes)
         throw Error(ErrorCode::FIELD_INVALID, "CHUNK: raw_offset is not on the segment's grid",
                     announced.chunk_bytes, header.raw_offset, header_at::RAW_OFFSET);
@@ -63,7 +63,7 @@ void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& 
     if (header.raw_bytes != announced.chunk_raw_bytes(index))
         throw Error(ErrorCode::FIELD_INVALID, "CHUNK: raw_bytes differs from the segment's grid",
                     announced.chunk_raw_bytes(index), header.raw_bytes, header_at::RAW_BYTES);
-    Chunk& chunk = segment.chunks[index];
+    Chunk& chunk = segment.work->chunks[index];
     if (chunk.state == Chunk::VERIFIED)
         return owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
     if (chunk.state == Chunk::LEASED) {
@@ -72,10 +72,10 @@ void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& 
     } else if (header.attempt < chunk.attempt) {
         return;
     }
-    grant_lease(lane_index, transfer, segment, chunk);
+    grant_lease(lane_index, transfer, *segment.work, chunk);
 }
 
-void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Segment& segment,
+void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& segment,
                               Chunk& chunk) {
     Lane& lane = lanes_.at(lane_index);
     chunk.state = Chunk::LEASED;
@@ -87,7 +87,7 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Segment& 
         for (const Item& item : segment.announcement.items)
             transfer.ticket->observer().on_layer_touched(item.layer);
     segment.touched = true;
-    const Placement& placement = *segment.placement;
+    const Placement& placement = segment.placement;
     if (lane.header.codec == 0 && !placement.has_skips() &&
         placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN) {
         lane.target.placement = &placement;
@@ -122,10 +122,10 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     Lane& lane = lanes_.at(lane_index);
     if (!lane.segment) return;  // read away: stray, stale or revoked
     Transfer& transfer = *lane.transfer;
-    Segment& segment = *lane.segment;
+    Work& work = *lane.segment;
     const FrameHeader header = lane.header;
-    const uint32_t index = uint32_t(header.raw_offset / segment.announcement.chunk_bytes);
-    Chunk& chunk = segment.chunks[index];
+    const uint32_t index = uint32_t(header.raw_offset / work.announcement.chunk_bytes);
+    Chunk& chunk = work.chunks[index];
     uint32_t actual = 0;
     const ErrorCode verdict = verify(lane, payload_crc, &actual);
     lane.target.revoke();
@@ -134,12 +134,13 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     if (verdict != ErrorCode::OK) return chunk_failed(lane, chunk, verdict, actual);
     chunk.state = Chunk::VERIFIED;
     chunk.raw_crc = header.raw_crc;
-    ++segment.verified;
+    ++work.verified;
     transfer.ticket->observer().on_bytes(header.raw_bytes, header.payload_bytes,
                                          chunk.failures != 0);
     owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
     try {
-        maybe_complete(lane_index, transfer, header.segment_index, segment);
+        maybe_complete(lane_index, transfer, header.segment_index,
+                       transfer.segments.at(header.segment_index));
     } catch (const Error& error) {
         fail(header.transfer_id, error);
     }
@@ -147,7 +148,7 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
 
 ErrorCode ReceiveLink::verify(Lane& lane, uint32_t payload_crc, uint32_t* actual) {
     const FrameHeader& header = lane.header;
-    const Placement& placement = *lane.segment->placement;
+    const Placement& placement = lane.segment->placement;
     *actual = payload_crc;
     if (payload_crc != header.payload_crc) return ErrorCode::PAYLOAD_CORRUPT;
     if (lane.target.placement) return ErrorCode::OK;  // computed on the bytes in place
@@ -176,7 +177,7 @@ void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint3
     chunk.state = Chunk::MISSING;
     Transfer& transfer = *find(header.transfer_id);
     const uint32_t chunk_bytes =
-        transfer.segments.at(header.segment_index).announcement.chunk_bytes;
+        transfer.segments.at(header.segment_index).work->announcement.chunk_bytes;
     const RepairEntry entry{header.segment_index, uint32_t(header.raw_offset / chunk_bytes),
                             header.attempt, reason,
                             reason == ErrorCode::PAYLOAD_CORRUPT ? header.payload_crc
@@ -229,28 +230,25 @@ void ReceiveLink::flush() {
 
 void ReceiveLink::maybe_complete(uint32_t lane, Transfer& transfer, uint32_t segment_index,
                                  Segment& segment) {
-    if (segment.complete || !segment.end || segment.verified != segment.chunks.size()) return;
+    if (!segment.work || !segment.work->end) return;
+    const Work& work = *segment.work;
+    if (work.verified != work.chunks.size()) return;
     uint32_t digest = 0;
-    for (uint32_t i = 0; i < segment.chunks.size(); ++i)
-        digest = digest_chunk(digest, uint64_t(i) * segment.announcement.chunk_bytes,
-                              segment.announcement.chunk_raw_bytes(i), segment.chunks[i].raw_crc);
-    if (digest != segment.end->digest)
+    for (uint32_t i = 0; i < work.chunks.size(); ++i)
+        digest = digest_chunk(digest, uint64_t(i) * work.announcement.chunk_bytes,
+                              work.announcement.chunk_raw_bytes(i), work.chunks[i].raw_crc);
+    if (digest != work.end->digest)
         throw Error(ErrorCode::DIGEST_MISMATCH,
                     "segment " + std::to_string(segment_index) + ": digest " +
-                        hex32(segment.end->digest) + " stated, " + hex32(digest) + " computed",
-                    segment.end->digest, digest);
-    segment.complete = true;
+                        hex32(work.end->digest) + " stated, " + hex32(digest) + " computed",
+                    work.end->digest, digest);
     segment.digest = digest;
     ++transfer.complete_segments;
-    for (size_t i = 0; i < segment.announcement.items.size(); ++i)
-        transfer.ticket->verified(*transfer.manifest, segment.announcement.items[i],
-                                  segment.claimed[i]);
-    segment.placement.reset();
-    segment.chunks = {};
-    segment.announcement.items = {};
-    segment.claimed = {};
-    state_bytes_ -= segment.state_bytes - sizeof(Segment);
-    segment.state_bytes = sizeof(Segment);
+    for (size_t i = 0; i < work.announcement.items.size(); ++i)
+        transfer.ticket->verified(*transfer.manifest, work.announcement.items[i], work.claimed[i]);
+    segment.work.reset();
+    state_bytes_ -= segment.state_bytes - SEGMENT_STATE_BYTES;
+    segment.state_bytes = SEGMENT_STATE_BYTES;
     owe(lane, transfer.id, {segment_index, 0, 0, digest});
     maybe_done(lane, transfer);
 }

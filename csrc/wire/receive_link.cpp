@@ -287,25 +287,27 @@ void ReceiveLink::on_segment(Transfer& transfer, const FrameHeader& header, Byte
                     transfer.grant.chunk_bytes_max, announcement.chunk_bytes);
     check_items(transfer, announcement);
     const uint64_t chunk_count = announcement.chunk_count();
-    const uint64_t state_bytes = sizeof(Segment) + payload.size + chunk_count * sizeof(Chunk);
+    const uint64_t state_bytes =
+        SEGMENT_STATE_BYTES + sizeof(Work) + payload.size + chunk_count * sizeof(Chunk);
     if (state_bytes_ + state_bytes > options_.state_bytes_max)
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "SEGMENT: too much is announced and not sent",
                     options_.state_bytes_max, state_bytes_ + state_bytes);
     Segment& segment = transfer.segments[header.segment_index];
     segment.announcement_crc = header.payload_crc;
     segment.raw_bytes = announcement.raw_bytes;
-    segment.placement = std::make_unique<Placement>();
+    segment.work = std::make_unique<Work>();
+    Work& work = *segment.work;
     for (const Item& item : announcement.items) {
-        segment.claimed.push_back(
-            transfer.ticket->claim(*transfer.manifest, item, *segment.placement));
+        work.claimed.push_back(
+            transfer.ticket->claim(*transfer.manifest, item, work.placement));
         if (transfer.manifest->groups[item.group].kind == GroupKind::CONVOLUTION)
             transfer.ticket->observer().on_layer_touched(item.layer);  // columns may be zeroed
     }
     const Item& first = announcement.items[0];
-    segment.item_bytes =
+    work.item_bytes =
         item_bytes(transfer.manifest->groups[first.group].tensors[first.tensor].dtype);
-    segment.chunks.resize(chunk_count);
-    segment.announcement = std::move(announcement);
+    work.chunks.resize(chunk_count);
+    work.announcement = std::move(announcement);
     segment.state_bytes = state_bytes;
     state_bytes_ += state_bytes;
 }
@@ -318,19 +320,20 @@ void ReceiveLink::on_segment_end(uint32_t lane, Transfer& transfer, const FrameH
         throw Error(ErrorCode::SEGMENT_INVALID, "SEGMENT_END: segment was not announced", 0,
                     header.segment_index);
     Segment& segment = found->second;
-    if (segment.complete) {
+    if (!segment.work) {
         if (end.digest != segment.digest)
             throw Error(ErrorCode::DIGEST_MISMATCH, "SEGMENT_END: another digest than before",
                         segment.digest, end.digest);
         return owe(lane, transfer.id, {header.segment_index, 0, 0, segment.digest});
     }
-    if (end.chunk_count != segment.chunks.size())
+    Work& work = *segment.work;
+    if (end.chunk_count != work.chunks.size())
         throw Error(ErrorCode::SEGMENT_INVALID, "SEGMENT_END: chunk_count differs",
-                    segment.chunks.size(), end.chunk_count);
-    if (segment.end && segment.end->digest != end.digest)
+                    work.chunks.size(), end.chunk_count);
+    if (work.end && work.end->digest != end.digest)
         throw Error(ErrorCode::DIGEST_MISMATCH, "SEGMENT_END: another digest than before",
-                    segment.end->digest, end.digest);
-    segment.end = end;
+                    work.end->digest, end.digest);
+    work.end = end;
     maybe_complete(lane, transfer, header.segment_index, segment);
 }
 

@@ -79,6 +79,7 @@ public:
     size_t open_transfers() const { return transfers_.size(); }
 
 private:
+    static constexpr uint64_t SEGMENT_STATE_BYTES = 96;  // a Segment and its place in the map
     struct Chunk {
         enum State : uint8_t { MISSING, LEASED, VERIFIED };
         uint32_t raw_crc = 0;
@@ -87,19 +88,23 @@ private:
         State state = MISSING;
         uint8_t lane = 0;      // of the lease
     };
-    struct Segment {
-        uint32_t announcement_crc = 0;
+    // What a segment needs until it is complete.
+    struct Work {
         SegmentAnnouncement announcement;
         std::vector<uint32_t> claimed;  // what each item was the first to claim
         uint32_t item_bytes = 1;
-        std::unique_ptr<Placement> placement;
+        Placement placement;
         std::vector<Chunk> chunks;
         uint32_t verified = 0;
         std::optional<SegmentEnd> end;
-        bool complete = false, touched = false;
-        uint32_t digest = 0;
+        bool touched = false;
+    };
+    struct Segment {
+        uint32_t announcement_crc = 0;
+        uint32_t digest = 0;         // once complete
         uint64_t raw_bytes = 0;
         uint64_t state_bytes = 0;
+        std::unique_ptr<Work> work;  // null: complete
     };
     struct Transfer {
         Id id;
@@ -127,7 +132,7 @@ private:
         ChunkTarget target;
         FrameHeader header;
         Transfer* transfer = nullptr;  // of the lease; null: none
-        Segment* segment = nullptr;
+        Work* segment = nullptr;
         std::unique_ptr<uint8_t[]> staging;
         size_t staging_bytes = 0;
         struct Receipt { Id transfer_id; ReceiptEntry entry; };
@@ -148,7 +153,7 @@ private:
     void on_stray(uint32_t lane, const FrameHeader& header);
 
     void place_chunk(uint32_t lane, Transfer& transfer, Segment& segment);
-    void grant_lease(uint32_t lane, Transfer& transfer, Segment& segment, Chunk& chunk);
+    void grant_lease(uint32_t lane, Transfer& transfer, Work& segment, Chunk& chunk);
     void revoke_lease(Lane& lane);
     static void reserve_staging(Lane& lane, size_t bytes);
     ErrorCode verify(Lane& lane, uint32_t payload_crc, uint32_t* actual);
