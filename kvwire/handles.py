@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kvwire.errors import (
     ErrorCode, ForkedError, KvwireError, TransferTimeout, UsageError, error_from_code,
 )
+from kvwire.limits import LANE_COUNT_MAX, RANK_COUNT_MAX
 
 __all__ = ["Endpoint", "Handle", "Progress"]
 
@@ -113,6 +114,9 @@ class Endpoint:
         native = self._checked()
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
+            if self._loop is not None and self._waiters and self._loop.is_running():
+                raise UsageError(f"another event loop waits on this {type(self).__name__}; one "
+                                 "at a time")
             self._detach_loop()
             loop.add_reader(native.event_fd(), _drain, weakref.ref(self))
             self._loop = loop
@@ -268,9 +272,17 @@ def id_bytes(name: object, what: str) -> bytes:
 def ranks_of(value: tuple[int, int] | int, what: str) -> tuple[int, int]:
     """Take (rank, count), or a count of 1."""
     rank, count = value if isinstance(value, tuple) else (value, 1)
-    if not 0 <= rank < count:
-        raise UsageError(f"{what} is {value!r}; it must be (rank, count) with rank < count")
+    if not 0 <= rank < count <= RANK_COUNT_MAX:
+        raise UsageError(f"{what} is {value!r}; it must be (rank, count) with rank < count, at "
+                         f"most {RANK_COUNT_MAX}")
     return rank, count
+
+
+def lane_count(value: int) -> int:
+    """Take a number of lanes."""
+    if not isinstance(value, int) or not 1 <= value <= LANE_COUNT_MAX:
+        raise UsageError(f"lanes is {value!r}; it must be 1 to {LANE_COUNT_MAX}")
+    return value
 
 
 def wait_connected(native: object, link: bytes, timeout_s: float) -> None:

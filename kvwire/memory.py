@@ -14,6 +14,7 @@ from kvwire.errors import UsageError
 from kvwire.layout import (
     REQUEST_LAYER, Axis, CacheSpec, GroupKind, LayerGroup, Leaf, TensorSpec,
 )
+from kvwire.overlap import check_distinct
 from kvwire.plan import AxisStride, LeafMemory, TokenLayout
 
 __all__ = ["CacheMemory"]
@@ -66,6 +67,7 @@ class CacheMemory:
         self.writable = writable
         self.leaves: dict[tuple[GroupKind, int, str], LeafMemory] = {}
         self._buffers: list[Buffer] = []
+        self._destinations: list[tuple[str, Buffer, object]] = []
         self._ranges: list[TokenRange] = []
         self._tables: dict[int, np.ndarray] = {}
         find = arrays if callable(arrays) else _finder(spec, arrays)
@@ -75,6 +77,8 @@ class CacheMemory:
             if group.block_tokens:
                 self._tables[index] = _block_table(index, block_ids)
             self._add_group(index, group, held, ring, find)
+        if writable:
+            check_distinct(self._destinations)
 
     @property
     def bytes(self) -> int:
@@ -158,6 +162,7 @@ class CacheMemory:
                 memory = _leaf_memory(tensor, leaf, buffer, layout)
                 self.leaves[group.kind, layer, leaf.name] = memory
             self._buffers.append(buffer)
+            self._destinations.append((what, buffer, self._tables.get(index)))
 
     def _token_layout(self, what: str, index: int, tensor: TensorSpec, buffer: Buffer,
                       held: TokenRange, ring: bool) -> TokenLayout:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Generator, Iterable
 from kvwire import _native, limits
 from kvwire.errors import KvwireError, TransferError, UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, nanoseconds, ranks_of, seconds, split_address,
+    Endpoint, Handle, Progress, id_bytes, lane_count, nanoseconds, ranks_of, seconds, split_address,
     wait_connected,
 )
 from kvwire.manifest import decode_metadata
+from kvwire.limits import RANK_COUNT_MAX
 from kvwire.memory import CacheMemory
 from kvwire.structure import Cursor
 
@@ -70,8 +71,9 @@ class Receiver(Endpoint):
             raise UsageError("expect() needs a CacheMemory made with writable=True")
         ranks = list(range(source_ranks)) if isinstance(source_ranks, int) else sorted(source_ranks)
         count = len(ranks) if source_rank_count is None else source_rank_count
-        if not ranks or ranks[-1] >= count or ranks[0] < 0:
-            raise UsageError(f"source_ranks are {ranks} of {count}: at least one, each below count")
+        if not ranks or not 0 <= ranks[0] <= ranks[-1] < count <= RANK_COUNT_MAX:
+            raise UsageError(f"source_ranks are {ranks} of {count}: at least one, each below the "
+                             f"count, which is at most {RANK_COUNT_MAX}")
         rank, destination_count = ranks_of(destination_rank, "destination_rank")
         name = _native.random_id() if ticket_id is None else id_bytes(ticket_id, "ticket_id")
         handle = native.bind(name, memory.spec.model, *memory.tokens, ranks, count, rank,
@@ -84,7 +86,7 @@ class Receiver(Endpoint):
     def dial(self, address: str, *, lanes: int = 2, timeout_s: float | None = None) -> str:
         """Make a link to a listening `Sender`; returns its id. Raises what went wrong."""
         native = self._checked()
-        link = native.dial(*split_address(address), lanes)
+        link = native.dial(*split_address(address), lane_count(lanes))
         wait_connected(native, link, self._connect_timeout_s if timeout_s is None else timeout_s)
         self._dialled[address] = link
         return link.hex()

@@ -9,7 +9,7 @@ from kvwire.codec import Codec
 from kvwire.control import Item
 from kvwire.errors import UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, nanoseconds, ranks_of, seconds, split_address,
+    Endpoint, Handle, Progress, id_bytes, lane_count, nanoseconds, ranks_of, seconds, split_address,
     wait_connected,
 )
 from kvwire.layout import CacheSpec
@@ -51,7 +51,7 @@ class Sender(Endpoint):
         self._codec = Codec.of(codec)
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
-        self._lanes = lanes
+        self._lanes = lane_count(lanes)
         self._link: bytes | None = None
         if listen is not None:
             host, port = split_address(listen, "listen")

@@ -87,6 +87,8 @@ def _squeezed(name: str, buffer: Buffer) -> Buffer:
 
 
 def _inner_factor(name: str, extent: int) -> int:
+    if extent == 0:
+        raise UsageError(f"tensor {name!r} has an empty axis; leave it out")
     for inner in range(min(extent, EXTENT_MAX), 0, -1):
         if extent % inner == 0 and extent // inner <= EXTENT_MAX:
             return inner

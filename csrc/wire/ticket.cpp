@@ -201,8 +201,8 @@ uint32_t Ticket::claim(const Manifest& manifest, const Item& item, Placement& pl
         const Found found = claim_leaf(key, shape_of(tensor, i, memory->second), tokens);
         claimed |= uint32_t(found == Found::NEW) << i;
     }
-    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its layer
-    // cannot be ready before that new part is verified, so nothing ready is ever written again.
+    // A fused tensor may bring something new beside its replicas; then all of it is placed. Its
+    // layer cannot be ready before that new part is verified: nothing ready is written again.
     if (claimed == 0) {
         placement.append_skip(item_raw_bytes(tensor, item));
         return 0;
