@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from kvwire.buffers import Buffer
-from kvwire.errors import OverlapError
+from kvwire.errors import ErrorCode, UsageError
 
 __all__ = ["check_distinct"]
 
@@ -17,7 +17,7 @@ _WORK_MAX = 10_000  # of numpy's exact solver, for one pair
 
 
 def check_distinct(destinations: Iterable[tuple[str, Buffer, object]]) -> None:
-    """Raise OverlapError when two destinations share a byte.
+    """Raise UsageError (code OVERLAP) when two destinations share a byte.
 
     Args:
         destinations: (words for it, its memory, its block table or None). Views that interleave
@@ -35,8 +35,8 @@ def check_distinct(destinations: Iterable[tuple[str, Buffer, object]]) -> None:
             if table is other_table and _share(
                     other.shape, other.strides, other.item_bytes, buffer.shape, buffer.strides,
                     buffer.item_bytes, buffer.address - other.address):
-                raise OverlapError(f"{what} and {other_what} share memory: two destinations "
-                                   "must not overlap")
+                raise UsageError(f"{what} and {other_what} share memory: two destinations must "
+                                 "not overlap", code=ErrorCode.OVERLAP)
         active.append(span)
 
 

@@ -163,6 +163,34 @@ def test_a_loop_that_was_left_waiting_does_not_disturb_the_next(ends):
     assert same_content(source, target)
 
 
+def test_two_loops_at_once_work_or_are_refused(ends):
+    sender, receiver = ends
+    pairs = [caches(seed) for seed in range(2)]
+    tickets = [receiver.expect(target.memory) for _, target in pairs]
+    outcomes = {}
+
+    def wait(number):
+        try:
+            outcomes[number] = run(wait_for(tickets[number]))
+        except Exception as error:  # noqa: BLE001 - the kind is what is tested
+            outcomes[number] = error
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for ticket, (source, _) in zip(tickets, pairs):
+        sender.send(ticket.id, source.memory).result(10)
+    start = time.monotonic()
+    for thread in threads:
+        thread.join(2 * PATIENCE_S)
+    assert time.monotonic() - start < PATIENCE_S / 2, "nobody woke the other loop"
+    for outcome in outcomes.values():
+        assert isinstance(outcome, (kvwire.Progress, kvwire.UsageError)), repr(outcome)
+    assert len(outcomes) == 2
+    assert any(isinstance(outcome, kvwire.Progress) for outcome in outcomes.values())
+
+
 @pytest.mark.parametrize("from_thread", [False, True])
 def test_close_wakes_everybody(from_thread):
     async def main():

@@ -221,6 +221,18 @@ def test_two_hundred_open_at_once():
         assert all(push.done() for push in pushes)
 
 
+def test_relinking_a_hundred_times_leaves_nothing_behind():
+    with kvwire.Receiver() as receiver:
+        for number in range(101):
+            with kvwire.Sender(receiver.address) as sender:
+                sender.connect(10)
+            if number == 0:
+                assert eventually(lambda: receiver.stats()["connections"] == 0)
+                before = descriptors(), threads()
+        assert eventually(lambda: receiver.stats()["connections"] == 0)
+        assert (descriptors(), threads()) == before
+
+
 def test_a_done_rank_may_leave_before_its_ticket_ends():
     prints("""
         tensors = lambda: memory(np.zeros(64, np.float32), True)
@@ -259,6 +271,22 @@ def test_the_interpreter_ends_with_transfers_open():
             pass
         print("open")
     """, "open")
+
+
+def test_the_interpreter_ends_with_daemon_threads_waiting():
+    prints("""
+        receiver = kvwire.Receiver()
+        ticket = receiver.expect(memory(np.zeros(4), True))
+        def wait():
+            try:
+                ticket.result()
+            except kvwire.KvwireError:
+                pass
+        for _ in range(8):
+            threading.Thread(target=wait, daemon=True).start()
+        time.sleep(0.2)
+        print("waiting")
+    """, "waiting")
 
 
 def test_fork_is_detected_in_the_child_and_harmless_to_the_parent():

@@ -41,6 +41,7 @@ def caches(spec=SPEC, tokens=TOKENS, held=None, **options):
     lambda ends, memory: ends.sender.open(b"x" * 16, {}),
     lambda ends, memory: ends.sender.offer(None),
     lambda ends, memory: ends.sender.open(b"x" * 16, memory, source_rank=(1, 1)),
+    lambda ends, memory: ends.sender.open(b"x" * 16, memory, source_rank=(0, 5000)),
     lambda ends, memory: ends.sender.open(b"x" * 16, memory, codec="zstd"),
     lambda ends, memory: ends.sender.open(b"x" * 16, memory, carry=SPEC.select((0,))),
     lambda ends, memory: ends.sender.open(b"x" * 16, memory, deadline_s=-1),
@@ -51,10 +52,13 @@ def caches(spec=SPEC, tokens=TOKENS, held=None, **options):
                                               source_ranks=[]),
     lambda ends, memory: ends.receiver.expect(Held(SPEC, 1, writable=True).memory,
                                               source_ranks=[-1]),
+    lambda ends, memory: ends.receiver.expect(Held(SPEC, 1, writable=True).memory,
+                                              source_ranks=[0], source_rank_count=70_000),
     lambda ends, memory: kvwire.Sender("nowhere"), lambda ends, memory: kvwire.Sender(),
     lambda ends, memory: kvwire.Sender("h:1", chunk_bytes=5000),
     lambda ends, memory: kvwire.Sender("127.0.0.1:1", lanes=0),
     lambda ends, memory: kvwire.Sender("127.0.0.1:1", lanes=65),
+    lambda ends, memory: kvwire.Sender("127.0.0.1:1", lanes=-1),
     lambda ends, memory: kvwire.Receiver("127.0.0.1:99999"),
     lambda ends, memory: kvwire.Receiver(chunk_bytes_max=1),
     lambda ends, memory: kvwire.Receiver(window_bytes=1),
@@ -63,6 +67,30 @@ def caches(spec=SPEC, tokens=TOKENS, held=None, **options):
 def test_wrong_calls_are_refused_by_type(ends, call):
     with pytest.raises(kvwire.UsageError):
         call(ends, Held(SPEC, TOKENS, 1).memory)
+
+
+@pytest.mark.parametrize("views, legal", [
+    (lambda x: (x, x), False), (lambda x: (x[:4], x[3:7]), False),
+    (lambda x: (x[::2], x[4:]), False), (lambda x: (x[:4], x[4:]), True),
+    (lambda x: (x[::2], x[1::2]), True), (lambda x: (x.reshape(4, 2)[:, 0], x[1::2]), True),
+])
+def test_destinations_that_overlap_are_refused(views, legal):
+    a, b = views(np.zeros(8, np.float32))
+    if legal:
+        assert kvwire.tensor_memory({"a": a, "b": b}, writable=True)
+    else:
+        with pytest.raises(kvwire.UsageError):
+            kvwire.tensor_memory({"a": a, "b": b}, writable=True)
+    assert kvwire.tensor_memory({"a": a, "b": b}), "sources may overlap as they like"
+
+
+def test_nobody_listens():
+    with kvwire.Sender("127.0.0.1:1") as sender:
+        with pytest.raises(kvwire.TransferError) as caught:
+            sender.connect(5)
+        assert caught.value.code == ErrorCode.CONNECT_FAILED
+        transfer = sender.send(b"x" * 16, Held(SPEC, TOKENS, 1).memory)
+        fails(transfer, kvwire.TransferError, ErrorCode.CONNECT_FAILED)
 
 
 def test_a_lost_link_is_made_again(ends):

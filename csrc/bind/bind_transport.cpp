@@ -14,7 +14,19 @@ namespace py = pybind11;
 namespace kvwire {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+// Lets other Python threads run while this one waits. Before Python 3.13 a daemon thread that wants
+// the GIL back at interpreter exit is unwound from here, which pybind11's own guard, being noexcept,
+// turns into std::terminate.
+class WithoutGil {
+public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    WithoutGil(const WithoutGil&) = delete;
+    ~WithoutGil() noexcept(false) { PyEval_RestoreThread(state_); }
+
+private:
+    PyThreadState* state_;
+};
+using NoGil = py::call_guard<WithoutGil>;
 
 Bytes bytes_from(const std::string& text) { return Bytes(text.begin(), text.end()); }
 
@@ -46,7 +58,7 @@ EndpointOptions options_from(const py::dict& given) {
 py::dict stats_of(Endpoint& endpoint) {
     EndpointStats stats;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil release;
         stats = endpoint.stats();
     }
     py::dict result;
@@ -79,7 +91,7 @@ void bind_endpoint(Class& bound) {
         .def("dial", [](T& self, const std::string& host, uint16_t port, uint16_t lanes) {
             Id id;
             {
-                const py::gil_scoped_release release;
+                const WithoutGil release;
                 id = self.dial({host, port}, lanes);
             }
             return to_python(id);
@@ -90,7 +102,7 @@ void bind_endpoint(Class& bound) {
         .def("link_ids", [](T& self) {
             std::vector<Id> ids;
             {
-                const py::gil_scoped_release release;
+                const WithoutGil release;
                 ids = self.link_ids();
             }
             py::list result;
@@ -112,7 +124,7 @@ void bind_handles(py::module_& module) {
         .def_property_readonly("id", [](const TransferHandle& h) { return to_python(h.id()); })
         .def("push", [](TransferHandle& self, const py::object& items) {
             std::vector<Item> taken = items_from_python(items);
-            const py::gil_scoped_release release;
+            const WithoutGil release;
             return self.push(std::move(taken));
         }, py::arg("items"))
         .def("finish", [](TransferHandle& self, const std::string& metadata, uint16_t count) {
