@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '
 TEST_SOURCES := $(filter csrc/tests/%, $(SOURCES))
 NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
 
-.PHONY: demo test test-long test-vllm bench build cpp-test clean
+.PHONY: demo test test-long test-vllm bench build cpp-test tsan-test clean
 
 demo: build
 	$(VENV)/bin/kvwire demo
@@ -64,12 +64,13 @@ $(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py
 	    --no-build-isolation -e ".[demo,test]"
 	@touch $@
 
-# The C++ tests, and all of csrc but the binding, under the sanitizers. Needs no Python.
+# All of csrc but the binding, and the C++ tests, under the sanitizers. Needs no Python.
 SANITIZED := .build/sanitized
-SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o, \
-    $(filter-out csrc/bind/%, $(filter csrc/%.cpp, $(SOURCES))))
-SANITIZED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
-    -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED_SOURCES := $(filter-out csrc/bind/%, $(filter csrc/%.cpp, $(SOURCES)))
+SANITIZED_OBJECTS := $(patsubst %.cpp, $(SANITIZED)/%.o, $(SANITIZED_SOURCES))
+CHECKED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
+    -fno-omit-frame-pointer -fno-sanitize-recover=all
+SANITIZED_FLAGS := $(CHECKED_FLAGS) -fsanitize=address,undefined
 
 cpp-test:
 	@$(MAKE) --no-print-directory -j2 $(SANITIZED)/cpp-test
@@ -82,7 +83,25 @@ $(SANITIZED)/%.o: %.cpp
 	@mkdir -p $(@D) && echo "sanitized $<"
 	@$(CXX) $(SANITIZED_FLAGS) -MMD -MP -c $< -o $@
 
--include $(SANITIZED_OBJECTS:.o=.d)
+# Only the transport has threads.
+TSAN := .build/tsan
+TSAN_TESTS := csrc/tests/main.cpp csrc/tests/transport_test.cpp
+TSAN_SOURCES := $(filter-out $(TEST_SOURCES), $(SANITIZED_SOURCES)) $(TSAN_TESTS)
+TSAN_OBJECTS := $(patsubst %.cpp, $(TSAN)/%.o, $(TSAN_SOURCES))
+TSAN_FLAGS := $(CHECKED_FLAGS) -fsanitize=thread
+
+tsan-test:
+	@$(MAKE) --no-print-directory -j2 $(TSAN)/tsan-test
+	TSAN_OPTIONS=halt_on_error=1 $(TSAN)/tsan-test
+
+$(TSAN)/tsan-test: $(TSAN_OBJECTS)
+	@$(CXX) $(TSAN_FLAGS) $^ -o $@ -ldl
+
+$(TSAN)/%.o: %.cpp
+	@mkdir -p $(@D) && echo "thread-checked $<"
+	@$(CXX) $(TSAN_FLAGS) -MMD -MP -c $< -o $@
+
+-include $(SANITIZED_OBJECTS:.o=.d) $(TSAN_OBJECTS:.o=.d)
 
 clean:
 	rm -rf $(VENV) .build build kvwire.egg-info kvwire/_native*.so

@@ -1,4 +1,4 @@
-"""The C++ tests under the address and undefined-behaviour sanitizers."""
+"""The C++ tests under the address, undefined-behaviour and thread sanitizers."""
 
 import os
 import shutil
@@ -11,25 +11,35 @@ ROOT = Path(__file__).parent.parent
 BUILD_AND_RUN_SECONDS_MAX = 900
 
 
-def missing_tool(directory):
-    """What `make cpp-test` lacks here, or ''."""
+def missing_tool(directory, sanitizers):
+    """What a build with these sanitizers lacks here, or ''."""
     compiler = os.environ.get("CXX", "g++").split()
     for tool in ("make", compiler[0]):
         if shutil.which(tool) is None:
             return tool
     probe = directory / "probe.cpp"
     probe.write_text("int main() {}")
-    command = [*compiler, "-fsanitize=address,undefined", str(probe), "-o", str(probe) + ".out"]
+    command = [*compiler, f"-fsanitize={sanitizers}", str(probe), "-o", str(probe) + ".out"]
     linked = subprocess.run(command, capture_output=True).returncode == 0
     return "" if linked else f"{compiler[0]}'s sanitizer libraries"
 
 
-@pytest.mark.timeout(BUILD_AND_RUN_SECONDS_MAX)
-def test_cpp_tests_pass_under_sanitizers(tmp_path):
-    if missing := missing_tool(tmp_path):
+def run_target(target, sanitizers, directory):
+    if missing := missing_tool(directory, sanitizers):
         pytest.skip(f"needs {missing}")
     done = subprocess.run(
-        ["make", "--no-print-directory", "cpp-test"], cwd=ROOT, capture_output=True, text=True
+        ["make", "--no-print-directory", target], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed, 0 failed" in done.stdout
+
+
+@pytest.mark.timeout(BUILD_AND_RUN_SECONDS_MAX)
+def test_cpp_tests_pass_under_sanitizers(tmp_path):
+    run_target("cpp-test", "address,undefined", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(BUILD_AND_RUN_SECONDS_MAX)
+def test_transport_has_no_data_race(tmp_path):
+    run_target("tsan-test", "thread", tmp_path)

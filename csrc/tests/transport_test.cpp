@@ -1,0 +1,267 @@
+// Both endpoints in one process over loopback: their threads, handles and ends. Also run under
+// ThreadSanitizer by `make tsan-test`.
+
+#include <atomic>
+#include <thread>
+
+#include "codec/codec.hpp"
+#include "tests/memory_world.hpp"
+#include "transport/endpoint.hpp"
+
+namespace kvwire {
+namespace {
+
+using namespace test;
+
+constexpr double PATIENCE_S = 30;
+
+// One contiguous tensor of 4 KiB per token.
+Manifest flat(uint64_t tokens) {
+    Manifest manifest;
+    manifest.groups = {
+        {GroupKind::FULL_ATTENTION, 0, {0},
+         {{"k", DType::BYTES, 0, false, {{Axis::TOKEN, {}}, whole(Axis::DIM, 4096)}}}}};
+    manifest.token_stop = tokens;
+    return manifest;
+}
+
+Ticket::Options ticket_options(const Manifest& manifest) {
+    Ticket::Options options;
+    options.id = manifest.ticket_id;
+    options.model = manifest.model;
+    options.token_start = manifest.token_start;
+    options.token_stop = manifest.token_stop;
+    return options;
+}
+
+// Source, destination and the two handles of one hand-off.
+struct HandOff {
+    HandOff(Manifest described, uint64_t seed)
+        : manifest(with_ticket(std::move(described))), random(seed), source(manifest, random),
+          destination(manifest, random) {}
+
+    static Manifest with_ticket(Manifest manifest) {
+        manifest.ticket_id = random_id();
+        return manifest;
+    }
+
+    void bind(ReceiverEndpoint& receiver, double deadline_s = -1) {
+        ticket = receiver.bind(ticket_options(manifest), destination.map, deadline_s);
+    }
+    void open(SenderEndpoint& sender, const Id& link, double deadline_s = -1, uint8_t codec = 0) {
+        transfer = sender.open(link, manifest, source.map, codec, deadline_s);
+    }
+    void push_all() {
+        for (const Item& item : all_items(manifest)) transfer->push({item});
+        transfer->finish({}, 0);
+    }
+    void check_delivered() {
+        CHECK(transfer->wait(PATIENCE_S) && ticket->wait(PATIENCE_S));
+        CHECK_EQ(transfer->progress().error.code, ErrorCode::OK);
+        CHECK_EQ(ticket->progress().error.code, ErrorCode::OK);
+        const std::vector<Item> items = all_items(manifest);
+        CHECK(content(manifest, items, *source.map) == content(manifest, items, *destination.map));
+        CHECK(destination.only_own_bytes_changed());
+    }
+    // Ended, with an error unless `may_succeed`; every push came back.
+    void check_ended(bool may_succeed = false) {
+        CHECK(transfer->wait(PATIENCE_S) && ticket->wait(PATIENCE_S));
+        if (!may_succeed) CHECK(transfer->progress().error && ticket->progress().error);
+        for (const auto state : transfer->push_states())
+            CHECK(state == TransferHandle::PushState::RETURNED);
+        CHECK(destination.only_own_bytes_changed());
+    }
+
+    const Manifest manifest;
+    Random random;
+    Memory source, destination;
+    std::shared_ptr<TicketHandle> ticket;
+    std::shared_ptr<TransferHandle> transfer;
+};
+
+struct Pair {
+    explicit Pair(uint16_t lanes, EndpointOptions options = {})
+        : receiver(std::make_unique<ReceiverEndpoint>(options)),
+          sender(std::make_unique<SenderEndpoint>(options)),
+          port(receiver->listen({"127.0.0.1", 0})), link(sender->dial({"127.0.0.1", port}, lanes)) {
+        sender->wait_connected(link, PATIENCE_S);
+    }
+    ~Pair() {
+        for (Endpoint* endpoint : {static_cast<Endpoint*>(receiver.get()),
+                                   static_cast<Endpoint*>(sender.get())})
+            if (endpoint) CHECK_EQ(endpoint->stats().internal_errors, 0u);
+    }
+
+    std::unique_ptr<ReceiverEndpoint> receiver;
+    std::unique_ptr<SenderEndpoint> sender;
+    const uint16_t port;
+    const Id link;
+};
+
+EndpointOptions with_codecs() {
+    EndpointOptions options;
+    options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
+    return options;
+}
+
+void wait_for_bytes(const Handle& handle, uint64_t bytes) {
+    while (handle.progress().verified_bytes < bytes && !handle.progress().ended)
+        std::this_thread::yield();
+}
+
+}  // namespace
+
+TEST(transport_many_small_transfers_from_many_threads) {
+    Pair pair(2, with_codecs());
+    std::vector<std::thread> threads;
+    std::atomic<int> delivered{0};
+    for (uint64_t thread = 0; thread < 4; ++thread)
+        threads.emplace_back([&pair, &delivered, thread] {
+            for (uint64_t i = 0; i < 25; ++i) {
+                HandOff each(hybrid(0, i), 100 * thread + i);
+                const bool early = i % 2;
+                if (early) each.bind(*pair.receiver);
+                each.open(*pair.sender, pair.link, PATIENCE_S, uint8_t(i % 3 == 0));
+                each.push_all();
+                if (!early) each.bind(*pair.receiver);
+                each.ticket->wait_layer(0, PATIENCE_S);
+                if (!each.transfer->wait(PATIENCE_S) || !each.ticket->wait(PATIENCE_S)) continue;
+                const std::vector<Item> items = all_items(each.manifest);
+                delivered += content(each.manifest, items, *each.source.map) ==
+                             content(each.manifest, items, *each.destination.map);
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    CHECK_EQ(delivered.load(), 100);
+}
+
+TEST(transport_large_transfer_on_several_lanes) {
+    for (const uint16_t lanes : {1, 2, 4}) {
+        Pair pair(lanes);
+        HandOff big(flat(4096), lanes);  // 16 MiB
+        big.bind(*pair.receiver);
+        big.open(*pair.sender, pair.link);
+        big.push_all();
+        big.check_delivered();
+    }
+}
+
+TEST(transport_receiver_dials_and_pulls) {
+    ReceiverEndpoint receiver{EndpointOptions{}};
+    SenderEndpoint sender{EndpointOptions{}};
+    const uint16_t port = sender.listen({"127.0.0.1", 0});
+    const Id link = receiver.dial({"127.0.0.1", port}, 2);
+    receiver.wait_connected(link, PATIENCE_S);
+    HandOff each(hybrid(0, 200), 1);
+    const Id offer = random_id();
+    each.transfer = sender.offer(offer, each.manifest, each.source.map, 0, -1);
+    each.push_all();
+    each.bind(receiver);
+    receiver.pull(link, each.manifest.ticket_id, {offer, 0, 200, 0, 0, 1});
+    each.check_delivered();
+
+    HandOff nobody(hybrid(0, 10), 2);
+    nobody.bind(receiver);
+    receiver.pull(link, nobody.manifest.ticket_id, {offer, 0, 10, 0, 0, 1});
+    CHECK(nobody.ticket->wait(PATIENCE_S));
+    CHECK_EQ(nobody.ticket->progress().error.code, ErrorCode::OFFER_UNKNOWN);
+}
+
+// When the call has returned, the memory is the caller's: it is scribbled over at once.
+TEST(transport_cancel_midway_gives_the_memory_back) {
+    for (uint64_t i = 0; i < 20; ++i) {
+        Pair pair(2);
+        HandOff big(flat(512), i);
+        big.bind(*pair.receiver);
+        big.open(*pair.sender, pair.link);
+        big.push_all();
+        wait_for_bytes(*big.ticket, i << 16);
+        const std::vector<Item> items = all_items(big.manifest);
+        const bool by_sender = i % 2;
+        const MemoryMap& mine = by_sender ? *big.source.map : *big.destination.map;
+        by_sender ? big.transfer->cancel() : big.ticket->cancel();
+        const Bytes scribble(placed(big.manifest, items, mine).bytes(), 0xEE);
+        placed(big.manifest, items, mine).scatter(0, scribble.size(), scribble.data());
+        big.check_ended(true);
+        CHECK(content(big.manifest, items, mine) == scribble);
+        const Error error = big.ticket->progress().error;
+        CHECK(!error || error.code == ErrorCode::CANCELLED);
+    }
+}
+
+TEST(transport_close_midway_ends_everything) {
+    for (uint64_t i = 0; i < 12; ++i) {
+        Pair pair(2);
+        HandOff big(flat(1024), i), never(hybrid(0, 10), i), unbound(hybrid(0, 10), i);
+        big.bind(*pair.receiver);
+        never.bind(*pair.receiver);
+        big.open(*pair.sender, pair.link);
+        unbound.open(*pair.sender, pair.link);
+        big.push_all();
+        wait_for_bytes(*big.ticket, i << 17);
+        switch (i % 3) {
+            case 0: pair.sender->close(); break;
+            case 1: pair.receiver->close(); break;
+            default: i % 2 ? pair.sender.reset() : pair.receiver.reset();
+        }
+        big.check_ended(true);
+        big.transfer->cancel();  // handles outlive their endpoint
+        big.ticket->cancel();
+        CHECK(unbound.transfer->wait(PATIENCE_S) && unbound.transfer->progress().error);
+        if (pair.receiver) pair.receiver->close();
+        CHECK(never.ticket->wait(PATIENCE_S));
+        CHECK_EQ(never.ticket->progress().error.code, ErrorCode::CLOSED);
+    }
+}
+
+TEST(transport_close_meets_cancel_and_push_from_other_threads) {
+    for (uint64_t i = 0; i < 20; ++i) {
+        Pair pair(2);
+        HandOff big(flat(256), i);
+        big.bind(*pair.receiver);
+        big.open(*pair.sender, pair.link);
+        std::thread pusher([&] {
+            try {
+                big.push_all();
+                big.transfer->cancel();
+            } catch (const Error& error) {
+                CHECK(error.code == ErrorCode::USAGE || error.code == ErrorCode::CLOSED);
+            }
+        });
+        std::thread canceller([&] { big.ticket->cancel(); });
+        pair.sender->close();
+        pair.receiver->close();
+        pusher.join();
+        canceller.join();
+        big.check_ended(true);
+    }
+}
+
+TEST(transport_deadlines_end_both_sides) {
+    Pair pair(1);
+    HandOff late(hybrid(0, 10), 1), slow(hybrid(0, 10), 2);
+    late.bind(*pair.receiver, 0.05);
+    CHECK(late.ticket->wait(PATIENCE_S));
+    CHECK_EQ(late.ticket->progress().error.code, ErrorCode::DEADLINE_EXCEEDED);
+    slow.bind(*pair.receiver);
+    slow.open(*pair.sender, pair.link, 0.05);  // and never pushed
+    slow.check_ended();
+    CHECK_EQ(slow.transfer->progress().error.code, ErrorCode::DEADLINE_EXCEEDED);
+    CHECK_EQ(slow.ticket->progress().error.code, ErrorCode::DEADLINE_EXCEEDED);
+    CHECK(slow.ticket->progress().error.remote);
+}
+
+TEST(transport_nobody_listens) {
+    SenderEndpoint sender{EndpointOptions{}};
+    uint16_t port = 0;
+    { ReceiverEndpoint gone{EndpointOptions{}}; port = gone.listen({"127.0.0.1", 0}); }
+    const Id link = sender.dial({"127.0.0.1", port}, 2);
+    try {
+        sender.wait_connected(link, PATIENCE_S);
+        CHECK(!"connected to nobody");
+    } catch (const Error& error) {
+        CHECK_EQ(error.code, ErrorCode::CONNECT_FAILED);
+    }
+}
+
+}  // namespace kvwire
