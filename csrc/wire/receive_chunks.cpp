@@ -9,9 +9,9 @@
 namespace kvwire {
 namespace {
 
+constexpr size_t RECENT_ABORTS_KEPT = 64;
 // Runs shorter than this are received into a staging buffer and scattered: an iovec each would cost
 // more than the copy.
-constexpr size_t RECENT_ABORTS_KEPT = 64;
 constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;
 
 }  // namespace
