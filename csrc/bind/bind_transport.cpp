@@ -14,9 +14,9 @@ namespace py = pybind11;
 namespace kvwire {
 namespace {
 
-// Lets other Python threads run while this one waits. Before Python 3.13 a daemon thread that wants
-// the GIL back at interpreter exit is unwound from here, which pybind11's own guard, being noexcept,
-// turns into std::terminate.
+// Lets other Python threads run while this one waits. Before Python 3.13 a daemon thread that
+// wants the GIL back at interpreter exit is unwound from here, which pybind11's own guard, being
+// noexcept, turns into std::terminate.
 class WithoutGil {
 public:
     WithoutGil() : state_(PyEval_SaveThread()) {}
