@@ -308,7 +308,8 @@ TEST(machines_end_well_whatever_the_network_does) {
     std::map<std::string, int> outcomes;
     const uint64_t runs = 2000;
     const int failures_before = failures;
-    for (uint64_t seed = 1; seed <= runs && failures == failures_before; ++seed) {
+    for (uint64_t run = 0; run <= runs && failures == failures_before; ++run) {
+        const uint64_t seed = run ? run : 10669;  // a DONE on a lane that the sender has given up
         Random random(seed);
         const Plan plan = random_plan(random);
         Network network(plan, seed);

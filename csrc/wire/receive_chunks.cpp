@@ -9,7 +9,6 @@
 namespace kvwire {
 namespace {
 
-constexpr size_t RECENT_ABORTS_KEPT = 64;
 // Runs shorter than this are received into a staging buffer and scattered: an iovec each would cost
 // more than the copy.
 constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;
@@ -296,12 +295,12 @@ void ReceiveLink::drop(Id transfer_id, const Error& error) {
     if (!find(transfer_id)) return;
     remember(transfer_id, {std::nullopt, error});
     forget(transfer_id);
-    abort_transfer(transfer_id, error);
+    send(FrameType::ABORT, transfer_id, encode(error));
 }
 
 void ReceiveLink::refuse(Id transfer_id, const Error& error) {
     remember(transfer_id, {std::nullopt, error});
-    abort_transfer(transfer_id, error);
+    send(FrameType::ABORT, transfer_id, encode(error));
 }
 
 void ReceiveLink::forget(Id transfer_id) {
@@ -335,10 +334,10 @@ void ReceiveLink::send(FrameType type, const Id& transfer_id, const Bytes& paylo
     writer.control(type, transfer_id, 0, payload);
 }
 
-void ReceiveLink::abort_transfer(const Id& transfer_id, const Error& error) {
-    send(FrameType::ABORT, transfer_id, encode(error));
-    recent_aborts_.emplace_back(transfer_id, error);
-    if (recent_aborts_.size() > RECENT_ABORTS_KEPT) recent_aborts_.pop_front();
+void ReceiveLink::say_end(const Id& transfer_id) {
+    const Ended& ended = ended_.at(transfer_id);
+    if (ended.done) return send(FrameType::DONE, transfer_id, encode(*ended.done));
+    send(FrameType::ABORT, transfer_id, encode(ended.error));
 }
 
 ReceiveLink::Transfer* ReceiveLink::find(const Id& transfer_id) {

@@ -10,6 +10,7 @@ namespace kvwire {
 namespace {
 
 constexpr size_t REMOVED_TICKETS_KEPT = 4096;
+constexpr size_t RECENT_ENDS_REPEATED = 64;
 
 bool is_transfer_error(ErrorCode code) {
     return uint16_t(code) >= 200 && uint16_t(code) < 300;
@@ -78,7 +79,9 @@ void ReceiveLink::lane_lost(uint32_t lane) {
     lanes_.erase(found);
     repeat_pulls();
     // Said by ourselves, perhaps on a lane that the peer had given up before.
-    for (const auto& [id, error] : recent_aborts_) send(FrameType::ABORT, id, encode(error));
+    const size_t said = std::min(ended_order_.size(), RECENT_ENDS_REPEATED);
+    for (auto id = ended_order_.end() - ptrdiff_t(said); id != ended_order_.end(); ++id)
+        say_end(*id);
     for (const auto& [id, transfer] : transfers_)
         if (transfer->segments.empty()) send_grant(*transfer);
 }
@@ -118,11 +121,7 @@ void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payl
                         "transfer " + hex(id) + " is open with another manifest");
         return send_grant(*transfer);
     }
-    const auto ended = ended_.find(id);
-    if (ended != ended_.end()) {
-        if (ended->second.done) return send(FrameType::DONE, id, encode(*ended->second.done));
-        return send(FrameType::ABORT, id, encode(ended->second.error));
-    }
+    if (ended_.count(id)) return say_end(id);
     const auto waiting = std::find_if(waiting_.begin(), waiting_.end(),
                                       [&](const Waiting& w) { return w.transfer_id == id; });
     if (waiting != waiting_.end()) {
@@ -235,8 +234,7 @@ void ReceiveLink::on_stray(uint32_t, const FrameHeader& header) {
     }
     const auto ended = ended_.find(id);
     if (ended != ended_.end() && ended->second.done) {
-        if (header.type == FrameType::END)
-            send(FrameType::DONE, id, encode(*ended->second.done));
+        if (header.type == FrameType::END) say_end(id);
         return;
     }
     send(FrameType::ABORT, id,

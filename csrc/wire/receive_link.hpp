@@ -172,7 +172,7 @@ private:
     void send_grant(const Transfer& transfer);
     void send(FrameType type, const Id& transfer_id, const Bytes& payload);
     void repeat_pulls();
-    void abort_transfer(const Id& transfer_id, const Error& error);
+    void say_end(const Id& transfer_id);
     Transfer* find(const Id& transfer_id);
 
     TicketBook& tickets_;
@@ -186,7 +186,6 @@ private:
     uint64_t state_bytes_ = 0;
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
-    std::deque<std::pair<Id, Error>> recent_aborts_;
     uint32_t lane_heard_ = 0;  // the latest that spoke: surely the peer still has it
     uint64_t now_ns_ = 0;
 };
