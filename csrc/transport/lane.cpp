@@ -12,6 +12,8 @@ constexpr size_t TURN_BYTES = 8 << 20;
 // A peer that does not read its answers is not read from either.
 constexpr size_t ANSWERS_BYTES_MAX = 256 << 10;
 
+constexpr int RECEIVE_MARK_BYTES = 64 << 10;
+
 size_t total(const iovec* iov, size_t count) {
     size_t bytes = 0;
     for (size_t i = 0; i < count; ++i) bytes += iov[i].iov_len;
@@ -161,9 +163,19 @@ void Lane::read() {
         endpoint_.counters().bytes_received += got.bytes;
         const bool drained = got.bytes < total(iov, count);
         reader_->advance(got.bytes);
-        if (drained) return;
+        if (drained) return mark();
         turn += got.bytes;
     }
+}
+
+// Inside a chunk there is nothing to do for less than a good part of what is left of it: without
+// this the thread is woken for every segment that comes in.
+void Lane::mark() {
+    const uint64_t rest = reader_->chunk_rest();
+    const int wanted = rest >= uint64_t(RECEIVE_MARK_BYTES) ? RECEIVE_MARK_BYTES : 1;
+    if (wanted == mark_) return;
+    mark_ = wanted;
+    set_receive_mark(fd_, wanted);
 }
 
 void Lane::write() {

@@ -31,6 +31,7 @@ private:
     void watch();
     void start_patience();  // to connect, then to be greeted
     void read();
+    void mark();
     bool read_greeting();
     void pump();
     void greeted(const Greeting& peer);
@@ -53,6 +54,7 @@ private:
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
     uint32_t interest_ = 0;
+    int mark_ = 1;  // bytes that make the socket readable
     std::optional<Loop::TimerKey> greeting_timer_;
 };
 

@@ -147,6 +147,10 @@ IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count) {
     return {IoStatus::OK, size_t(bytes), 0};
 }
 
+void set_receive_mark(const Fd& fd, int bytes) {
+    ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof bytes);
+}
+
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count) {
     msghdr message{};
     message.msg_iov = const_cast<iovec*>(iov);

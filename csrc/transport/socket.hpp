@@ -51,6 +51,8 @@ struct IoResult {
     int error = 0;  // errno when FAILED
 };
 IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count);
+// The socket counts as readable when it holds so many bytes.
+void set_receive_mark(const Fd& fd, int bytes);
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count);
 
 std::string error_text(int error);

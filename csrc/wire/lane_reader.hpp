@@ -47,6 +47,11 @@ public:
     // `bytes` bytes have arrived in them. Throws Error when the stream must be closed.
     void advance(size_t bytes);
 
+    // Bytes that are sure to come before the next frame begins.
+    uint64_t chunk_rest() const {
+        return state_ == State::CHUNK ? header_.payload_bytes - received_ : 0;
+    }
+
     // The stream has ended; throws TRUNCATED when it ended inside a frame.
     void end_of_stream() const;
 
