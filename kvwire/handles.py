@@ -254,6 +254,11 @@ def split_address(address: str, what: str = "address") -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """The address that `split_address` takes apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def id_bytes(name: object, what: str) -> bytes:
     """Take an id as 32 hexadecimal digits, 16 bytes, or an object with an ``id``."""
     if isinstance(name, (bytes, bytearray)) and len(name) == 16:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from kvwire import _native, limits
 from kvwire.errors import KvwireError, TransferError, UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, lane_count, nanoseconds, ranks_of, seconds, split_address,
-    wait_connected,
+    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, ranks_of, seconds,
+    split_address, wait_connected,
 )
 from kvwire.manifest import decode_metadata
 from kvwire.limits import RANK_COUNT_MAX
@@ -48,8 +48,7 @@ class Receiver(Endpoint):
         self.address: str | None = None
         if listen is not None:
             host, port = split_address(listen, "listen")
-            bound = self._native.listen(host, port)
-            self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+            self.address = join_address(host, self._native.listen(host, port))
 
     def expect(self, memory: CacheMemory, *, source_ranks: int | Iterable[int] = 1,
                source_rank_count: int | None = None, destination_rank: tuple[int, int] | int = 0,

@@ -9,8 +9,8 @@ from kvwire.codec import Codec
 from kvwire.control import Item
 from kvwire.errors import UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, lane_count, nanoseconds, ranks_of, seconds, split_address,
-    wait_connected,
+    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, ranks_of, seconds,
+    split_address, wait_connected,
 )
 from kvwire.layout import CacheSpec
 from kvwire.manifest import Manifest, encode_metadata
@@ -55,7 +55,7 @@ class Sender(Endpoint):
         self._link: bytes | None = None
         if listen is not None:
             host, port = split_address(listen, "listen")
-            self.address = f"{host}:{self._native.listen(host, port)}"
+            self.address = join_address(host, self._native.listen(host, port))
         else:
             self.address = address
             self._link = self._native.dial(*self._peer, lanes)
