@@ -11,6 +11,7 @@ namespace {
 
 constexpr size_t REMOVED_TICKETS_KEPT = 4096;
 constexpr size_t RECENT_ENDS_REPEATED = 64;
+constexpr uint64_t MANIFEST_STATE_FACTOR = 5;  // memory of a parsed manifest over its payload
 
 bool is_transfer_error(ErrorCode code) {
     return uint16_t(code) >= 200 && uint16_t(code) < 300;
@@ -134,7 +135,7 @@ void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payl
                     "transfer " + hex(id) + " waits with another manifest");
     }
     if (transfers_.size() + waiting_.size() >= options_.transfers_max ||
-        state_bytes_ + payload.size > options_.state_bytes_max)
+        state_bytes_ + MANIFEST_STATE_FACTOR * payload.size > options_.state_bytes_max)
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "too many open transfers on this link",
                     options_.transfers_max, transfers_.size() + waiting_.size());
     auto manifest = std::make_unique<Manifest>(decode_manifest(payload));
@@ -201,8 +202,8 @@ void ReceiveLink::open(const Id& transfer_id, ByteSpan payload, std::unique_ptr<
     auto transfer = std::make_unique<Transfer>();
     transfer->id = transfer_id;
     transfer->manifest_crc = crc32c(0, payload.data, payload.size);
-    transfer->state_bytes = payload.size;
-    state_bytes_ += payload.size;
+    transfer->state_bytes = MANIFEST_STATE_FACTOR * payload.size;
+    state_bytes_ += transfer->state_bytes;
     transfer->grant.window_bytes = options_.window_bytes;
     transfer->grant.codecs = (manifest->codecs & options_.codecs & ticket->options().codecs) | 1;
     transfer->grant.chunk_bytes_max = options_.chunk_bytes_max;
