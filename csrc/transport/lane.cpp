@@ -147,6 +147,11 @@ void Lane::open(const Greeting& peer) {
 void Lane::read() {
     if (state_ == State::GREETING && !read_greeting()) return;
     if (link_->receive) link_->receive->set_now(Loop::now_ns());
+    read_frames();
+    if (state_ == State::OPEN) mark();
+}
+
+void Lane::read_frames() {
     for (size_t turn = 0; turn < TURN_BYTES;) {
         if (writer_->queued_control_bytes() > ANSWERS_BYTES_MAX) return;
         const iovec* iov;
@@ -163,7 +168,7 @@ void Lane::read() {
         endpoint_.counters().bytes_received += got.bytes;
         const bool drained = got.bytes < total(iov, count);
         reader_->advance(got.bytes);
-        if (drained) return mark();
+        if (drained) return;
         turn += got.bytes;
     }
 }

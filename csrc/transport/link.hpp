@@ -31,6 +31,7 @@ private:
     void watch();
     void start_patience();  // to connect, then to be greeted
     void read();
+    void read_frames();
     void mark();
     bool read_greeting();
     void pump();
