@@ -87,10 +87,13 @@ class Endpoint:
     async def __aexit__(self, *exc: object) -> None:
         self.close()
 
-    def _checked(self) -> object:
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError(f"this {type(self).__name__} belongs to process {self._pid}; its I/O "
                               "thread did not survive the fork: make a new one in the child")
+
+    def _checked(self) -> object:
+        self._check_process()
         if not self._finalizer.alive:
             raise UsageError(f"this {type(self).__name__} is closed")
         return self._native
@@ -172,18 +175,24 @@ class Handle:
         return self._native.id.hex()
 
     def __del__(self):
-        if (native := getattr(self, "_native", None)) is not None and _has_ended(native):
+        native = getattr(self, "_native", None)
+        if native is None or os.getpid() != self._endpoint._pid:  # a forked lock may never open
+            return
+        if _has_ended(native):
             self._endpoint._return(native)
 
     def done(self) -> bool:
         """True when delivered or failed."""
+        self._endpoint._check_process()
         return _has_ended(self._native)
 
     def progress(self) -> Progress:
+        self._endpoint._check_process()
         return Progress(*self._native.progress()[:5])
 
     def exception(self) -> KvwireError | None:
         """The error that ended it, or None."""
+        self._endpoint._check_process()
         return self._error(self._native.progress()[5])
 
     def cancel(self) -> None:
@@ -205,8 +214,7 @@ class Handle:
     def _wait_for(self, timeout_s: float | None, wait: Callable[[float], bool],
                   report: Callable[[], object] | None = None) -> bool:
         """Call `wait` until it is True, in slices between which Python handles signals."""
-        if os.getpid() != self._endpoint._pid:
-            self._endpoint._checked()
+        self._endpoint._check_process()
         timeout_s = seconds(timeout_s, "timeout_s")
         end = math.inf if timeout_s < 0 else time.monotonic() + timeout_s
         while True:

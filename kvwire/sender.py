@@ -243,6 +243,7 @@ class Push:
 
     def done(self) -> bool:
         """True when the source memory is the caller's again."""
+        self._transfer._endpoint._check_process()
         return self._transfer._native.wait_push(self._number, 0.0)
 
     def wait(self, timeout_s: float | None = None) -> bool:

@@ -175,7 +175,13 @@ EndpointStats Endpoint::stats() {
 void Endpoint::close() {
     if (closed_) return;
     closed_ = true;
-    if (loop_->forked()) return loop_->stop();
+    if (loop_->forked()) {
+        // Locks may be held for ever by a thread that is not here: nothing of it is touched again.
+        (void)new auto(std::move(links_));
+        (void)new auto(std::move(tickets_));
+        (void)new auto(std::move(offers_));
+        return loop_->stop();
+    }
     const std::string role = role_ == Role::SENDER ? "sender" : "receiver";
     const Error why(ErrorCode::CLOSED, "the " + role + " was closed");
     loop_->call([&] {
