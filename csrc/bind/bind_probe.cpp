@@ -83,18 +83,7 @@ protected:
             greeted(index, peer);
             lane.reader = std::make_unique<LaneReader>(machine(), index, limits_);
         }
-        while (at < data.size()) {
-            const iovec* iov;
-            const size_t count = lane.reader->next_iovecs(&iov);
-            size_t copied = 0;
-            for (size_t i = 0; i < count && at < data.size(); ++i) {
-                const size_t part = std::min(iov[i].iov_len, data.size() - at);
-                std::memcpy(iov[i].iov_base, data.data() + at, part);
-                at += part;
-                copied += part;
-            }
-            lane.reader->advance(copied);
-        }
+        lane.reader->feed(reinterpret_cast<const uint8_t*>(data.data()) + at, data.size() - at);
     }
 
     void close(uint32_t index, const Error& why, bool tell_peer) {

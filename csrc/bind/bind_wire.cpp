@@ -179,18 +179,7 @@ uint16_t check_stream(uint8_t reader, const std::string& data) {
             throw Error(ErrorCode::FIELD_INVALID, "a file does not speak TCP");
         Checker checker{Role(reader)};
         LaneReader lane(checker, 0, FrameLimits{});
-        for (size_t at = GREETING_BYTES; at < data.size();) {
-            const iovec* iov;
-            const size_t count = lane.next_iovecs(&iov);
-            size_t copied = 0;
-            for (size_t i = 0; i < count && at < data.size(); ++i) {
-                const size_t part = std::min(iov[i].iov_len, data.size() - at);
-                std::memcpy(iov[i].iov_base, bytes + at, part);
-                at += part;
-                copied += part;
-            }
-            lane.advance(copied);
-        }
+        lane.feed(bytes + GREETING_BYTES, data.size() - GREETING_BYTES);
         lane.end_of_stream();
     } catch (const Error& error) {
         return uint16_t(error.code);

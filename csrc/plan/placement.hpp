@@ -70,6 +70,8 @@ public:
     // Mean run length over the whole placement; how a chunk is moved is decided by it.
     uint64_t mean_run_bytes() const;
     bool has_skips() const { return has_skips_; }
+    // Shorter runs are copied through a buffer: an iovec each would cost more than the copy.
+    bool suits_iovecs() const { return !has_skips_ && mean_run_bytes() >= 512; }
 
     // Fills at most `iov_max` entries for the bytes from `offset`, never past `offset + bytes`;
     // adjacent runs are merged. Returns the count; `*covered` is how many bytes they cover.

@@ -101,6 +101,14 @@ Done decode_done(ByteSpan payload);
 
 // Section 8: one step of a segment's or transfer's digest; both start at 0.
 uint32_t digest_chunk(uint32_t digest, uint64_t raw_offset, uint32_t raw_bytes, uint32_t raw_crc);
+template <class Chunk>  // with a raw_crc
+uint32_t segment_digest(const SegmentAnnouncement& announcement, const std::vector<Chunk>& chunks) {
+    uint32_t digest = 0;
+    for (uint32_t i = 0; i < chunks.size(); ++i)
+        digest = digest_chunk(digest, uint64_t(i) * announcement.chunk_bytes,
+                              announcement.chunk_raw_bytes(i), chunks[i].raw_crc);
+    return digest;
+}
 uint32_t digest_segment(uint32_t digest, uint32_t segment_index, uint32_t segment_digest,
                         uint64_t raw_bytes);
 

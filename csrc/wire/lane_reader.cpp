@@ -72,6 +72,21 @@ void LaneReader::advance(size_t bytes) {
     }
 }
 
+void LaneReader::feed(const uint8_t* bytes, size_t count) {
+    for (size_t at = 0; at < count;) {
+        const iovec* iov;
+        const size_t iov_count = next_iovecs(&iov);
+        size_t copied = 0;
+        for (size_t i = 0; i < iov_count && at + copied < count; ++i) {
+            const size_t part = std::min(iov[i].iov_len, count - at - copied);
+            std::memcpy(iov[i].iov_base, bytes + at + copied, part);
+            copied += part;
+        }
+        at += copied;
+        advance(copied);
+    }
+}
+
 // `bytes` bytes have arrived in the targets.
 void LaneReader::consume(size_t bytes) {
     for (size_t i = 0; i < iov_count_ && bytes > 0; ++i) {

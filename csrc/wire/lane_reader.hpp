@@ -47,6 +47,9 @@ public:
     // `bytes` bytes have arrived in them. Throws Error when the stream must be closed.
     void advance(size_t bytes);
 
+    // Bytes that lie in memory, taken as they would be from a socket.
+    void feed(const uint8_t* bytes, size_t count);
+
     // Bytes that are sure to come before the next frame begins.
     uint64_t chunk_rest() const {
         return state_ == State::CHUNK ? header_.payload_bytes - received_ : 0;

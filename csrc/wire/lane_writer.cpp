@@ -130,9 +130,4 @@ void LaneWriter::advance(size_t bytes) {
     }
 }
 
-void LaneWriter::clear() {
-    entries_.clear();
-    queued_bytes_ = queued_control_bytes_ = 0;
-}
-
 }  // namespace kvwire

@@ -39,7 +39,6 @@ public:
 
     size_t next_iovecs(const iovec** iov);  // 0 when empty; valid until the next call here
     void advance(size_t bytes);             // `bytes` of them were taken by the kernel
-    void clear();
 
 private:
     struct Entry {

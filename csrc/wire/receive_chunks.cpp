@@ -7,13 +7,6 @@
 #include "wire/receive_link.hpp"
 
 namespace kvwire {
-namespace {
-
-// Runs shorter than this are received into a staging buffer and scattered: an iovec each would cost
-// more than the copy.
-constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;
-
-}  // namespace
 
 ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& header) {
     lane_heard_ = lane_index;
@@ -24,7 +17,7 @@ ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& heade
     lane.segment = nullptr;
     Transfer* transfer = find(header.transfer_id);
     if (!transfer) {
-        on_stray(lane_index, header);
+        on_stray(header);
         return &lane.target;
     }
     try {
@@ -87,8 +80,7 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
             transfer.ticket->observer().on_layer_touched(item.layer);
     segment.touched = true;
     const Placement& placement = segment.placement;
-    if (lane.header.codec == 0 && !placement.has_skips() &&
-        placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN) {
+    if (lane.header.codec == 0 && placement.suits_iovecs()) {
         lane.target.placement = &placement;
         lane.target.offset = lane.header.raw_offset;
         return;
@@ -232,10 +224,7 @@ void ReceiveLink::maybe_complete(uint32_t lane, Transfer& transfer, uint32_t seg
     if (!segment.work || !segment.work->end) return;
     const Work& work = *segment.work;
     if (work.verified != work.chunks.size()) return;
-    uint32_t digest = 0;
-    for (uint32_t i = 0; i < work.chunks.size(); ++i)
-        digest = digest_chunk(digest, uint64_t(i) * work.announcement.chunk_bytes,
-                              work.announcement.chunk_raw_bytes(i), work.chunks[i].raw_crc);
+    const uint32_t digest = segment_digest(work.announcement, work.chunks);
     if (digest != work.end->digest)
         throw Error(ErrorCode::DIGEST_MISMATCH,
                     "segment " + std::to_string(segment_index) + ": digest " +

@@ -96,7 +96,7 @@ void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan 
     lane_heard_ = lane;
     try {
         switch (header.type) {
-            case FrameType::MANIFEST: return on_manifest(lane, header, payload);
+            case FrameType::MANIFEST: return on_manifest(header, payload);
             case FrameType::SEGMENT:
             case FrameType::SEGMENT_END:
             case FrameType::END: return on_transfer_frame(lane, header, payload);
@@ -114,7 +114,7 @@ void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan 
                 std::string(frame_type_name(header.type)) + " is not a sender's frame");
 }
 
-void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payload) {
+void ReceiveLink::on_manifest(const FrameHeader& header, ByteSpan payload) {
     const Id id = header.transfer_id;
     if (Transfer* transfer = find(id)) {
         if (transfer->manifest_crc != header.payload_crc)
@@ -123,14 +123,12 @@ void ReceiveLink::on_manifest(uint32_t, const FrameHeader& header, ByteSpan payl
         return send_grant(*transfer);
     }
     if (ended_.count(id)) return say_end(id);
-    const auto waiting = std::find_if(waiting_.begin(), waiting_.end(),
-                                      [&](const Waiting& w) { return w.transfer_id == id; });
+    const auto waiting = find_waiting(id);
     if (waiting != waiting_.end()) {
         const Bytes& known = waiting->payload;
         if (known.size() == payload.size && !std::memcmp(known.data(), payload.data, payload.size))
             return;
-        waiting_bytes_ -= known.size();
-        waiting_.erase(waiting);
+        stop_waiting(id);
         throw Error(ErrorCode::TRANSFER_DUPLICATE,
                     "transfer " + hex(id) + " waits with another manifest");
     }
@@ -156,6 +154,19 @@ void ReceiveLink::wait_for_ticket(const Id& transfer_id, const Id& ticket_id, By
     waiting_.push_back({transfer_id, ticket_id, Bytes(payload.data, payload.data + payload.size),
                         now_ns_ + options_.patience_ns});
     waiting_bytes_ += payload.size;
+}
+
+std::deque<ReceiveLink::Waiting>::iterator ReceiveLink::find_waiting(const Id& transfer_id) {
+    return std::find_if(waiting_.begin(), waiting_.end(),
+                        [&](const Waiting& w) { return w.transfer_id == transfer_id; });
+}
+
+bool ReceiveLink::stop_waiting(const Id& transfer_id) {
+    const auto waiting = find_waiting(transfer_id);
+    if (waiting == waiting_.end()) return false;
+    waiting_bytes_ -= waiting->payload.size();
+    waiting_.erase(waiting);
+    return true;
 }
 
 void ReceiveLink::ticket_added(const Id& ticket_id) {
@@ -215,7 +226,7 @@ void ReceiveLink::open(const Id& transfer_id, ByteSpan payload, std::unique_ptr<
 
 void ReceiveLink::on_transfer_frame(uint32_t lane, const FrameHeader& header, ByteSpan payload) {
     Transfer* transfer = find(header.transfer_id);
-    if (!transfer) return on_stray(lane, header);
+    if (!transfer) return on_stray(header);
     if (header.type == FrameType::SEGMENT) return on_segment(*transfer, header, payload);
     if (header.type == FrameType::SEGMENT_END)
         return on_segment_end(lane, *transfer, header, payload);
@@ -223,16 +234,11 @@ void ReceiveLink::on_transfer_frame(uint32_t lane, const FrameHeader& header, By
 }
 
 // A frame of a transfer that is not open: the table of late frames, section 10.
-void ReceiveLink::on_stray(uint32_t, const FrameHeader& header) {
+void ReceiveLink::on_stray(const FrameHeader& header) {
     const Id id = header.transfer_id;
-    const auto waiting = std::find_if(waiting_.begin(), waiting_.end(),
-                                      [&](const Waiting& w) { return w.transfer_id == id; });
-    if (waiting != waiting_.end()) {
-        waiting_bytes_ -= waiting->payload.size();
-        waiting_.erase(waiting);
+    if (stop_waiting(id))
         return refuse(id, Error(ErrorCode::STATE_INVALID,
                                 std::string(frame_type_name(header.type)) + " before the grant"));
-    }
     const auto ended = ended_.find(id);
     if (ended != ended_.end() && ended->second.done) {
         if (header.type == FrameType::END) say_end(id);
@@ -361,12 +367,7 @@ void ReceiveLink::on_abort(const FrameHeader& header, ByteSpan payload) {
         forget(id);
         return ticket->fail(error);
     }
-    const auto waiting = std::find_if(waiting_.begin(), waiting_.end(),
-                                      [&](const Waiting& w) { return w.transfer_id == id; });
-    if (waiting != waiting_.end()) {
-        waiting_bytes_ -= waiting->payload.size();
-        waiting_.erase(waiting);
-    }
+    stop_waiting(id);
     const size_t pulled = pulls_.size();
     pull_withdrawn(id);
     if (pulls_.size() != pulled)

@@ -55,7 +55,6 @@ public:
     LaneWriter& lane_opened(uint32_t lane);
     // With its last lane lost a link waits for another, or for fail_all().
     void lane_lost(uint32_t lane);
-    bool has_lanes() const { return !lanes_.empty(); }
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
     ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
@@ -139,9 +138,11 @@ private:
         std::vector<Receipt> receipts;
     };
 
-    void on_manifest(uint32_t lane, const FrameHeader& header, ByteSpan payload);
+    void on_manifest(const FrameHeader& header, ByteSpan payload);
     void open(const Id& transfer_id, ByteSpan payload, std::unique_ptr<Manifest> manifest,
               std::shared_ptr<Ticket> ticket);
+    std::deque<Waiting>::iterator find_waiting(const Id& transfer_id);
+    bool stop_waiting(const Id& transfer_id);  // false: it was not
     void wait_for_ticket(const Id& transfer_id, const Id& ticket_id, ByteSpan payload);
     void on_transfer_frame(uint32_t lane, const FrameHeader& header, ByteSpan payload);
     void on_segment(Transfer& transfer, const FrameHeader& header, ByteSpan payload);
@@ -150,7 +151,7 @@ private:
                         ByteSpan payload);
     void on_end(uint32_t lane, Transfer& transfer, ByteSpan payload);
     void on_abort(const FrameHeader& header, ByteSpan payload);
-    void on_stray(uint32_t lane, const FrameHeader& header);
+    void on_stray(const FrameHeader& header);
 
     void place_chunk(uint32_t lane, Transfer& transfer, Segment& segment);
     void grant_lease(uint32_t lane, Transfer& transfer, Work& segment, Chunk& chunk);

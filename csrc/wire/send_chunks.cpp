@@ -13,7 +13,6 @@ namespace {
 // A lane gets work until it holds this much: one chunk of the usual size, which then is still in
 // cache when the kernel copies it, or many small ones in one system call.
 constexpr size_t BATCH_BYTES = 64 << 10;
-constexpr uint64_t DIRECT_RUN_BYTES_MIN = 512;  // shorter runs are gathered first
 
 }  // namespace
 
@@ -93,8 +92,7 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     header.raw_bytes = segment.announcement.chunk_raw_bytes(chunk_index);
     const Placement& placement = segment.placement;
     Bytes owned;
-    const bool direct = !placement.has_skips() &&
-                        placement.mean_run_bytes() >= DIRECT_RUN_BYTES_MIN;
+    const bool direct = placement.suits_iovecs();
     const bool coded = encode_chunk(lane, transfer, segment, header, owned);
     if (!coded) {
         header.codec = 0;
@@ -163,11 +161,7 @@ bool SendLink::encode_chunk(Lane& lane, const SendTransfer& transfer,
 void SendLink::send_segment_end(uint32_t lane, SendTransfer& transfer,
                                 SendTransfer::Segment& segment) {
     announce(lane, transfer, segment);
-    uint32_t digest = 0;
-    for (uint32_t i = 0; i < segment.chunks.size(); ++i)
-        digest = digest_chunk(digest, uint64_t(i) * segment.announcement.chunk_bytes,
-                              segment.announcement.chunk_raw_bytes(i), segment.chunks[i].raw_crc);
-    segment.digest = digest;
+    segment.digest = segment_digest(segment.announcement, segment.chunks);
     segment.end_due = false;
     transfer.segments_ended += !segment.ended;
     segment.ended = true;

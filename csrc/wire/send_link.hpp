@@ -112,7 +112,6 @@ public:
     LaneWriter& lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs);
     // With its last lane lost a link waits for another, or for fail_all().
     void lane_lost(uint32_t lane);
-    bool has_lanes() const { return !lanes_.empty(); }
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
     ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
