@@ -9,7 +9,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["ROOT", "BuildError", "compiler", "library", "program"]
+__all__ = ["ROOT", "BuildError", "compiler", "library", "program", "standalone"]
 
 ROOT = Path(__file__).parent.parent
 _BUILD = ROOT / ".build" / "bench"
@@ -41,6 +41,11 @@ def program(source: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda path: _object(path, headers), [source, *core]))
     return _built(source.stem, objects, [], [*map(str, objects), "-ldl"])
+
+
+def standalone(source: Path) -> Path:
+    """Return `source`, which needs only itself and the headers beside it, as a program."""
+    return _built(source.stem, [source], sorted(source.parent.glob("*.hpp")), [str(source)])
 
 
 def _object(source: Path, headers: list[Path]) -> Path:
