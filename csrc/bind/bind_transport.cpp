@@ -44,6 +44,7 @@ EndpointOptions options_from(const py::dict& given) {
             target = given[name].cast<std::remove_reference_t<decltype(target)>>();
     };
     options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
+    take("io_threads", options.io_threads);
     take("connections_max", options.connections_max);
     take("connect_timeout_ns", options.connect_timeout_ns);
     take("chunk_bytes", options.send.chunk_bytes);

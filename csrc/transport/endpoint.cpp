@@ -1,5 +1,6 @@
 #include "transport/endpoint.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -8,18 +9,27 @@ namespace kvwire {
 namespace {
 
 constexpr uint64_t ACCEPT_PAUSE_NS = 50'000'000;
+constexpr size_t IO_THREADS_DEFAULT_MAX = 4;
 constexpr size_t DIALLED_KEPT = 256;  // outcomes of dials that nobody may ask for
 
 class Acceptor : public Loop::Handler {
 public:
     explicit Acceptor(Endpoint& endpoint) : endpoint_(endpoint) {}
-    void on_events(uint32_t) override { endpoint_.accept_some(); }
+    void on_events(uint32_t) override {
+        const Lock lock(endpoint_.loops().mutex());
+        endpoint_.accept_some();
+    }
 
 private:
     Endpoint& endpoint_;
 };
 
-uint64_t after(double seconds) { return Loop::now_ns() + uint64_t(seconds * 1e9); }
+size_t thread_count(const EndpointOptions& options) {
+    if (options.io_threads) return options.io_threads;
+    return std::clamp<size_t>(std::thread::hardware_concurrency(), 1, IO_THREADS_DEFAULT_MAX);
+}
+
+uint64_t after(double seconds) { return Loops::now_ns() + uint64_t(seconds * 1e9); }
 
 }  // namespace
 
@@ -31,7 +41,7 @@ Id random_id() {
 }
 
 Endpoint::Endpoint(Role role, EndpointOptions options)
-    : role_(role), options_(options), loop_(std::make_shared<Loop>()),
+    : role_(role), options_(options), loops_(std::make_shared<Loops>(thread_count(options))),
       notifier_(std::make_shared<Notifier>()) {}
 
 Endpoint::~Endpoint() = default;  // the two kinds close themselves
@@ -52,10 +62,10 @@ Greeting Endpoint::greeting() const {
 uint16_t Endpoint::listen(const Address& address) {
     uint16_t port = 0;
     Fd listener = listen_tcp(address, &port);
-    loop_->call([&] {
-        if (listener_) loop_->unwatch(listener_);
+    loops_->call([&] {
+        if (listener_) loops_->first().unwatch(listener_);
         listener_ = std::move(listener);
-        loop_->watch(listener_, EPOLLIN, std::make_shared<Acceptor>(*this));
+        loops_->first().watch(listener_, EPOLLIN, std::make_shared<Acceptor>(*this));
     });
     return port;
 }
@@ -72,9 +82,9 @@ void Endpoint::accept_some() {
         std::make_shared<Lane>(*this, std::move(fd), false)->start();
     }
     // Full, or out of descriptors: leave the rest in the backlog for a moment.
-    loop_->modify(listener_, 0);
-    loop_->timer(Loop::now_ns() + ACCEPT_PAUSE_NS, [this] {
-        if (listener_) loop_->modify(listener_, EPOLLIN);
+    loops_->first().modify(listener_, 0);
+    loops_->timer(Loops::now_ns() + ACCEPT_PAUSE_NS, [this] {
+        if (listener_) loops_->first().modify(listener_, EPOLLIN);
     });
 }
 
@@ -88,7 +98,7 @@ std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
     if (role_ == Role::RECEIVER)
         link->receive = std::make_unique<ReceiveLink>(
             tickets_, options_.receive, [this, weak = std::weak_ptr<Link>(link)] {
-                loop_->post([weak] {
+                loops_->post([weak] {
                     if (const auto link = weak.lock()) link->pump();
                 });
             });
@@ -114,7 +124,7 @@ Id Endpoint::dial(const Address& address, uint16_t lanes) {
             it = it->second.state == Dialled::DOWN ? dialled_.erase(it) : std::next(it);
         dialled_[link_id] = {};
     }
-    loop_->call([&] { make_link(link_id)->dial(addresses, lanes); });
+    loops_->call([&] { make_link(link_id)->dial(addresses, lanes); });
     return link_id;
 }
 
@@ -155,15 +165,15 @@ void Endpoint::link_lost(const Link& link, const Error& why) {
     // The link may be on the stack above: it goes when that has unwound.
     const auto found = links_.find(link.id);
     if (found == links_.end()) return;
-    loop_->post([gone = found->second] {});
+    loops_->post([gone = found->second] {});
     links_.erase(found);
 }
 
 EndpointStats Endpoint::stats() {
     EndpointStats stats;
-    loop_->call([&] {
+    loops_->call([&] {
         stats = counters_;
-        stats.internal_errors = loop_->internal_errors();
+        stats.internal_errors = loops_->internal_errors();
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
             stats.open_transfers +=
@@ -175,24 +185,24 @@ EndpointStats Endpoint::stats() {
 void Endpoint::close() {
     if (closed_) return;
     closed_ = true;
-    if (loop_->forked()) {
+    if (loops_->forked()) {
         // Locks may be held for ever by a thread that is not here: nothing of it is touched again.
         (void)new auto(std::move(links_));
         (void)new auto(std::move(tickets_));
         (void)new auto(std::move(offers_));
-        return loop_->stop();
+        return loops_->stop();
     }
     const std::string role = role_ == Role::SENDER ? "sender" : "receiver";
     const Error why(ErrorCode::CLOSED, "the " + role + " was closed");
-    loop_->call([&] {
+    loops_->call([&] {
         closing_ = true;
-        if (listener_) loop_->unwatch(listener_);
+        if (listener_) loops_->first().unwatch(listener_);
         listener_.reset();
         end_all(why);
         const auto links = links_;
         for (const auto& [id, link] : links) link->close(why);
     });
-    loop_->stop();
+    loops_->stop();
     links_.clear();
 }
 
@@ -202,13 +212,13 @@ std::shared_ptr<TicketHandle> ReceiverEndpoint::bind(Ticket::Options options,
                                                      std::shared_ptr<const MemoryMap> memory,
                                                      double deadline_s) {
     const Id ticket_id = options.id;
-    auto handle = std::make_shared<TicketHandle>(loop_, notifier_, *this, std::move(options),
+    auto handle = std::make_shared<TicketHandle>(loops_, notifier_, *this, std::move(options),
                                                  std::move(memory));
-    const bool running = loop_->call([&] {
+    const bool running = loops_->call([&] {
         tickets_.add(handle->ticket_);
         handle->hold(handle);
         if (deadline_s >= 0)
-            handle->deadline_ = loop_->timer(after(deadline_s), [handle] {
+            handle->deadline_ = loops_->timer(after(deadline_s), [handle] {
                 handle->deadline_.reset();
                 handle->endpoint_.cancel(
                     *handle, Error(ErrorCode::DEADLINE_EXCEEDED, "the ticket's deadline passed"));
@@ -224,7 +234,7 @@ std::shared_ptr<TicketHandle> ReceiverEndpoint::bind(Ticket::Options options,
 }
 
 void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& pull) {
-    loop_->post([this, link_id, ticket_id, pull] {
+    loops_->call([&] {
         if (const auto link = find_link(link_id)) {
             link->receive->pull(ticket_id, pull);
             return link->pump();
@@ -254,14 +264,14 @@ void ReceiverEndpoint::end_all(const Error& why) {
 std::shared_ptr<TransferHandle> SenderEndpoint::make(Manifest manifest,
                                                      std::shared_ptr<const MemoryMap> memory,
                                                      uint8_t codec) {
-    return std::make_shared<TransferHandle>(loop_, notifier_, *this, random_id(),
+    return std::make_shared<TransferHandle>(loops_, notifier_, *this, random_id(),
                                             std::move(manifest), std::move(memory), codec);
 }
 
 void SenderEndpoint::start_deadline(const std::shared_ptr<TransferHandle>& handle,
                                     double deadline_s) {
     if (deadline_s < 0) return;
-    handle->deadline_ = loop_->timer(after(deadline_s), [handle] {
+    handle->deadline_ = loops_->timer(after(deadline_s), [handle] {
         handle->deadline_.reset();
         handle->endpoint_.fail(
             *handle, Error(ErrorCode::DEADLINE_EXCEEDED, "the transfer's deadline passed"));
@@ -272,7 +282,7 @@ std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest
                                                      std::shared_ptr<const MemoryMap> memory,
                                                      uint8_t codec, double deadline_s) {
     auto handle = make(std::move(manifest), std::move(memory), codec);
-    const bool running = loop_->post([this, handle, link_id, deadline_s] {
+    const bool running = loops_->call([&] {
         handle->hold(handle);
         const auto link = find_link(link_id);
         if (!link) {
@@ -292,7 +302,7 @@ std::shared_ptr<TransferHandle> SenderEndpoint::offer(const Id& offer_id, Manife
                                                       uint8_t codec, double deadline_s) {
     const OfferBook::Key key{offer_id, manifest.source_rank, manifest.destination_rank};
     auto handle = make(std::move(manifest), std::move(memory), codec);
-    const bool running = loop_->post([this, handle, key, deadline_s] {
+    const bool running = loops_->call([&] {
         handle->hold(handle);
         handle->transfer_->offered = true;
         if (!offers_.offers.emplace(key, handle->transfer_).second) {
@@ -351,7 +361,7 @@ void SenderEndpoint::end_all(const Error& why) {
 
 bool SenderEndpoint::link_alive(const Id& link_id) {
     bool alive = false;
-    loop_->call([&] {
+    loops_->call([&] {
         const auto link = find_link(link_id);
         alive = link && link->alive();
     });
@@ -360,7 +370,7 @@ bool SenderEndpoint::link_alive(const Id& link_id) {
 
 std::vector<Id> Endpoint::link_ids() {
     std::vector<Id> ids;
-    loop_->call([&] {
+    loops_->call([&] {
         for (const auto& [id, link] : links_)
             if (link->lane_count() > 0) ids.push_back(id);
     });

@@ -1,6 +1,6 @@
 #pragma once
-// One side of kvwire in one process: a loop thread, listeners, links, and the books of tickets or
-// offers. SenderEndpoint and ReceiverEndpoint add what the application calls.
+// One side of kvwire in one process: I/O threads, a listener, links, and the books of tickets or
+// offers, all under one lock. SenderEndpoint and ReceiverEndpoint add what the application calls.
 
 #include <map>
 #include <memory>
@@ -12,6 +12,7 @@
 namespace kvwire {
 
 struct EndpointOptions {
+    uint32_t io_threads = 0;  // 0: as many as there are cores, up to IO_THREADS_DEFAULT_MAX
     uint32_t connections_max = 1024;
     uint64_t connect_timeout_ns = 10'000'000'000;
     uint32_t codecs = 1;
@@ -46,8 +47,9 @@ public:
     EndpointStats stats();
     Notifier& notifier() { return *notifier_; }
 
-    // Loop thread only, for lanes and links.
-    Loop& loop() { return *loop_; }
+    // With the lock, for lanes and links.
+    Loops& loops() { return *loops_; }
+    const std::shared_ptr<Loops>& shared_loops() const { return loops_; }
     Role role() const { return role_; }
     const EndpointOptions& options() const { return options_; }
     EndpointStats& counters() { return counters_; }
@@ -66,7 +68,7 @@ protected:
     virtual void end_all(const Error& why) = 0;  // what no link will end
     const Role role_;
     const EndpointOptions options_;
-    const std::shared_ptr<Loop> loop_;
+    const std::shared_ptr<Loops> loops_;
     const std::shared_ptr<Notifier> notifier_;
     TicketBook tickets_;
     OfferBook offers_;
@@ -79,7 +81,7 @@ private:
     };
     Fd listener_;
     bool closed_ = false;   // the application's thread
-    bool closing_ = false;  // the loop's: no lane opens any more
+    bool closing_ = false;  // no lane opens any more
     EndpointStats counters_;
     std::mutex dialled_mutex_;
     std::condition_variable dialled_changed_;
@@ -96,8 +98,8 @@ public:
                                        double deadline_s);
     void pull(const Id& link_id, const Id& ticket_id, const Pull& pull);
 
-    void cancel(TicketHandle& handle, const Error& error);  // loop thread
-    void ticket_ended(const Id& ticket_id);                 // loop thread
+    void cancel(TicketHandle& handle, const Error& error);  // with the lock
+    void ticket_ended(const Id& ticket_id);                 // with the lock
 
 private:
     void end_all(const Error& why) override;
@@ -116,7 +118,7 @@ public:
                                           double deadline_s);
     bool link_alive(const Id& link_id);
 
-    // Loop thread, for the handles.
+    // With the lock, for the handles.
     void push(TransferHandle& handle, std::vector<Item> items);
     void finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count);
     void fail(TransferHandle& handle, const Error& error);

@@ -9,8 +9,8 @@ namespace {
 std::atomic<uint64_t> next_number{1};
 }
 
-Handle::Handle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier)
-    : number(next_number++), loop_(std::move(loop)), notifier_(std::move(notifier)) {}
+Handle::Handle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier)
+    : number(next_number++), loops_(std::move(loops)), notifier_(std::move(notifier)) {}
 
 Progress Handle::progress() const {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -23,9 +23,9 @@ void Handle::changed() {
 }
 
 void Handle::let_go() {
-    if (deadline_) loop_->cancel(*deadline_);
+    if (deadline_) loops_->cancel(*deadline_);
     deadline_.reset();
-    if (self_) loop_->post([self = std::move(self_)] {});
+    if (self_) loops_->post([self = std::move(self_)] {});
 }
 
 bool Handle::wait_until(double timeout_s, const std::function<bool()>& condition) const {
@@ -41,10 +41,10 @@ bool Handle::wait(double timeout_s) const {
     return wait_until(timeout_s, [this] { return progress_.ended; });
 }
 
-TransferHandle::TransferHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+TransferHandle::TransferHandle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier,
                                SenderEndpoint& endpoint, const Id& id, Manifest manifest,
                                std::shared_ptr<const MemoryMap> memory, uint8_t codec)
-    : Handle(std::move(loop), std::move(notifier)), endpoint_(endpoint),
+    : Handle(std::move(loops), std::move(notifier)), endpoint_(endpoint),
       transfer_(std::make_shared<SendTransfer>(id, std::move(manifest), std::move(memory), codec,
                                                *this)),
       groups_(transfer_->manifest.groups), token_start_(transfer_->manifest.token_start),
@@ -71,33 +71,38 @@ void TransferHandle::check(const Item& item) const {
 
 uint32_t TransferHandle::push(std::vector<Item> items) {
     for (const Item& item : items) check(item);
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (finished_)
-        throw Error(ErrorCode::USAGE, "push after finish: the transfer's end has been announced");
-    const uint32_t number = uint32_t(pushes_.size());
-    pushes_.push_back(progress_.ended ? PushState::RETURNED : PushState::LENT);
-    if (progress_.ended) return number;
-    const auto self = std::static_pointer_cast<TransferHandle>(shared());
-    const bool running = loop_->post([self, items = std::move(items)]() mutable {
-        self->endpoint_.push(*self, std::move(items));
+    uint32_t number = 0;
+    const bool running = loops_->call([&] {
+        if (add_push(&number)) endpoint_.push(*this, std::move(items));
     });
-    if (!running) pushes_[number] = PushState::RETURNED;
+    if (!running) add_push(&number);
     return number;
 }
 
-void TransferHandle::finish(Bytes metadata, uint16_t metadata_count) {
+// False: the transfer has ended, and the push is the caller's again at once.
+bool TransferHandle::add_push(uint32_t* number) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (finished_) throw Error(ErrorCode::USAGE, "finish was called before");
-    finished_ = true;
-    const auto self = std::static_pointer_cast<TransferHandle>(shared());
-    loop_->post([self, metadata = std::move(metadata), metadata_count]() mutable {
-        self->endpoint_.finish(*self, std::move(metadata), metadata_count);
+    if (finished_)
+        throw Error(ErrorCode::USAGE, "push after finish: the transfer's end has been announced");
+    *number = uint32_t(pushes_.size());
+    pushes_.push_back(progress_.ended ? PushState::RETURNED : PushState::LENT);
+    return !progress_.ended;
+}
+
+void TransferHandle::finish(Bytes metadata, uint16_t metadata_count) {
+    loops_->call([&] {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (finished_) throw Error(ErrorCode::USAGE, "finish was called before");
+            finished_ = true;
+        }
+        endpoint_.finish(*this, std::move(metadata), metadata_count);
     });
 }
 
 void TransferHandle::cancel() {
     const Error why(ErrorCode::CANCELLED, "cancelled by the sender");
-    loop_->call([&] { endpoint_.fail(*this, why); });
+    loops_->call([&] { endpoint_.fail(*this, why); });
 }
 
 bool TransferHandle::wait_push(uint32_t push, double timeout_s) const {
@@ -146,17 +151,17 @@ void TransferHandle::on_end(const Error& error) {
     let_go();
 }
 
-TicketHandle::TicketHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+TicketHandle::TicketHandle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier,
                            ReceiverEndpoint& endpoint, Ticket::Options options,
                            std::shared_ptr<const MemoryMap> memory)
-    : Handle(std::move(loop), std::move(notifier)), endpoint_(endpoint),
+    : Handle(std::move(loops), std::move(notifier)), endpoint_(endpoint),
       ticket_(std::make_shared<Ticket>(std::move(options), std::move(memory), *this)) {
     layers_ready_ = ticket_->layers_without_needs();
 }
 
 void TicketHandle::cancel() {
     const Error why(ErrorCode::CANCELLED, "cancelled by the receiver");
-    loop_->call([&] { endpoint_.cancel(*this, why); });
+    loops_->call([&] { endpoint_.cancel(*this, why); });
 }
 
 bool TicketHandle::wait_layer(uint32_t layer, double timeout_s) const {

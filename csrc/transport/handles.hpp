@@ -38,27 +38,27 @@ public:
     bool wait(double timeout_s) const;  // until ended; negative: for ever
 
 protected:
-    Handle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier);
+    Handle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier);
     bool wait_until(double timeout_s, const std::function<bool()>& condition) const;
     std::shared_ptr<Handle> shared() { return shared_from_this(); }
     void changed();           // call with the mutex held
     void hold(std::shared_ptr<Handle> self) { self_ = std::move(self); }
     void let_go();            // once ended: the endpoint's reference goes, off this stack
 
-    const std::shared_ptr<Loop> loop_;
+    const std::shared_ptr<Loops> loops_;
     const std::shared_ptr<Notifier> notifier_;
     mutable std::mutex mutex_;
     mutable std::condition_variable condition_;
     Progress progress_;
-    std::optional<Loop::TimerKey> deadline_;  // loop thread only
-    std::shared_ptr<Handle> self_;            // loop thread only, set while the endpoint needs us
+    std::optional<Loops::TimerKey> deadline_;  // with the lock
+    std::shared_ptr<Handle> self_;            // with the lock; set while the endpoint needs us
     friend class SenderEndpoint;
     friend class ReceiverEndpoint;
 };
 
 class TransferHandle : public Handle, public TransferObserver {
 public:
-    TransferHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+    TransferHandle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier,
                    SenderEndpoint& endpoint, const Id& id, Manifest manifest,
                    std::shared_ptr<const MemoryMap> memory, uint8_t codec);
 
@@ -83,9 +83,10 @@ public:
 private:
     friend class SenderEndpoint;
     void check(const Item& item) const;
-    SenderEndpoint& endpoint_;  // touched on the loop thread only
+    bool add_push(uint32_t* number);
+    SenderEndpoint& endpoint_;  // with the lock, and while the loops run
     const std::shared_ptr<SendTransfer> transfer_;
-    // As opened: a PULL may narrow the manifest's tokens later, on the loop thread.
+    // As opened: a PULL may narrow the manifest's tokens later.
     const std::vector<GroupDesc> groups_;
     const uint64_t token_start_, token_stop_;
     std::vector<PushState> pushes_;
@@ -94,7 +95,7 @@ private:
 
 class TicketHandle : public Handle, public TicketObserver {
 public:
-    TicketHandle(std::shared_ptr<Loop> loop, std::shared_ptr<Notifier> notifier,
+    TicketHandle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier,
                  ReceiverEndpoint& endpoint, Ticket::Options options,
                  std::shared_ptr<const MemoryMap> memory);
 
@@ -122,7 +123,7 @@ public:
 
 private:
     friend class ReceiverEndpoint;
-    ReceiverEndpoint& endpoint_;  // touched on the loop thread only
+    ReceiverEndpoint& endpoint_;  // with the lock, and while the loops run
     std::shared_ptr<Ticket> ticket_;
     std::set<uint32_t> layers_ready_, layers_touched_;
     std::map<uint16_t, Metadata> metadata_;

@@ -3,6 +3,12 @@
 #include "transport/endpoint.hpp"
 
 namespace kvwire {
+namespace {
+
+// So little is written by the thread that asks for it, which saves waking another.
+constexpr uint64_t DIRECT_BYTES_MAX = 64 << 10;
+
+}  // namespace
 
 Link::Link(Endpoint& endpoint, const Id& id_) : id(id_), endpoint_(endpoint) {}
 
@@ -68,33 +74,37 @@ void Link::dial_failed(uint32_t lane, const Error& why) {
     lost(Error(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message));
 }
 
-void Link::pump() {
-    pump_again_ = true;
-    if (pumping_) return;
-    const auto alive = shared_from_this();
-    pumping_ = true;
-    while (pump_again_) {  // a lane lost while writing leaves work to the others
-        pump_again_ = false;
-        if (receive) receive->flush();
-        const auto lanes = lanes_;
-        for (const auto& [index, lane] : lanes) lane->write();
+void Link::pump(const Lane* self) {
+    if (receive) receive->flush();
+    // One lane for each batch: a small push wakes nobody in vain.
+    uint64_t bytes = 0;
+    size_t batches = send ? send->backlog(lanes_.size(), &bytes) : 0;
+    if (self && batches > 0) --batches;
+    for (const auto& [index, lane] : lanes_) {
+        if (lane.get() == self || !lane->is_idle()) continue;
+        if (!lane->has_output()) {
+            if (batches == 0) continue;
+            --batches;
+        }
+        const bool here = bytes <= DIRECT_BYTES_MAX &&
+                          endpoint_.loops().after_call([lane = lane] { lane->write_now(); });
+        if (!here) lane->arm();
     }
-    pumping_ = false;
     schedule_expiry();
 }
 
-bool Link::refill(uint32_t lane) {
-    return send ? send->refill(lane) : receive->has_output(lane);
+bool Link::load(uint32_t lane) {
+    return send ? send->load(lane) : receive->has_output(lane);
 }
 
 void Link::schedule_expiry() {
     if (!receive || expiry_) return;
-    const uint64_t due_ns = receive->expire(Loop::now_ns());
+    const uint64_t due_ns = receive->expire(Loops::now_ns());
     if (due_ns == 0) return;
-    expiry_ = endpoint_.loop().timer(due_ns, [weak = weak_from_this()] {
+    expiry_ = endpoint_.loops().timer(due_ns, [weak = weak_from_this()] {
         if (const auto link = weak.lock()) {
             link->expiry_.reset();
-            link->receive->expire(Loop::now_ns());
+            link->receive->expire(Loops::now_ns());
             link->pump();
         }
     });
@@ -107,12 +117,12 @@ void Link::close(const Error& why) {
         send->send_close();
     } else {
         receive->fail_all(why);
+        receive->flush();
         receive->send_close();
     }
-    pump();
     const auto lanes = lanes_;
-    for (const auto& [index, lane] : lanes) lane->close(why, false);
-    if (expiry_) endpoint_.loop().cancel(*expiry_);
+    for (const auto& [index, lane] : lanes) lane->flush_and_close(why);
+    if (expiry_) endpoint_.loops().cancel(*expiry_);
 }
 
 }  // namespace kvwire

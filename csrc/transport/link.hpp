@@ -1,6 +1,8 @@
 #pragma once
 // A lane is one socket with its reader and writer; a link is the lanes to one peer with the
-// protocol machine they feed. Both live on the endpoint's loop thread.
+// protocol machine they feed. All is done with the endpoint's lock held, but for the lanes'
+// sections: system calls, checksums and copies, one receiving and one sending at a time per lane.
+// Who holds the lock may wait for a section to end; no section ever waits for the lock.
 
 #include <map>
 #include <memory>
@@ -22,26 +24,40 @@ public:
     void start(std::shared_ptr<Link> link, const Greeting& greeting);  // dialled: greets first
     void start();                                                      // accepted: listens first
     void on_events(uint32_t epoll_events) override;
-    void write();
+    void write_now();  // without the lock, from any thread
+
+    // True when somebody should write: neither is it waiting for the socket, nor being done.
+    bool is_idle() const { return state_ == State::OPEN && !blocked_ && !being_written_; }
+    bool has_output() const { return writer_ && !writer_->empty(); }
+    void arm();  // its own thread will write
     void close(const Error& why, bool tell_peer);
+    void flush_and_close(const Error& why);
 
 private:
     enum class State { CONNECTING, GREETING, OPEN, CLOSED };
 
     void watch();
     void start_patience();  // to connect, then to be greeted
-    void read();
-    void read_frames();
-    void mark();
+    void read(Lock& lock);
+    void read_frames(Lock& lock);
     bool read_greeting();
-    void pump();
     void greeted(const Greeting& peer);
     void open(const Greeting& peer);
-    void guarded(void (Lane::*step)());
-    bool wants_to_write() const;
-    void update_interest();
+    void mark();
+    void write(Lock& lock);
+    void write_greeting();
+    bool write_batch(Lock& lock, size_t* bytes);
+    IoResult receive_section(Lock& lock, const iovec* iov, size_t count);
+    void send_section(Lock& lock, const iovec* iov, size_t count);
+    void prepare_section(Lock& lock);
+    void guarded(Lock& lock, void (Lane::*step)(Lock& lock));
+    void wait_for_sections();
+    void settle();
+    void update_interest(bool more);
 
-    Endpoint& endpoint_;
+    Endpoint& endpoint_;  // gone once CLOSED
+    const std::shared_ptr<Loops> loops_;
+    Loop& loop_;
     Fd fd_;
     const bool dialled_;
     State state_ = State::CONNECTING;
@@ -55,8 +71,11 @@ private:
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
     uint32_t interest_ = 0;
-    int mark_ = 1;  // bytes that make the socket readable
-    std::optional<Loop::TimerKey> greeting_timer_;
+    int mark_ = 1;  // bytes that make the socket readable; its own thread's
+    bool being_written_ = false;
+    std::atomic<bool> reading_{false}, writing_{false};  // in a section
+    IoResult sent_;  // by a section, not yet settled
+    std::optional<Loops::TimerKey> greeting_timer_;
 };
 
 class Link : public std::enable_shared_from_this<Link> {
@@ -75,9 +94,10 @@ public:
     void dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count);
     void dial_failed(uint32_t lane, const Error& why);
 
-    // Writes what the machine has to say, on every lane that is not blocked.
-    void pump();
-    bool refill(uint32_t lane);
+    // Sees to it that what the machine has to say is written, by lanes that are idle; `self` will
+    // write by itself.
+    void pump(const Lane* self = nullptr);
+    bool load(uint32_t lane);
     bool alive() const { return !lanes_.empty() || dialling_ > 0; }
     size_t lane_count() const { return lanes_.size(); }
     void close(const Error& why);
@@ -86,8 +106,7 @@ private:
     Endpoint& endpoint_;
     std::map<uint32_t, std::shared_ptr<Lane>> lanes_;
     uint32_t dialling_ = 0;
-    bool pumping_ = false, pump_again_ = false;
-    std::optional<Loop::TimerKey> expiry_;
+    std::optional<Loops::TimerKey> expiry_;
     void schedule_expiry();
     void lost(const Error& why);
 };

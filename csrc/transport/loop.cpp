@@ -1,23 +1,17 @@
 #include "transport/loop.hpp"
 
-#include <condition_variable>
+#include <csignal>
 #include <ctime>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <csignal>
 #include <unistd.h>
 
 namespace kvwire {
 namespace {
 constexpr int EVENTS_MAX = 64;
-}
-
-uint64_t Loop::now_ns() {
-    timespec now;
-    ::clock_gettime(CLOCK_MONOTONIC, &now);
-    return uint64_t(now.tv_sec) * 1'000'000'000 + uint64_t(now.tv_nsec);
-}
+constexpr uint64_t FOR_EVER = ~uint64_t(0);
+}  // namespace
 
 Loop::Loop()
     : epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
@@ -26,87 +20,38 @@ Loop::Loop()
     event.events = EPOLLIN;
     event.data.u64 = 0;
     ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event);
-    thread_ = std::make_unique<std::thread>([this] { run(); });
 }
 
 Loop::~Loop() { stop(); }
 
-void Loop::stop() {
-    if (::getpid() != process_) {  // after a fork the thread is the parent's: nothing to join
-        (void)thread_.release();
-        return;
-    }
-    stopping_ = true;
+void Loop::start(std::function<int()> between) {
+    thread_ = std::make_unique<std::thread>([this, between = std::move(between)] { run(between); });
+}
+
+void Loop::wake() {
     const uint64_t one = 1;
     (void)!::write(wake_.get(), &one, sizeof one);
+}
+
+void Loop::stop() {
+    stopping_ = true;
+    wake();
     if (thread_ && thread_->joinable()) thread_->join();
+    watches_.clear();
 }
 
-bool Loop::post(Task task) {
-    bool wake;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (stopped_) return false;
-        wake = tasks_.empty();
-        tasks_.push_back(std::move(task));
-    }
-    if (wake) {
-        const uint64_t one = 1;
-        (void)!::write(wake_.get(), &one, sizeof one);
-    }
-    return true;
-}
+void Loop::abandon() { (void)thread_.release(); }
 
-bool Loop::call(const Task& task) {
-    if (thread_ && std::this_thread::get_id() == thread_->get_id()) {
-        task();
-        return true;
-    }
-    struct Sync {
-        std::mutex mutex;
-        std::condition_variable done;
-        bool finished = false, ran = false;
-        std::exception_ptr thrown;
-    };
-    // The waiter is released also when the loop drops the task unrun.
-    struct Guard {
-        explicit Guard(std::shared_ptr<Sync> s) : sync(std::move(s)) {}
-        ~Guard() {
-            std::lock_guard<std::mutex> lock(sync->mutex);
-            sync->finished = true;
-            sync->done.notify_all();
-        }
-        std::shared_ptr<Sync> sync;
-    };
-    const auto sync = std::make_shared<Sync>();
-    auto guard = std::make_shared<Guard>(sync);
-    const bool posted = post([&task, guard = std::move(guard)] {
-        try {
-            task();
-        } catch (...) {
-            guard->sync->thrown = std::current_exception();
-        }
-        std::lock_guard<std::mutex> lock(guard->sync->mutex);
-        guard->sync->ran = true;
-    });
-    if (!posted) return false;
-    std::unique_lock<std::mutex> lock(sync->mutex);
-    sync->done.wait(lock, [&] { return sync->finished; });
-    if (sync->thrown) std::rethrow_exception(sync->thrown);
-    return sync->ran;
-}
-
-// An error that reaches this far is a bug of ours, or no memory: the thread, and all other
-// transfers, outlive it.
-void Loop::guarded(const Task& task) {
+void Loop::guarded(const std::function<void()>& step) {
     try {
-        task();
+        step();
     } catch (...) {
         ++internal_errors_;
     }
 }
 
 void Loop::watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> handler) {
+    std::lock_guard<std::mutex> lock(watches_mutex_);
     Watch& watch = watches_[fd.get()];
     watch = {++serial_, std::move(handler)};
     epoll_event event{};
@@ -117,6 +62,7 @@ void Loop::watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> h
 }
 
 void Loop::modify(const Fd& fd, uint32_t epoll_events) {
+    std::lock_guard<std::mutex> lock(watches_mutex_);
     epoll_event event{};
     event.events = epoll_events;
     event.data.u64 = watches_.at(fd.get()).serial << 32 | uint32_t(fd.get());
@@ -124,46 +70,24 @@ void Loop::modify(const Fd& fd, uint32_t epoll_events) {
 }
 
 void Loop::unwatch(const Fd& fd) {
-    if (!watches_.erase(fd.get())) return;
+    std::shared_ptr<Handler> gone;  // dies after the lock
+    std::lock_guard<std::mutex> lock(watches_mutex_);
+    const auto found = watches_.find(fd.get());
+    if (found == watches_.end()) return;
+    gone = std::move(found->second.handler);
+    watches_.erase(found);
     ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd.get(), nullptr);
 }
 
-Loop::TimerKey Loop::timer(uint64_t due_ns, Task task) {
-    const TimerKey key{due_ns, ++serial_};
-    timers_.emplace(key, std::move(task));
-    return key;
+// Null: an earlier event of the batch has closed it, or another has taken its number.
+std::shared_ptr<Loop::Handler> Loop::find(uint64_t key) {
+    std::lock_guard<std::mutex> lock(watches_mutex_);
+    const auto found = watches_.find(int(key & 0xFFFFFFFF));
+    if (found == watches_.end() || found->second.serial != key >> 32) return nullptr;
+    return found->second.handler;
 }
 
-void Loop::cancel(const TimerKey& key) { timers_.erase(key); }
-
-void Loop::run_tasks() {
-    std::vector<Task> tasks;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        tasks.swap(tasks_);
-    }
-    for (Task& task : tasks) {
-        guarded(task);
-        task = nullptr;  // what it holds dies before the next one runs
-    }
-}
-
-int Loop::run_timers() {
-    while (!timers_.empty()) {
-        const uint64_t now = now_ns();
-        const auto first = timers_.begin();
-        if (first->first.first > now) {
-            const uint64_t wait_ms = (first->first.first - now) / 1'000'000 + 1;
-            return int(wait_ms < 60'000 ? wait_ms : 60'000);
-        }
-        const Task task = std::move(first->second);
-        timers_.erase(first);
-        guarded(task);
-    }
-    return -1;
-}
-
-void Loop::run() {
+void Loop::run(const std::function<int()>& between) {
     // Signals are the application's business: none is to be handled here.
     sigset_t all;
     sigfillset(&all);
@@ -171,32 +95,117 @@ void Loop::run() {
     ::prctl(PR_SET_NAME, "kvwire-io");
     epoll_event events[EVENTS_MAX];
     while (!stopping_) {
-        const int wait_ms = run_timers();
-        const int count = ::epoll_wait(epoll_.get(), events, EVENTS_MAX, wait_ms);
+        const int count = ::epoll_wait(epoll_.get(), events, EVENTS_MAX, between());
         for (int i = 0; i < count; ++i) {
             if (events[i].data.u64 == 0) {
                 uint64_t ignored;
                 (void)!::read(wake_.get(), &ignored, sizeof ignored);
-                continue;
+            } else if (const auto handler = find(events[i].data.u64)) {
+                guarded([&] { handler->on_events(events[i].events); });
             }
-            const int fd = int(events[i].data.u64 & 0xFFFFFFFF);
-            const auto found = watches_.find(fd);
-            // An earlier event of this batch may have closed it, or another have taken its number.
-            if (found == watches_.end() || found->second.serial != events[i].data.u64 >> 32)
-                continue;
-            const std::shared_ptr<Handler> alive = found->second.handler;
-            guarded([&] { alive->on_events(events[i].events); });
         }
-        run_tasks();
     }
-    for (bool left = true; left;) {
-        run_tasks();
-        std::lock_guard<std::mutex> lock(mutex_);
-        left = !tasks_.empty();
-        stopped_ = !left;
+}
+
+uint64_t Loops::now_ns() {
+    timespec now;
+    ::clock_gettime(CLOCK_MONOTONIC, &now);
+    return uint64_t(now.tv_sec) * 1'000'000'000 + uint64_t(now.tv_nsec);
+}
+
+Loops::Loops(size_t threads) {
+    for (size_t i = 0; i < threads; ++i) loops_.push_back(std::make_unique<Loop>());
+    first().start([this] { return run_due(); });
+    for (size_t i = 1; i < threads; ++i) loops_[i]->start([] { return -1; });
+}
+
+Loops::~Loops() { stop(); }
+
+void Loops::stop() {
+    if (forked()) {
+        for (auto& loop : loops_) loop->abandon();
+        return;
     }
-    watches_.clear();
+    for (auto& loop : loops_) loop->stop();
+    Lock lock(mutex_);
+    while (!tasks_.empty()) run_tasks();
+    stopped_ = true;
     timers_.clear();
+}
+
+bool Loops::call(const Task& task) {
+    if (forked()) return false;  // the lock may be a lost thread's for ever
+    std::vector<Task> after;
+    struct Guard {
+        ~Guard() { after_call = nullptr; }
+        std::vector<Task>*& after_call;
+    };
+    {
+        Lock lock(mutex_);
+        if (stopped_) return false;
+        const Guard guard{after_call_};
+        after_call_ = &after;
+        task();
+    }
+    for (Task& each : after) each();
+    return true;
+}
+
+bool Loops::after_call(Task task) {
+    if (!after_call_) return false;
+    after_call_->push_back(std::move(task));
+    return true;
+}
+
+void Loops::post(Task task) {
+    tasks_.push_back(std::move(task));
+    if (tasks_.size() == 1) first().wake();
+}
+
+Loops::TimerKey Loops::timer(uint64_t due_ns, Task task) {
+    const TimerKey key{due_ns, ++serial_};
+    timers_.emplace(key, std::move(task));
+    if (due_ns < waits_until_ns_) first().wake();
+    return key;
+}
+
+void Loops::cancel(const TimerKey& key) { timers_.erase(key); }
+
+Loop& Loops::next() { return *loops_[dealt_++ % loops_.size()]; }
+
+uint64_t Loops::internal_errors() const {
+    uint64_t errors = 0;
+    for (const auto& loop : loops_) errors += loop->internal_errors();
+    return errors;
+}
+
+void Loops::run_tasks() {
+    std::vector<Task> tasks;
+    tasks.swap(tasks_);
+    for (Task& task : tasks) {
+        first().guarded(task);
+        task = nullptr;  // what it holds dies before the next one runs
+    }
+}
+
+int Loops::run_due() {
+    Lock lock(mutex_);
+    waits_until_ns_ = 0;
+    run_tasks();
+    while (!timers_.empty()) {
+        const uint64_t now = now_ns();
+        const auto first_due = timers_.begin();
+        if (first_due->first.first > now) {
+            waits_until_ns_ = first_due->first.first;
+            const uint64_t wait_ms = (waits_until_ns_ - now) / 1'000'000 + 1;
+            return tasks_.empty() ? int(wait_ms < 60'000 ? wait_ms : 60'000) : 0;
+        }
+        const Task task = std::move(first_due->second);
+        timers_.erase(first_due);
+        first().guarded(task);
+    }
+    waits_until_ns_ = FOR_EVER;
+    return tasks_.empty() ? -1 : 0;
 }
 
 }  // namespace kvwire

@@ -1,6 +1,6 @@
 #pragma once
-// One event-loop thread: epoll, tasks from other threads, timers. Everything that a link owns is
-// touched on this thread only.
+// The I/O threads of an endpoint: each an epoll loop that lanes are dealt to, and one lock for all
+// that they share. Timers and posted tasks run on the first of them, with the lock held.
 
 #include <atomic>
 #include <cstdint>
@@ -17,56 +17,94 @@
 
 namespace kvwire {
 
+using Lock = std::unique_lock<std::mutex>;
+
 class Loop {
+public:
+    class Handler {
+    public:
+        virtual ~Handler() = default;
+        virtual void on_events(uint32_t epoll_events) = 0;  // without the lock
+    };
+
+    Loop();
+    ~Loop();
+
+    // From any thread. A watched handler is kept alive until unwatch(); an event that was on its
+    // way may still reach it afterwards.
+    void watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> handler);
+    void modify(const Fd& fd, uint32_t epoll_events);
+    void unwatch(const Fd& fd);
+    void wake();
+
+    // Runs until stop(). `between` is called before each wait and returns how long that may last,
+    // in milliseconds, -1: for ever.
+    void start(std::function<int()> between);
+    void stop();     // and joins
+    void abandon();  // in a forked child, where the thread does not exist
+    uint64_t internal_errors() const { return internal_errors_; }
+
+    // Runs `step`. An error that reaches this far is a bug of ours, or no memory: the thread, and
+    // all other transfers, outlive it.
+    void guarded(const std::function<void()>& step);
+
+private:
+    void run(const std::function<int()>& between);
+    std::shared_ptr<Handler> find(uint64_t key);
+
+    Fd epoll_, wake_;
+    std::atomic<bool> stopping_{false};
+    std::atomic<uint64_t> internal_errors_{0};
+    struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
+    std::mutex watches_mutex_;
+    std::map<int, Watch> watches_;
+    uint64_t serial_ = 0;
+    std::unique_ptr<std::thread> thread_;
+};
+
+class Loops {
 public:
     using Task = std::function<void()>;
     using TimerKey = std::pair<uint64_t, uint64_t>;  // due, serial
 
-    class Handler {
-    public:
-        virtual ~Handler() = default;
-        virtual void on_events(uint32_t epoll_events) = 0;
-    };
+    explicit Loops(size_t threads);
+    ~Loops();  // stops and joins, after the tasks posted by then
 
-    Loop();
-    ~Loop();  // stops and joins, after the tasks posted by then
+    // What is "with the lock" below and in the rest of transport/ is with this one held.
+    std::mutex& mutex() { return mutex_; }
 
-    // From any thread. False (and the task is dropped) when the loop has stopped.
-    bool post(Task task);
-    // Runs `task` on the loop and waits for it; on the loop's own thread runs it at once. What it
-    // throws is thrown here.
+    // Without the lock: takes it and runs `task` here. False (and it is not run) when stopped.
     bool call(const Task& task);
+    // Inside a call(): `task` runs when that has let go of the lock, in the same thread. False
+    // elsewhere.
+    bool after_call(Task task);
 
-    // On the loop thread only. A watched handler is kept alive until unwatch().
-    void watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> handler);
-    void modify(const Fd& fd, uint32_t epoll_events);
-    void unwatch(const Fd& fd);
+    // With the lock.
+    void post(Task task);
     TimerKey timer(uint64_t due_ns, Task task);
     void cancel(const TimerKey& key);
+    Loop& next();            // lanes are dealt in turn
+    Loop& first() { return *loops_.front(); }
 
     static uint64_t now_ns();
-    void stop();
+    void stop();             // without the lock, from none of the threads
     bool forked() const { return ::getpid() != process_; }
-    uint64_t internal_errors() const { return internal_errors_; }
+    uint64_t internal_errors() const;
 
 private:
-    void run();
-    void guarded(const Task& task);
+    int run_due();  // tasks and timers; milliseconds until the next timer
     void run_tasks();
-    int run_timers();  // milliseconds until the next one, -1: none
 
-    Fd epoll_, wake_;
     std::mutex mutex_;
+    std::vector<std::unique_ptr<Loop>> loops_;
+    size_t dealt_ = 0;
+    std::vector<Task>* after_call_ = nullptr;
     std::vector<Task> tasks_;
-    bool stopped_ = false;
-    std::atomic<bool> stopping_{false};
-    std::atomic<uint64_t> internal_errors_{0};
-    const pid_t process_ = ::getpid();
-    struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
-    std::map<int, Watch> watches_;
-    uint64_t serial_ = 0;
     std::map<TimerKey, Task> timers_;
-    std::unique_ptr<std::thread> thread_;
+    uint64_t serial_ = 0;
+    uint64_t waits_until_ns_ = 0;  // the first loop: 0 while it does not wait
+    bool stopped_ = false;
+    const pid_t process_ = ::getpid();
 };
 
 }  // namespace kvwire

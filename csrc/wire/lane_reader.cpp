@@ -1,13 +1,51 @@
 #include "wire/lane_reader.hpp"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cstring>
 
 #include "checksum/crc32c.hpp"
+#include "codec/codec.hpp"
 
 namespace kvwire {
 namespace {
 constexpr size_t CONTROL_KEPT_BYTES = 65536;  // larger control buffers go back after use
+}
+
+void ChunkTarget::revoke() {
+    while (in_section.load(std::memory_order_acquire)) ::sched_yield();
+    placement = nullptr;
+    staging = nullptr;
+    landed_ = false;
+}
+
+const ChunkTarget::Landing& ChunkTarget::land(uint32_t payload_crc) {
+    if (!landed_) landing_ = stage_out(payload_crc);
+    landed_ = true;
+    return landing_;
+}
+
+ChunkTarget::Landing ChunkTarget::stage_out(uint32_t payload_crc) const {
+    if (payload_crc != header.payload_crc) return {ErrorCode::PAYLOAD_CORRUPT, payload_crc};
+    if (!staging || !placement) return {ErrorCode::OK, payload_crc};  // computed in place
+    const uint8_t* raw = staging;
+    if (header.codec != 0) {
+        uint8_t* decoded = staging + header.raw_bytes;
+        if (!decode(Codec(header.codec), staging, header.payload_bytes, item_bytes, decoded,
+                    header.raw_bytes, decoded + header.raw_bytes))
+            return {ErrorCode::CODED_INVALID, payload_crc};
+        raw = decoded;
+    }
+    if (placement->has_skips()) {  // not all of it has a place: the proof is on the staged bytes
+        const uint32_t crc = crc32c(0, raw, header.raw_bytes);
+        if (crc != header.raw_crc) return {ErrorCode::RAW_CORRUPT, crc};
+        placement->scatter(header.raw_offset, header.raw_bytes, raw);
+        return {ErrorCode::OK, crc};
+    }
+    placement->scatter(header.raw_offset, header.raw_bytes, raw);
+    const uint32_t crc = placement->crc32c(header.raw_offset, header.raw_bytes);
+    return {crc == header.raw_crc ? ErrorCode::OK : ErrorCode::RAW_CORRUPT, crc};
 }
 
 LaneReader::LaneReader(FrameHandler& handler, uint32_t lane, FrameLimits limits)
@@ -31,7 +69,7 @@ void LaneReader::targets() {
     else if (target_->staging)
         iov_[0] = {target_->staging + received_, size_t(rest)};
     else
-        iov_count_ = target_->placement->iovecs(target_->offset + received_, rest, iov_,
+        iov_count_ = target_->placement->iovecs(header_.raw_offset + received_, rest, iov_,
                                                 IOV_MAX_READ - 1, &covered);
     // The next header rides along, so that a stream of chunks costs one read each.
     if (covered == rest) iov_[iov_count_++] = {header_bytes_, HEADER_BYTES};
@@ -47,10 +85,33 @@ size_t LaneReader::next_iovecs(const iovec** iov) {
     return iov_count_;
 }
 
-void LaneReader::consume_chunk(const iovec& piece, size_t bytes) {
-    // While the bytes are still in cache; a discarded payload is nobody's proof.
-    if (!target_->discards()) crc_ = crc32c(crc_, piece.iov_base, bytes);
+void LaneReader::begin_section() {
+    section_ = state_ == State::CHUNK && !target_->discards() ? target_ : nullptr;
+    if (section_) section_->in_section.store(true, std::memory_order_relaxed);
+}
+
+void LaneReader::end_section() {
+    if (section_) section_->in_section.store(false, std::memory_order_release);
+    section_ = nullptr;
+}
+
+// While the bytes are still in cache.
+void LaneReader::digest(size_t bytes) {
+    if (!section_) return;
+    bytes = std::min<size_t>(bytes, header_.payload_bytes - received_);
+    digested_ = uint32_t(bytes);
+    for (size_t i = 0; bytes > 0; ++i) {
+        const size_t part = std::min(bytes, iov_[i].iov_len);
+        crc_ = crc32c(crc_, iov_[i].iov_base, part);
+        bytes -= part;
+    }
+    if (received_ + digested_ == header_.payload_bytes) section_->land(crc_);
+}
+
+// What a section has digested is done; a discarded payload is nobody's proof.
+void LaneReader::consume_chunk(size_t bytes) {
     received_ += uint32_t(bytes);
+    digested_ -= std::min(digested_, uint32_t(bytes));
     if (received_ == header_.payload_bytes) payload_complete();
 }
 
@@ -89,11 +150,16 @@ void LaneReader::feed(const uint8_t* bytes, size_t count) {
 
 // `bytes` bytes have arrived in the targets.
 void LaneReader::consume(size_t bytes) {
+    if (state_ == State::CHUNK && !digested_ && !target_->discards()) {
+        section_ = target_;
+        digest(bytes);
+        section_ = nullptr;
+    }
     for (size_t i = 0; i < iov_count_ && bytes > 0; ++i) {
         const size_t part = std::min(bytes, iov_[i].iov_len);
         bytes -= part;
         if (state_ == State::CHUNK) {
-            consume_chunk(iov_[i], part);
+            consume_chunk(part);
             continue;
         }
         received_ += uint32_t(part);

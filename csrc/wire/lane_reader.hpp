@@ -5,6 +5,7 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -15,14 +16,31 @@
 namespace kvwire {
 
 // Where the payload of one chunk goes. Exactly one of three: into pages (placement), into a staging
-// buffer, or nowhere. A revoked target goes nowhere from then on.
+// buffer and from there to its place, or nowhere. A revoked target goes nowhere from then on.
 struct ChunkTarget {
     const Placement* placement = nullptr;
-    uint64_t offset = 0;
-    uint8_t* staging = nullptr;
+    uint8_t* staging = nullptr;  // payload, raw bytes and the codec's scratch, one after another
+    FrameHeader header;
+    uint32_t item_bytes = 1;
 
-    void revoke() { *this = ChunkTarget{}; }
+    struct Landing {
+        ErrorCode verdict = ErrorCode::OK;  // or PAYLOAD_CORRUPT, CODED_INVALID, RAW_CORRUPT
+        uint32_t crc = 0;                   // as computed
+    };
+    // The payload is complete: verifies it, and brings what was staged to its place. Once.
+    const Landing& land(uint32_t payload_crc);
+
+    // With several threads: true while the lane that reads works on the target without the lock.
+    std::atomic<bool> in_section{false};
+
+    // Afterwards nobody writes there any more. Waits for the section of another thread.
+    void revoke();
     bool discards() const { return placement == nullptr && staging == nullptr; }
+
+private:
+    Landing stage_out(uint32_t payload_crc) const;
+    bool landed_ = false;
+    Landing landing_;
 };
 
 class FrameHandler {
@@ -47,6 +65,12 @@ public:
     // `bytes` bytes have arrived in them. Throws Error when the stream must be closed.
     void advance(size_t bytes);
 
+    // With several threads advance() is called under the owner's lock. The work on payloads can be
+    // done before it and without the lock, from begin_section() (with the lock) to end_section().
+    void begin_section();
+    void digest(size_t bytes);
+    void end_section();
+
     // Bytes that lie in memory, taken as they would be from a socket.
     void feed(const uint8_t* bytes, size_t count);
 
@@ -61,7 +85,7 @@ public:
 private:
     enum class State { HEADER, CONTROL, CHUNK };
 
-    void consume_chunk(const iovec& piece, size_t bytes);
+    void consume_chunk(size_t bytes);
     void header_complete();
     void payload_complete();
     void targets();
@@ -75,6 +99,8 @@ private:
     uint8_t header_bytes_[HEADER_BYTES];
     uint32_t received_ = 0;  // of the header or payload, by state
     uint32_t crc_ = 0;
+    uint32_t digested_ = 0;  // payload bytes that crc_ covers and received_ does not
+    ChunkTarget* section_ = nullptr;
     bool closed_ = false;  // the peer said CLOSE
     ChunkTarget* target_ = nullptr;
     std::unique_ptr<uint8_t[]> control_;

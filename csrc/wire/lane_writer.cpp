@@ -1,5 +1,7 @@
 #include "wire/lane_writer.hpp"
 
+#include <sched.h>
+
 #include <algorithm>
 
 #include "checksum/crc32c.hpp"
@@ -13,10 +15,9 @@ const uint8_t zeros[ZEROS_BYTES] = {};
 
 void LaneWriter::control(FrameType type, const Id& transfer_id, uint32_t segment_index,
                          const Bytes& payload) {
-    if (entries_.empty() || !entries_.back().is_control) {
+    // What the kernel may be reading just now must not move.
+    if (entries_.size() <= lent_entries_ || entries_.back().state != Entry::CONTROL)
         entries_.emplace_back();
-        entries_.back().is_control = true;
-    }
     FrameHeader header;
     header.type = type;
     header.transfer_id = transfer_id;
@@ -32,44 +33,100 @@ void LaneWriter::control(FrameType type, const Id& transfer_id, uint32_t segment
     queued_control_bytes_ += HEADER_BYTES + payload.size();
 }
 
-void LaneWriter::push_chunk(Entry&& entry, const FrameHeader& header) {
+void LaneWriter::chunk(const FrameHeader& header, const Source& source) {
+    entries_.emplace_back();
+    Entry& entry = entries_.back();
+    entry.state = Entry::QUEUED;
+    entry.header = header;
+    entry.source = source;
     entry.head.resize(HEADER_BYTES);
-    encode_header(header, entry.head.data());
+    const bool from_pages = source.codec == Codec::RAW && source.placement->suits_iovecs();
+    if (!from_pages && !spare_.empty()) {
+        entry.body = std::move(spare_.back());
+        spare_.pop_back();
+    }
+    queued_bytes_ += HEADER_BYTES + header.raw_bytes;
+}
+
+bool LaneWriter::begin_preparing() {
+    preparing_.clear();
+    for (Entry& entry : entries_)
+        if (entry.state == Entry::QUEUED) preparing_.push_back(&entry);
+    return !preparing_.empty();
+}
+
+void LaneWriter::prepare() {
+    for (Entry* entry : preparing_) prepare(*entry);
+}
+
+void LaneWriter::prepare(Entry& entry) {
+    FrameHeader& header = entry.header;
+    const Placement& placement = *entry.source.placement;
+    if (!code(entry)) {
+        header.codec = 0;
+        header.payload_bytes = header.raw_bytes;
+        if (placement.suits_iovecs()) {
+            entry.body.clear();
+            header.raw_crc = placement.crc32c(header.raw_offset, header.raw_bytes);
+        } else {
+            entry.body.resize(header.raw_bytes);
+            placement.gather(header.raw_offset, header.raw_bytes, entry.body.data());
+            header.raw_crc = crc32c(0, entry.body.data(), entry.body.size());
+        }
+        header.payload_crc = header.raw_crc;
+    }
     entry.payload_bytes = header.payload_bytes;
-    queued_bytes_ += entry.total();
-    entries_.push_back(std::move(entry));
+    encode_header(header, entry.head.data());
+    entry.state = Entry::PREPARED;
 }
 
-void LaneWriter::chunk(const FrameHeader& header, const Placement* placement, const void* owner) {
-    Entry entry;
-    entry.placement = placement;
-    entry.offset = header.raw_offset;
-    entry.owner = owner;
-    push_chunk(std::move(entry), header);
+// False: the chunk does not shrink, or raw was asked for.
+bool LaneWriter::code(Entry& entry) {
+    if (entry.source.codec == Codec::RAW) return false;
+    FrameHeader& header = entry.header;
+    gather_.resize(header.raw_bytes);
+    scratch_.resize(header.raw_bytes);
+    entry.body.resize(header.raw_bytes);
+    entry.source.placement->gather(header.raw_offset, header.raw_bytes, gather_.data());
+    const size_t bytes =
+        encode(entry.source.codec, gather_.data(), header.raw_bytes, entry.source.item_bytes,
+               entry.body.data(), entry.body.size(), scratch_.data());
+    if (bytes == 0 || bytes >= header.raw_bytes) return false;
+    entry.body.resize(bytes);
+    header.codec = uint8_t(entry.source.codec);
+    header.payload_bytes = uint32_t(bytes);
+    header.raw_crc = crc32c(0, gather_.data(), header.raw_bytes);
+    header.payload_crc = crc32c(0, entry.body.data(), bytes);
+    return true;
 }
 
-void LaneWriter::chunk(const FrameHeader& header, Bytes payload, const void* owner) {
-    Entry entry;
-    entry.body = std::move(payload);
-    entry.owner = owner;
-    push_chunk(std::move(entry), header);
-}
-
-Bytes LaneWriter::borrow_buffer() {
-    if (spare_.empty()) return {};
-    Bytes buffer = std::move(spare_.back());
-    spare_.pop_back();
-    return buffer;
+void LaneWriter::wait_for_section() const {
+    while (in_section.load(std::memory_order_acquire)) ::sched_yield();
 }
 
 void LaneWriter::detach(const void* owner) {
-    for (Entry& entry : entries_)
-        if (entry.owner == owner) {
-            entry.owner = nullptr;
-            if (!entry.placement) continue;  // a coded payload is the writer's own
-            entry.placement = nullptr;
-            entry.zeros = true;
+    const auto owned = [owner](const Entry& entry) { return entry.source.owner == owner; };
+    if (std::none_of(entries_.begin(), entries_.end(), owned)) return;
+    wait_for_section();
+    for (auto entry = entries_.begin(); entry != entries_.end();) {
+        if (!owned(*entry)) {
+            ++entry;
+            continue;
         }
+        if (is_waiting(*entry)) {
+            queued_bytes_ -= HEADER_BYTES + entry->header.raw_bytes;
+            recycle(std::move(entry->body));
+            entry = entries_.erase(entry);
+            continue;
+        }
+        entry->source.owner = nullptr;
+        entry->zeros = entry->body.empty();  // a coded payload is the writer's own
+        ++entry;
+    }
+}
+
+void LaneWriter::recycle(Bytes&& buffer) {
+    if (!buffer.empty() && spare_.size() < SPARE_BUFFERS_MAX) spare_.push_back(std::move(buffer));
 }
 
 size_t LaneWriter::entry_iovecs(const Entry& entry, size_t at) {
@@ -80,15 +137,16 @@ size_t LaneWriter::entry_iovecs(const Entry& entry, size_t at) {
     }
     uint64_t done = sent - entry.head.size();
     if (done == entry.payload_bytes) return at;
-    if (entry.placement) {
-        uint64_t covered;
-        return at + entry.placement->iovecs(entry.offset + done, entry.payload_bytes - done,
-                                            iov_.data() + at, IOV_MAX_WRITE - at, &covered);
-    }
-    if (!entry.zeros) {
+    if (!entry.body.empty()) {
         iov_[at++] = {const_cast<uint8_t*>(entry.body.data()) + done,
                       size_t(entry.payload_bytes - done)};
         return at;
+    }
+    if (!entry.zeros) {
+        uint64_t covered;
+        return at + entry.source.placement->iovecs(entry.header.raw_offset + done,
+                                                   entry.payload_bytes - done, iov_.data() + at,
+                                                   IOV_MAX_WRITE - at, &covered);
     }
     while (done < entry.payload_bytes && at < IOV_MAX_WRITE) {
         const size_t part = size_t(std::min<uint64_t>(ZEROS_BYTES, entry.payload_bytes - done));
@@ -100,11 +158,13 @@ size_t LaneWriter::entry_iovecs(const Entry& entry, size_t at) {
 
 size_t LaneWriter::next_iovecs(const iovec** iov) {
     iov_.resize(IOV_MAX_WRITE);
+    lent_entries_ = 0;
     size_t count = 0;
     for (const Entry& entry : entries_) {
-        if (count + 2 > IOV_MAX_WRITE) break;
+        if (count + 2 > IOV_MAX_WRITE || is_waiting(entry)) break;
         const size_t before = count;
         count = entry_iovecs(entry, count);
+        ++lent_entries_;
         uint64_t bytes = 0;
         for (size_t i = before; i < count; ++i) bytes += iov_[i].iov_len;
         if (bytes != entry.total() - entry.sent) break;  // ran out of iovecs inside it
@@ -114,6 +174,7 @@ size_t LaneWriter::next_iovecs(const iovec** iov) {
 }
 
 void LaneWriter::advance(size_t bytes) {
+    lent_entries_ = 0;
     queued_bytes_ -= bytes;
     while (bytes > 0) {
         Entry& entry = entries_.front();
@@ -123,9 +184,8 @@ void LaneWriter::advance(size_t bytes) {
             return;
         }
         bytes -= size_t(rest);
-        if (entry.is_control) queued_control_bytes_ -= entry.head.size();
-        if (!entry.body.empty() && spare_.size() < SPARE_BUFFERS_MAX)
-            spare_.push_back(std::move(entry.body));
+        if (entry.state == Entry::CONTROL) queued_control_bytes_ -= entry.head.size();
+        recycle(std::move(entry.body));
         entries_.pop_front();
     }
 }

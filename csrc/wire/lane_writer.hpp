@@ -1,13 +1,21 @@
 #pragma once
 // Sans-I/O writing side of a lane: control frames and chunks in order, as iovecs over the source
 // pages. Chunk payloads are borrowed, never copied, unless they had to be coded or gathered.
+//
+// Checksums and coding are the expensive part, so a chunk is queued first and prepared later:
+// begin_preparing(), prepare(), then the link's commit(). With several threads, all calls but
+// prepare() are made under the owner's lock, and `in_section` is true while one of them works on
+// the source memory without it.
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <vector>
 
+#include "codec/codec.hpp"
 #include "plan/placement.hpp"
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
@@ -21,17 +29,27 @@ public:
     void control(FrameType type, const Id& transfer_id, uint32_t segment_index,
                  const Bytes& payload);
 
-    // Payload straight from the pages that `placement` names; `owner` tells whose it is.
-    void chunk(const FrameHeader& header, const Placement* placement, const void* owner);
-    // Payload from a buffer of the writer's (see borrow_buffer).
-    void chunk(const FrameHeader& header, Bytes payload, const void* owner);
+    // A chunk to be read from the pages that `placement` names; `owner` tells whose it is.
+    struct Source {
+        const Placement* placement = nullptr;
+        void* owner = nullptr;
+        Codec codec = Codec::RAW;  // when it makes the chunk smaller
+        uint32_t item_bytes = 1;
+    };
+    void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 
-    // A buffer for coded or gathered payloads, reused when its chunk has left.
-    Bytes borrow_buffer();
+    bool begin_preparing();  // false: nothing waits for it
+    void prepare();
+    // Calls take(header, owner) for each chunk prepared since. It says false when it has detached
+    // that owner.
+    template <class Take>
+    void commit(Take&& take);
 
-    // Lets go of the source memory of `owner`: what is left of its frames goes out as zeros, whose
-    // checksum the receiver will find wrong or has stopped caring about.
+    // Lets go of the source memory of `owner`. Of frames begun, or committed to, the rest goes out
+    // as zeros, whose checksum the receiver will find wrong or has stopped caring about.
     void detach(const void* owner);
+
+    std::atomic<bool> in_section{false};
 
     size_t queued_bytes() const { return queued_bytes_; }
     size_t queued_control_bytes() const { return queued_control_bytes_; }
@@ -42,26 +60,47 @@ public:
 
 private:
     struct Entry {
+        enum State : uint8_t { CONTROL, QUEUED, PREPARED, COMMITTED };
+        State state = CONTROL;
+        bool zeros = false;
         Bytes head;  // control frames, or one chunk header
-        Bytes body;  // coded payload
-        const Placement* placement = nullptr;
-        const void* owner = nullptr;
-        uint64_t offset = 0;         // of the payload in the placement
+        Bytes body;  // coded or gathered payload; empty: from the pages
+        FrameHeader header;
+        Source source;
         uint64_t payload_bytes = 0;  // beyond head
         uint64_t sent = 0;
-        bool is_control = false;
-        bool zeros = false;
         uint64_t total() const { return head.size() + payload_bytes; }
     };
 
-    void push_chunk(Entry&& entry, const FrameHeader& header);
+    void prepare(Entry& entry);
+    bool code(Entry& entry);
+    bool is_waiting(const Entry& entry) const {
+        return entry.state == Entry::QUEUED || entry.state == Entry::PREPARED;
+    }
+    void wait_for_section() const;
+    void recycle(Bytes&& buffer);
     size_t entry_iovecs(const Entry& entry, size_t at);
 
     std::deque<Entry> entries_;
+    std::vector<Entry*> preparing_;
     std::vector<Bytes> spare_;
+    Bytes gather_, scratch_;           // prepare()'s own
     size_t queued_bytes_ = 0;
     size_t queued_control_bytes_ = 0;  // an entry counts until all of it has left
+    size_t lent_entries_ = 0;          // in the iovecs given out last
     std::vector<iovec> iov_;
 };
+
+template <class Take>
+void LaneWriter::commit(Take&& take) {
+    for (size_t i = 0; i < entries_.size();) {
+        if (entries_[i].state == Entry::PREPARED) {
+            if (!take(entries_[i].header, entries_[i].source.owner)) continue;
+            queued_bytes_ += entries_[i].payload_bytes - entries_[i].header.raw_bytes;
+            entries_[i].state = Entry::COMMITTED;
+        }
+        ++i;
+    }
+}
 
 }  // namespace kvwire

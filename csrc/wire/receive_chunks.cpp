@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "checksum/crc32c.hpp"
-#include "codec/codec.hpp"
 #include "wire/receive_link.hpp"
 
 namespace kvwire {
@@ -11,8 +10,8 @@ namespace kvwire {
 ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& header) {
     lane_heard_ = lane_index;
     Lane& lane = lanes_.at(lane_index);
-    lane.header = header;
     lane.target.revoke();
+    lane.target.header = header;
     lane.transfer = nullptr;
     lane.segment = nullptr;
     Transfer* transfer = find(header.transfer_id);
@@ -44,7 +43,7 @@ ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& heade
 
 // The lease table, section 10.
 void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& segment) {
-    const FrameHeader& header = lanes_.at(lane_index).header;
+    const FrameHeader& header = lanes_.at(lane_index).target.header;
     if (!segment.work)
         return owe(lane_index, transfer.id, {header.segment_index, 0, 0, segment.digest});
     const SegmentAnnouncement& announced = segment.work->announcement;
@@ -71,7 +70,7 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
                               Chunk& chunk) {
     Lane& lane = lanes_.at(lane_index);
     chunk.state = Chunk::LEASED;
-    chunk.attempt = uint16_t(lane.header.attempt);
+    chunk.attempt = uint16_t(lane.target.header.attempt);
     chunk.lane = uint8_t(lane_index);
     lane.transfer = &transfer;
     lane.segment = &segment;
@@ -79,15 +78,12 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
         for (const Item& item : segment.announcement.items)
             transfer.ticket->observer().on_layer_touched(item.layer);
     segment.touched = true;
-    const Placement& placement = segment.placement;
-    if (lane.header.codec == 0 && placement.suits_iovecs()) {
-        lane.target.placement = &placement;
-        lane.target.offset = lane.header.raw_offset;
-        return;
-    }
-    // Coded: payload, raw bytes and the codec's scratch, one after another.
-    const size_t raw_bytes = lane.header.raw_bytes;
-    reserve_staging(lane, lane.header.codec == 0 ? raw_bytes : 3 * raw_bytes);
+    const size_t raw_bytes = lane.target.header.raw_bytes;
+    const bool is_raw = lane.target.header.codec == 0;
+    lane.target.placement = &segment.placement;
+    lane.target.item_bytes = segment.item_bytes;
+    if (is_raw && segment.placement.suits_iovecs()) return;
+    reserve_staging(lane, is_raw ? raw_bytes : 3 * raw_bytes);
     lane.target.staging = lane.staging.get();
 }
 
@@ -100,7 +96,7 @@ void ReceiveLink::reserve_staging(Lane& lane, size_t bytes) {
 void ReceiveLink::revoke_lease(Lane& lane) {
     if (lane.segment) {
         const uint32_t index =
-            uint32_t(lane.header.raw_offset / lane.segment->announcement.chunk_bytes);
+            uint32_t(lane.target.header.raw_offset / lane.segment->announcement.chunk_bytes);
         lane.segment->chunks[index].state = Chunk::MISSING;
     }
     lane.target.revoke();
@@ -114,15 +110,15 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     if (!lane.segment) return;  // read away: stray, stale or revoked
     Transfer& transfer = *lane.transfer;
     Work& work = *lane.segment;
-    const FrameHeader header = lane.header;
+    const FrameHeader header = lane.target.header;
     const uint32_t index = uint32_t(header.raw_offset / work.announcement.chunk_bytes);
     Chunk& chunk = work.chunks[index];
-    uint32_t actual = 0;
-    const ErrorCode verdict = verify(lane, payload_crc, &actual);
+    const ChunkTarget::Landing landing = lane.target.land(payload_crc);
     lane.target.revoke();
     lane.transfer = nullptr;
     lane.segment = nullptr;
-    if (verdict != ErrorCode::OK) return chunk_failed(lane, chunk, verdict, actual);
+    if (landing.verdict != ErrorCode::OK)
+        return chunk_failed(lane, chunk, landing.verdict, landing.crc);
     chunk.state = Chunk::VERIFIED;
     chunk.raw_crc = header.raw_crc;
     ++work.verified;
@@ -137,34 +133,8 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     }
 }
 
-ErrorCode ReceiveLink::verify(Lane& lane, uint32_t payload_crc, uint32_t* actual) {
-    const FrameHeader& header = lane.header;
-    const Placement& placement = lane.segment->placement;
-    *actual = payload_crc;
-    if (payload_crc != header.payload_crc) return ErrorCode::PAYLOAD_CORRUPT;
-    if (lane.target.placement) return ErrorCode::OK;  // computed on the bytes in place
-    const uint8_t* raw = lane.target.staging;
-    if (header.codec != 0) {
-        uint8_t* decoded = lane.target.staging + header.raw_bytes;
-        if (!decode(Codec(header.codec), lane.target.staging, header.payload_bytes,
-                    lane.segment->item_bytes, decoded, header.raw_bytes,
-                    decoded + header.raw_bytes))
-            return ErrorCode::CODED_INVALID;
-        raw = decoded;
-    }
-    if (placement.has_skips()) {  // not all of it has a place: the proof is on the staged bytes
-        *actual = crc32c(0, raw, header.raw_bytes);
-        if (*actual != header.raw_crc) return ErrorCode::RAW_CORRUPT;
-        placement.scatter(header.raw_offset, header.raw_bytes, raw);
-        return ErrorCode::OK;
-    }
-    placement.scatter(header.raw_offset, header.raw_bytes, raw);
-    *actual = placement.crc32c(header.raw_offset, header.raw_bytes);
-    return *actual == header.raw_crc ? ErrorCode::OK : ErrorCode::RAW_CORRUPT;
-}
-
 void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual) {
-    const FrameHeader& header = lane.header;
+    const FrameHeader& header = lane.target.header;
     chunk.state = Chunk::MISSING;
     Transfer& transfer = *find(header.transfer_id);
     const uint32_t chunk_bytes =

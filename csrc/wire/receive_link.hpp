@@ -129,7 +129,6 @@ private:
     struct Lane {
         LaneWriter writer;
         ChunkTarget target;
-        FrameHeader header;
         Transfer* transfer = nullptr;  // of the lease; null: none
         Work* segment = nullptr;
         std::unique_ptr<uint8_t[]> staging;
@@ -157,7 +156,6 @@ private:
     void grant_lease(uint32_t lane, Transfer& transfer, Work& segment, Chunk& chunk);
     void revoke_lease(Lane& lane);
     static void reserve_staging(Lane& lane, size_t bytes);
-    ErrorCode verify(Lane& lane, uint32_t payload_crc, uint32_t* actual);
     void chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual);
 
     void owe(uint32_t lane, const Id& transfer_id, ReceiptEntry entry);

@@ -14,9 +14,13 @@ namespace {
 // cache when the kernel copies it, or many small ones in one system call.
 constexpr size_t BATCH_BYTES = 64 << 10;
 
+bool is_known(const SendTransfer::Segment& segment) {
+    return segment.crcs_known == segment.chunks.size();
+}
+
 }  // namespace
 
-bool SendLink::refill(uint32_t lane_index) {
+bool SendLink::load(uint32_t lane_index) {
     LaneWriter& writer = lanes_.at(lane_index).writer;
     while (writer.queued_bytes() < BATCH_BYTES) {
         bool any = false;
@@ -25,6 +29,35 @@ bool SendLink::refill(uint32_t lane_index) {
         if (!any) break;
     }
     return !writer.empty();
+}
+
+bool SendLink::refill(uint32_t lane_index) {
+    LaneWriter& writer = lanes_.at(lane_index).writer;
+    while (load(lane_index) && writer.begin_preparing()) {
+        writer.prepare();
+        commit(lane_index);
+    }
+    return !writer.empty();
+}
+
+size_t SendLink::backlog(size_t most, uint64_t* bytes) const {
+    size_t batches = 0;
+    for (size_t i = 0; i < order_.size() && batches < most; ++i) {
+        const SendTransfer& transfer = *order_[i];
+        if (!transfer.grant) continue;
+        batches += !transfer.resend.empty();
+        for (size_t j = transfer.first_open_segment;
+             j < transfer.segments.size() && batches < most; ++j) {
+            const SendTransfer::Segment& segment = *transfer.segments[j];
+            if (segment.complete) continue;
+            const size_t unsent = segment.chunks.size() - segment.next_unsent;
+            batches += unsent ? unsent : segment.end_due && is_known(segment);
+            if (unsent)
+                *bytes += unsent * segment.announcement.chunk_raw_bytes(segment.next_unsent);
+        }
+        batches += batches == 0 && transfer.end_due && transfer.finished;
+    }
+    return std::min(batches, most);
 }
 
 // Gives the lane one chunk, or the frames that end a segment or the transfer.
@@ -52,19 +85,22 @@ bool SendLink::dispatch_chunk(uint32_t lane, SendTransfer& transfer) {
         }
         transfer.resend.pop_front();  // receipted meanwhile
     }
-    for (; transfer.first_open_segment < transfer.segments.size(); ++transfer.first_open_segment) {
-        SendTransfer::Segment& segment = *transfer.segments[transfer.first_open_segment];
-        if (segment.complete) continue;
-        if (segment.next_unsent == segment.chunks.size()) {
-            if (!segment.end_due) continue;
-            send_segment_end(lane, transfer, segment);
+    bool all_before_dispatched = true;
+    for (size_t i = transfer.first_open_segment; i < transfer.segments.size(); ++i) {
+        SendTransfer::Segment& segment = *transfer.segments[i];
+        if (!segment.complete && segment.next_unsent < segment.chunks.size()) {
+            if (!fits(segment, segment.next_unsent)) return false;
+            send_chunk(lane, transfer, segment, segment.next_unsent++);
             return true;
         }
-        if (!fits(segment, segment.next_unsent)) return false;
-        send_chunk(lane, transfer, segment, segment.next_unsent++);
-        if (!transfer.ended && segment.next_unsent == segment.chunks.size())
-            send_segment_end(lane, transfer, segment);
-        return true;
+        if (!segment.complete && segment.end_due) {
+            if (is_known(segment)) {
+                send_segment_end(lane, transfer, segment);
+                return true;
+            }
+            all_before_dispatched = false;  // other lanes are still preparing its chunks
+        }
+        if (all_before_dispatched) transfer.first_open_segment = i + 1;
     }
     return false;
 }
@@ -81,7 +117,6 @@ void SendLink::announce(uint32_t lane, const SendTransfer& transfer,
 void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
                           SendTransfer::Segment& segment, uint32_t chunk_index) {
     announce(lane_index, transfer, segment);
-    Lane& lane = lanes_.at(lane_index);
     SendTransfer::Chunk& chunk = segment.chunks[chunk_index];
     FrameHeader header;
     header.type = FrameType::CHUNK;
@@ -90,35 +125,40 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     header.attempt = chunk.attempt;
     header.raw_offset = uint64_t(chunk_index) * segment.announcement.chunk_bytes;
     header.raw_bytes = segment.announcement.chunk_raw_bytes(chunk_index);
-    const Placement& placement = segment.placement;
-    Bytes owned;
-    const bool direct = placement.suits_iovecs();
-    const bool coded = encode_chunk(lane, transfer, segment, header, owned);
-    if (!coded) {
-        header.codec = 0;
-        header.payload_bytes = header.raw_bytes;
-        if (direct) {
-            header.raw_crc = placement.crc32c(header.raw_offset, header.raw_bytes);
-        } else {
-            owned.resize(header.raw_bytes);
-            placement.gather(header.raw_offset, header.raw_bytes, owned.data());
-            header.raw_crc = crc32c(0, owned.data(), owned.size());
-        }
-        header.payload_crc = header.raw_crc;
-    }
-    if (!source_is_unchanged(transfer, chunk, header)) return;
     chunk.state = SendTransfer::Chunk::IN_FLIGHT;
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
-    transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
-    if (coded || !direct)
-        lane.writer.chunk(header, std::move(owned), &segment);
-    else
-        lane.writer.chunk(header, &placement, &segment);
+    lanes_.at(lane_index).writer.chunk(
+        header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes});
 }
 
-bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Chunk& chunk,
-                                   const FrameHeader& header) {
+Codec SendLink::codec_of(const SendTransfer& transfer) const {
+    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
+                               options_.codecs & peer_codecs_;
+    return Codec(permitted >> transfer.codec & 1 ? transfer.codec : 0);
+}
+
+void SendLink::commit(uint32_t lane) {
+    lanes_.at(lane).writer.commit([&](const FrameHeader& header, void* owner) {
+        return take_checksum(lane, header, *static_cast<SendTransfer::Segment*>(owner));
+    });
+}
+
+// False: the transfer has failed.
+bool SendLink::take_checksum(uint32_t lane, const FrameHeader& header,
+                             SendTransfer::Segment& segment) {
+    SendTransfer& transfer = *find(header.transfer_id);
+    SendTransfer::Chunk& chunk =
+        segment.chunks[size_t(header.raw_offset / segment.announcement.chunk_bytes)];
+    if (!source_is_unchanged(transfer, segment, chunk, header)) return false;
+    transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
+    if (is_known(segment) && segment.end_due && segment.next_unsent == segment.chunks.size())
+        send_segment_end(lane, transfer, segment);
+    return true;
+}
+
+bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
+                                   SendTransfer::Chunk& chunk, const FrameHeader& header) {
     if (chunk.crc_known && chunk.raw_crc != header.raw_crc) {
         fail(transfer, Error(ErrorCode::SOURCE_CHANGED,
                              "segment " + std::to_string(header.segment_index) +
@@ -130,31 +170,8 @@ bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Chunk& 
         return false;
     }
     chunk.raw_crc = header.raw_crc;
+    segment.crcs_known += !chunk.crc_known;
     chunk.crc_known = true;
-    return true;
-}
-
-// False: the chunk does not shrink, or raw was asked for.
-bool SendLink::encode_chunk(Lane& lane, const SendTransfer& transfer,
-                            const SendTransfer::Segment& segment, FrameHeader& header,
-                            Bytes& coded) {
-    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
-                               options_.codecs & peer_codecs_;
-    coded = lane.writer.borrow_buffer();
-    if (transfer.codec == 0 || !(permitted >> transfer.codec & 1)) return false;
-    lane.gather.resize(header.raw_bytes);
-    lane.scratch.resize(header.raw_bytes);
-    coded.resize(header.raw_bytes);
-    segment.placement.gather(header.raw_offset, header.raw_bytes, lane.gather.data());
-    const size_t bytes =
-        encode(Codec(transfer.codec), lane.gather.data(), header.raw_bytes, segment.item_bytes,
-               coded.data(), coded.size(), lane.scratch.data());
-    if (bytes == 0 || bytes >= header.raw_bytes) return false;
-    coded.resize(bytes);
-    header.codec = transfer.codec;
-    header.payload_bytes = uint32_t(bytes);
-    header.raw_crc = crc32c(0, lane.gather.data(), header.raw_bytes);
-    header.payload_crc = crc32c(0, coded.data(), bytes);
     return true;
 }
 

@@ -61,6 +61,7 @@ public:
         uint32_t item_bytes = 1;
         std::vector<Chunk> chunks;
         uint32_t next_unsent = 0;
+        uint32_t crcs_known = 0;
         uint32_t receipted = 0;
         uint64_t announced_lanes = 0;  // bit per lane
         bool ended = false;                // SEGMENT_END was said: `digest` is final
@@ -126,8 +127,14 @@ public:
     // Ends a transfer that no link has seen.
     static void end_unopened(SendTransfer& transfer, const Error& error);
 
-    // Gives the lane work until its writer holds a batch; true when the writer is not empty.
+    // Gives the lane work until its writer holds a batch; true when the writer is not empty. The
+    // writer then prepares its chunks, and commit() takes note of their checksums.
+    bool load(uint32_t lane);
+    void commit(uint32_t lane);
+    // All three, for one thread; true when there is something to write.
     bool refill(uint32_t lane);
+    // How many batches could be loaded now, up to `most`; `*bytes`: how much is in those.
+    size_t backlog(size_t most, uint64_t* bytes) const;
 
     void send_close();
     size_t open_transfers() const { return order_.size(); }
@@ -136,7 +143,6 @@ private:
     struct Lane {
         LaneWriter writer;
         ChunkTarget nowhere;
-        Bytes gather, scratch;
     };
 
     SendTransfer* find(const Id& transfer_id);
@@ -162,10 +168,10 @@ private:
     void announce(uint32_t lane, const SendTransfer& transfer, SendTransfer::Segment& segment);
     void send_chunk(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment,
                     uint32_t chunk_index);
-    bool encode_chunk(Lane& lane, const SendTransfer& transfer,
-                      const SendTransfer::Segment& segment, FrameHeader& header, Bytes& coded);
-    bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Chunk& chunk,
-                             const FrameHeader& header);
+    bool take_checksum(uint32_t lane, const FrameHeader& header, SendTransfer::Segment& segment);
+    Codec codec_of(const SendTransfer& transfer) const;
+    bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
+                             SendTransfer::Chunk& chunk, const FrameHeader& header);
     void send_segment_end(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment);
     bool maybe_send_end(uint32_t lane, SendTransfer& transfer);
     Done summary(const SendTransfer& transfer) const;
