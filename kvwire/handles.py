@@ -53,6 +53,7 @@ class Endpoint:
         self._pid = os.getpid()
         self._lent: dict[int, tuple[object, object]] = {}  # native handle, memory
         self._lent_lock = threading.Lock()
+        self._close_lock = threading.Lock()
         self._waiters: dict[int, list[tuple[Callable[[], bool], asyncio.Future]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer = weakref.finalize(self, _close, native, self._lent, self._pid)
@@ -62,7 +63,9 @@ class Endpoint:
 
         When it returns no array that was lent is read or written any more.
         """
-        self._finalizer()
+        if os.getpid() == self._pid:  # a forked lock may never open
+            with self._close_lock:  # a second caller returns when it is closed, too, not before
+                self._finalizer()
         loop = self._loop
         if loop is not None and not loop.is_closed():
             try:
@@ -112,6 +115,8 @@ class Endpoint:
 
     async def _until(self, handle: Handle, condition: Callable[[], bool]) -> None:
         """Wait on the running event loop until `condition()`, checked at each news of `handle`."""
+        if not self._finalizer.alive:  # another thread may be closing it: all ends in a moment
+            self.close()
         if condition():
             return
         native = self._checked()

@@ -252,3 +252,24 @@ def test_the_loop_stays_responsive_while_much_arrives(ends):
 
     run(main())
     assert (target == 7).all()
+
+
+def test_closing_from_many_threads_wakes_everybody_who_waits():
+    async def main():
+        for _ in range(60):
+            receiver = kvwire.Receiver()
+            ticket = kvwire.receive(receiver, {"x": np.zeros(10, np.uint8)})
+            waiting = asyncio.ensure_future(failing(ticket))
+            closing = [asyncio.to_thread(receiver.close) for _ in range(3)]
+            late = asyncio.ensure_future(failing(ticket))
+            await asyncio.gather(*closing)
+            assert ticket.done()
+            assert await waiting == await late == kvwire.ErrorCode.CLOSED
+
+    async def failing(ticket):
+        try:
+            await ticket
+        except kvwire.KvwireError as error:
+            return error.code
+
+    run(main())

@@ -2,7 +2,9 @@
 // Tells an event loop of the application's (asyncio) that handles have news: one eventfd for all of
 // an endpoint, and a list in which each handle stands at most once.
 
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -19,6 +21,10 @@ public:
     int fd() {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!fd_) fd_ = Fd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+        if (!fd_) {
+            throw Error(ErrorCode::RESOURCES_EXHAUSTED,
+                        std::string("no descriptor to be had for asyncio: ") + strerror(errno));
+        }
         return fd_.get();
     }
 
