@@ -1,0 +1,71 @@
+"""What a run may end with, and what is a violation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from bench.campaign.plan import Plan
+from bench.campaign.sides import SLACK_S
+
+__all__ = ["Verdict", "judge"]
+
+
+@dataclass
+class Verdict:
+    """How one run ended.
+
+    Attributes:
+        harmed: harm was not only planned, but met something.
+        complaints: what broke the invariant; none in a good run.
+        codes: the error codes that any side reported.
+        story: what happened, for whoever looks into a violation.
+    """
+
+    plan: Plan
+    delivered: bool = False
+    repaired: bool = False
+    harmed: bool = False
+    complaints: list[str] = field(default_factory=list)
+    codes: set[str] = field(default_factory=set)
+    story: list[object] = field(default_factory=list)
+
+    def violation(self) -> dict[str, object]:
+        return {"seed": self.plan.seed, "family": self.plan.name, "complaints": self.complaints,
+                "plan": asdict(self.plan), "story": self.story}
+
+
+Outcomes = list[dict[str, object]]
+
+
+def judge(plan: Plan, sent: Outcomes | None, got: Outcomes | None) -> Verdict:
+    """Weigh what the two sides report of each transfer; None: that side was killed."""
+    verdict = Verdict(plan, story=[{"sent": sent}, {"got": got}])
+    for side, outcomes in (("sender", sent), ("receiver", got)):
+        for number, found in enumerate(outcomes or ()):
+            verdict.complaints += [f"transfer {number}, {side}: {complaint}"
+                                   for complaint in _complaints(plan, found)]
+            verdict.codes |= {found["code"]} - {""}
+    for number, (there, here) in enumerate(zip(sent or (), got or ())):
+        if here["error"] and not there["error"] and not there["hangs"]:
+            verdict.complaints.append(
+                f"transfer {number}: the sender believes delivered what the receiver says is not")
+    decisive = got or sent or []
+    verdict.delivered = bool(decisive) and all(
+        not each["error"] and not each["hangs"] for each in decisive)
+    verdict.repaired = verdict.delivered and any(each["repaired"] for each in decisive)
+    return verdict
+
+
+def _complaints(plan: Plan, found: dict[str, object]) -> list[str]:
+    complaints = []
+    if found["hangs"]:
+        complaints.append(f"has not ended {SLACK_S} s after its deadline")
+    elif found["took_s"] > plan.deadline_s + SLACK_S:
+        complaints.append(f"ended after {found['took_s']} s")
+    if found["error"] and not found["typed"]:
+        complaints.append(f"an error that no run may end with: {found['error']}")
+    elif found["error"] and plan.must_deliver:
+        complaints.append(f"nothing here may keep it from arriving, but: {found['error']}")
+    if found["wrong"]:
+        complaints.append(found["wrong"])
+    return complaints
