@@ -50,8 +50,11 @@ void LaneWriter::chunk(const FrameHeader& header, const Source& source) {
 
 bool LaneWriter::begin_preparing() {
     preparing_.clear();
-    for (Entry& entry : entries_)
-        if (entry.state == Entry::QUEUED) preparing_.push_back(&entry);
+    for (Entry& entry : entries_) {
+        if (entry.state != Entry::QUEUED) continue;
+        entry.state = Entry::PREPARING;
+        preparing_.push_back(&entry);
+    }
     return !preparing_.empty();
 }
 
@@ -77,7 +80,6 @@ void LaneWriter::prepare(Entry& entry) {
     }
     entry.payload_bytes = header.payload_bytes;
     encode_header(header, entry.head.data());
-    entry.state = Entry::PREPARED;
 }
 
 // False: the chunk does not shrink, or raw was asked for.

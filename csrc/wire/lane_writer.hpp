@@ -60,7 +60,7 @@ public:
 
 private:
     struct Entry {
-        enum State : uint8_t { CONTROL, QUEUED, PREPARED, COMMITTED };
+        enum State : uint8_t { CONTROL, QUEUED, PREPARING, COMMITTED };
         State state = CONTROL;
         bool zeros = false;
         Bytes head;  // control frames, or one chunk header
@@ -75,7 +75,7 @@ private:
     void prepare(Entry& entry);
     bool code(Entry& entry);
     bool is_waiting(const Entry& entry) const {
-        return entry.state == Entry::QUEUED || entry.state == Entry::PREPARED;
+        return entry.state == Entry::QUEUED || entry.state == Entry::PREPARING;
     }
     void wait_for_section() const;
     void recycle(Bytes&& buffer);
@@ -94,7 +94,7 @@ private:
 template <class Take>
 void LaneWriter::commit(Take&& take) {
     for (size_t i = 0; i < entries_.size();) {
-        if (entries_[i].state == Entry::PREPARED) {
+        if (entries_[i].state == Entry::PREPARING) {
             if (!take(entries_[i].header, entries_[i].source.owner)) continue;
             queued_bytes_ += entries_[i].payload_bytes - entries_[i].header.raw_bytes;
             entries_[i].state = Entry::COMMITTED;
