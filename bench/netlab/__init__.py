@@ -92,6 +92,7 @@ class Link:
         if shutil.which("ip") is None:
             raise LinkUnavailable("ip is missing; on Debian: apt-get install iproute2")
         self.mtu = mtu
+        self.tcp_bytes_max = tcp_bytes_max
         self.settings = Settings()
         self.address = {"left": "10.93.0.1", "right": "10.93.0.2"}
         self._program = build.standalone(Path(__file__).with_name("link.cpp"))
@@ -104,7 +105,7 @@ class Link:
         try:
             self._descriptors = self._answer()
             for side in _SIDES:
-                self._configure(side, congestion, tcp_bytes_max)
+                self._configure(side, congestion)
             self.set(**settings)
         except BaseException:
             self.close()
@@ -143,6 +144,12 @@ class Link:
         share = (self.mtu - SEGMENT_HEAD_BYTES) / (self.mtu + WIRE_EXTRA_BYTES)
         return self.settings.rate_gbit * share
 
+    @property
+    def congestion(self) -> str:
+        """The namespaces' default congestion control."""
+        return self.run_in("left", ["cat", "/proc/sys/net/ipv4/tcp_congestion_control"],
+                           capture_output=True, text=True, check=True).stdout.strip()
+
     def namespace(self, side: str) -> str:
         """Return a path that names the namespace while the link is open; for `enter`."""
         return f"/proc/{self._process.pid}/fd/{self._descriptors[side]}"
@@ -180,13 +187,13 @@ class Link:
     def _prefix(self, side: str) -> list[str]:
         return [str(self._program), "enter", self.namespace(side), str(os.getpid())]
 
-    def _configure(self, side: str, congestion: str | None, tcp_bytes_max: int | None) -> None:
+    def _configure(self, side: str, congestion: str | None) -> None:
         other = _SIDES[1 - _SIDES.index(side)]
         # A metric remembered from one connection would slow the next, of another measurement.
         sysctls = {"ipv4/tcp_no_metrics_save": "1", "ipv6/conf/all/disable_ipv6": "1"}
-        if tcp_bytes_max is not None:
-            sysctls["ipv4/tcp_rmem"] = f"4096 131072 {tcp_bytes_max}"
-            sysctls["ipv4/tcp_wmem"] = f"4096 16384 {tcp_bytes_max}"
+        if self.tcp_bytes_max is not None:
+            sysctls["ipv4/tcp_rmem"] = f"4096 131072 {self.tcp_bytes_max}"
+            sysctls["ipv4/tcp_wmem"] = f"4096 16384 {self.tcp_bytes_max}"
         if congestion is not None:
             sysctls["ipv4/tcp_congestion_control"] = congestion
         script = [f"test ! -e /proc/sys/net/{name} || echo {value} > /proc/sys/net/{name}"
