@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '
 TEST_SOURCES := $(filter csrc/tests/%, $(SOURCES))
 NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
 
-.PHONY: demo test test-long test-vllm bench build cpp-test tsan-test clean
+.PHONY: demo test test-long test-vllm bench peers build cpp-test tsan-test clean
 
 demo: build
 	$(VENV)/bin/kvwire demo
@@ -31,6 +31,19 @@ test-vllm: build
 # e.g. make bench BENCH="--quick --cases blocks-4k"
 bench: build
 	$(PY) -m bench.loopback $(BENCH)
+
+# What `make bench BENCH=--peers` compares kvwire with. Beside the environment, not in it: nothing
+# that the tests use changes.
+PEERS := .build/peers
+
+peers: $(PEERS)/stamp
+
+$(PEERS)/stamp: bench/requirements-peers.txt $(VENV)/packages.stamp
+	rm -rf $(PEERS)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(PEERS) -r $<
+	$(call require,PYTHONPATH=$(PEERS) $(PY) -c 'import mooncake.engine',\
+	    the libraries that Mooncake links,libibverbs1 libnuma1 libcurl4)
+	@touch $@
 
 build: $(VENV)/native.stamp
 

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from bench import bare, roundtrip, workloads
+from bench import bare, peers, roundtrip, workloads
 from bench.build import BuildError
 from bench.measure import Sample, alternate, machine, progress
-from bench.sides import Pair
+from bench.sides import Pair, PeerPair
 
 __all__ = ["main"]
 
@@ -21,17 +22,20 @@ KVWIRE_LANES = {"kvwire": None, "kvwire-p1": 1}  # None: the default, two
 DEFAULT_LANES = 2
 
 
-def throughput(case: str, rounds: int, shrink: int, have: set[str], corrupt: str | None
-               ) -> list[dict[str, object]]:
+def throughput(case: str, rounds: int, shrink: int, have: set[str], peer_names: list[str],
+               corrupt: str | None) -> list[dict[str, object]]:
     """Measure all systems in one case; returns the rows.
 
     Args:
         have: which of "iperf3" and "bare" this machine can run.
+        peer_names: which peers run beside them.
         corrupt: a system one byte of whose destination is flipped before it is verified.
     """
-    with Pair(case, shrink) as pair:
+    with Pair(case, shrink) as pair, ExitStack() as peer_pairs:
         bench = _Case(pair, workloads.make(case, shrink).payload_bytes, corrupt)
         systems = bench.connect(have)
+        for name in peer_names:
+            systems[name] = _Peer(name, case, shrink, bench, peer_pairs)
         rows = [series.row() for series in alternate(case, systems, rounds)]
         rss = max(bench.growth_mib, default=0.0) / DEFAULT_LANES
     return [*rows, {"case": case, "system": "kvwire", "rss_mib_per_connection": round(rss, 2)}]
@@ -79,33 +83,51 @@ class _Case:
         received = receiving.answer()
         if lanes is None:
             self.growth_mib += self._pair.both("resident_growth_mib")
-        return self._sample(name, sent, received)
+        return self.sample(name, sent, received)
 
     def _bare(self, name: str, lanes: int, run: int) -> Sample:
         self._pair.both("prepare", run)
         self._pair.receiving.start("receive_bare", lanes)
         sent = self._pair.sending.call("send_bare", lanes)
-        return self._sample(name, sent, self._pair.receiving.answer())
+        return self.sample(name, sent, self._pair.receiving.answer())
 
-    def _sample(self, name: str, sent: tuple[int, float], received: tuple[int, float]) -> Sample:
+    def sample(self, name: str, sent: tuple[int, float], received: tuple[int, float],
+               pair: Pair | None = None) -> Sample:
+        """Verify what `pair` (None: the case's own) has received."""
         return Sample((received[0] - sent[0]) / 1e9, sent[1] + received[1], self._payload_bytes,
-                      self._verified(name))
+                      self._verified(name, pair or self._pair))
 
     def _copy(self, run: int) -> Sample:
         self._pair.receiving.call("prepare", run)
         seconds, cpu_s = self._pair.receiving.call("copy")
-        return Sample(seconds, cpu_s, self._payload_bytes, self._verified("memcpy"))
+        return Sample(seconds, cpu_s, self._payload_bytes,
+                      self._verified("memcpy", self._pair))
 
     def _iperf3(self, connections: int) -> Sample:
         seconds, cpu_s, moved = bare.iperf3(connections)
         return Sample(seconds, cpu_s, moved, None)  # it throws its bytes away
 
-    def _verified(self, name: str) -> bool:
-        wrong = self._pair.receiving.call("verify", name == self._corrupt)
+    def _verified(self, name: str, pair: Pair) -> bool:
+        wrong = pair.receiving.call("verify", name == self._corrupt)
         if wrong is not None:
             progress("")
             print(f"{name}: destination byte {wrong} is wrong", file=sys.stderr)
         return wrong is None
+
+
+class _Peer:
+    """A peer in one case, connected at its first run."""
+
+    def __init__(self, name: str, case: str, shrink: int, bench: _Case, pairs: ExitStack):
+        self._name = name
+        self._start = lambda: pairs.enter_context(PeerPair(name, case, shrink))
+        self._bench = bench
+        self._pair: PeerPair | None = None
+
+    def __call__(self, run: int) -> Sample:
+        self._pair = self._pair or self._start()
+        received, sent = self._pair.together("receive_peer", "send_peer", run)
+        return self._bench.sample(self._name, sent, received, self._pair)
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -140,6 +162,15 @@ def _line(row: dict[str, object], best: float | None) -> str:
             f"{'yes' if row['verified'] else '-'}")
 
 
+def peers_here(asked: str | None) -> list[str]:
+    """Return those of the peers asked for that are installed; says on stderr which are not."""
+    names = [] if asked is None else asked.split(",") if asked else list(peers.PEERS)
+    reasons = {name: peers.absent(name) for name in names}
+    for reason in filter(None, reasons.values()):
+        print(reason, file=sys.stderr)
+    return [name for name in names if reasons[name] is None]
+
+
 def available() -> set[str]:
     """Return which optional systems can run; says on stderr what the others need."""
     have = set()
@@ -159,6 +190,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(names), help="comma-separated, of: %(default)s")
     parser.add_argument("--rounds", type=int, help=f"timed runs of each system; {ROUNDS}")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
+    parser.add_argument("--peers", nargs="?", const="", metavar="NAMES",
+                        help=f"other transports beside it, of: {','.join(peers.PEERS)}; "
+                             f"without NAMES: all that are installed")
     # For tests: divide the sizes; flip a byte that this system has delivered.
     parser.add_argument("--shrink", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--corrupt", help=argparse.SUPPRESS)
@@ -166,6 +200,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     options.cases = options.cases.split(",")
     if unknown := set(options.cases) - set(names):
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
+    if unknown := set(filter(None, (options.peers or "").split(","))) - set(peers.PEERS):
+        parser.error(f"unknown peers: {', '.join(sorted(unknown))}")
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     return options
 
@@ -174,14 +210,15 @@ def main(given: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 when any run delivered a wrong byte."""
     options = arguments(given)
     have = available()
-    rows: list[dict[str, object]] = [{"machine": machine()}]
+    beside = peers_here(options.peers)
+    rows: list[dict[str, object]] = [{"machine": machine(peers.versions(beside))}]
     good = True
     for case in options.cases:
         if case == roundtrip.CASE:
-            more, right = roundtrip.measure(options.rounds, options.shrink, "bare" in have)
+            more, right = roundtrip.measure(options.rounds, options.shrink, "bare" in have, beside)
             good &= right
         else:
-            more = throughput(case, options.rounds, options.shrink, have, options.corrupt)
+            more = throughput(case, options.rounds, options.shrink, have, beside, options.corrupt)
         rows += more
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

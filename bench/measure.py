@@ -17,10 +17,14 @@ from pathlib import Path
 
 from bench import bare, build
 
-__all__ = ["Sample", "Series", "alternate", "machine", "percentile", "progress"]
+__all__ = ["Sample", "Series", "Unable", "alternate", "machine", "percentile", "progress"]
 
 _PROGRESS_INTERVAL_S = 5.0
 _progress_at = 0.0
+
+
+class Unable(Exception):
+    """A system cannot run a case; says why."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,23 @@ class Series:
 
 
 def alternate(case: str, systems: dict[str, Callable[[int], Sample]], rounds: int) -> list[Series]:
-    """Run each system once per round, A B C .. A B C ..; the first round is a warm-up."""
+    """Run each system once per round, A B C .. A B C ..; the first round is a warm-up.
+
+    A system that raises Unable is left out from there on, and of what is returned.
+    """
     series = {name: Series(case, name) for name in systems}
     for round_number in range(rounds + 1):
         for position, (name, run) in enumerate(systems.items()):
+            if name not in series:
+                continue
             progress(f"{case}: round {round_number}/{rounds}, {name}")
-            sample = run(round_number * len(systems) + position + 1)
+            try:
+                sample = run(round_number * len(systems) + position + 1)
+            except Unable as why:
+                progress("")
+                print(f"{name}: no row in {case}: {why}", file=sys.stderr)
+                del series[name]
+                continue
             if round_number > 0 or sample.verified is False:
                 series[name].samples.append(sample)
     progress("")
@@ -100,7 +115,7 @@ def progress(text: str) -> None:
     sys.stderr.flush()
 
 
-def machine() -> dict[str, object]:
+def machine(more_versions: dict[str, str] | None = None) -> dict[str, object]:
     """Return what a figure needs to be believed: the machine, the compiler, the versions."""
     import kvwire
     info = Path("/proc/cpuinfo").read_text()
@@ -120,7 +135,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "kvwire_commit": _commit(),
         "crc32c": kvwire.backends()["crc32c"],
-        "versions": {"kvwire": kvwire.__version__, **versions},
+        "versions": {"kvwire": kvwire.__version__, **versions, **(more_versions or {})},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from bench import build, workloads
-from bench.measure import percentile, progress
-from bench.sides import Pair
+from bench.measure import Unable, percentile, progress
+from bench.sides import Pair, PeerPair
 
 __all__ = ["CASE", "measure"]
 
@@ -18,12 +19,13 @@ CASE = "roundtrip-4k"
 _WARM_UP_SHARE = 11  # of the trips of each round, the first eleventh is not counted
 
 
-def measure(rounds: int, shrink: int, have_compiler: bool) -> tuple[list[dict[str, object]], bool]:
+def measure(rounds: int, shrink: int, have_compiler: bool, peer_names: list[str]
+            ) -> tuple[list[dict[str, object]], bool]:
     """Take the case's round trips with each system once per round, alternating.
 
     Returns: the rows, and whether every byte arrived right in every round.
     """
-    with Pair(CASE, shrink) as pair:
+    with Pair(CASE, shrink) as pair, ExitStack() as peer_pairs:
         address = pair.receiving.call("listen_kvwire")
         pair.sending.call("connect_kvwire", None, address)
         systems: dict[str, Callable[[], list[int] | None]] = {"kvwire": lambda: _python(pair)}
@@ -33,12 +35,21 @@ def measure(rounds: int, shrink: int, have_compiler: bool) -> tuple[list[dict[st
             count = str(workloads.make(CASE, shrink).tokens)
             systems["kvwire-cpp"] = lambda: _native(program, "kvwire", count)
             systems["bare-p1"] = lambda: _native(program, "bare", count)
+        for name in peer_names:
+            systems[name] = _Peer(name, shrink, peer_pairs)
         taken: dict[str, list[int]] = {name: [] for name in systems}
         wrong = set()
         for round_number in range(rounds):
             for name, run in systems.items():
+                if name not in taken:
+                    continue
                 progress(f"{CASE}: round {round_number + 1}/{rounds}, {name}")
-                times = run()
+                try:
+                    times = run()
+                except Unable as why:
+                    print(f"{name}: no row in {CASE}: {why}", file=sys.stderr)
+                    del taken[name]
+                    continue
                 if times is None:
                     wrong.add(name)
                 else:
@@ -48,6 +59,21 @@ def measure(rounds: int, shrink: int, have_compiler: bool) -> tuple[list[dict[st
              "p99_us": round(percentile(times, 99) / 1000, 1)}
             for name, times in taken.items() if name not in wrong]
     return rows, not wrong
+
+
+class _Peer:
+    """A peer, connected at its first run."""
+
+    def __init__(self, name: str, shrink: int, pairs: ExitStack):
+        self._start = lambda: pairs.enter_context(
+            PeerPair(name, CASE, shrink, workloads.PAGE_BYTES))
+        self._pair: PeerPair | None = None
+
+    def __call__(self) -> list[int] | None:
+        self._pair = self._pair or self._start()
+        run = time.monotonic_ns() & 0xFFFF
+        _, times = self._pair.together("answer_peer", "trip_peer", run)
+        return times if self._pair.receiving.call("verify") is None else None
 
 
 def _python(pair: Pair) -> list[int] | None:

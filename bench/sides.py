@@ -9,12 +9,21 @@ import time
 import traceback
 from pathlib import Path
 
-from bench import bare, workloads
+import numpy as np
 
-__all__ = ["Pair", "Side"]
+from bench import bare, workloads
+from bench.measure import Unable
+from bench.peers import PEERS
+
+__all__ = ["Pair", "PeerPair", "Side", "SideFailed"]
 
 _ANSWER_TIMEOUT_S = 120.0
 _PUSH_TIMEOUT_S = 60.0
+_LOOPBACK = "127.0.0.1"
+
+
+class SideFailed(Exception):
+    """A benchmark process raised, died or did not answer; says which."""
 
 
 class Side:
@@ -28,21 +37,35 @@ class Side:
         theirs.close()
 
     def start(self, method: str, *arguments: object) -> None:
-        self._pipe.send((method, arguments))
+        """Call `method` there and do not wait. Raises SideFailed."""
+        try:
+            self._pipe.send((method, arguments))
+        except OSError:
+            raise self._ended() from None
 
     def answer(self) -> object:
-        """Return what the oldest unanswered call returned. Raises what it raised, as text."""
+        """Return what the oldest unanswered call returned. Raises SideFailed."""
         if not self._pipe.poll(_ANSWER_TIMEOUT_S):
             self._process.kill()
-            raise TimeoutError("a benchmark process has not answered in time")
-        good, result = self._pipe.recv()
+            raise SideFailed(f"a benchmark process has not answered in {_ANSWER_TIMEOUT_S:.0f} s")
+        try:
+            good, result = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
         if not good:
-            raise RuntimeError(f"a benchmark process failed:\n{result}")
+            raise SideFailed(f"a benchmark process failed:\n{result}")
         return result
+
+    def _ended(self) -> SideFailed:
+        self._process.join(10)
+        return SideFailed(f"a benchmark process ended with exit code {self._process.exitcode}")
 
     def call(self, method: str, *arguments: object) -> object:
         self.start(method, *arguments)
         return self.answer()
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def close(self) -> None:
         self._pipe.close()
@@ -71,6 +94,51 @@ class Pair:
         self.receiving.close()
 
 
+class PeerPair(Pair):
+    """A pair with one connected peer: in processes of its own, for it may crash, hang or leak."""
+
+    def __init__(self, name: str, case: str, shrink: int, piece_bytes: int | None = None):
+        """Connect, for moves in pieces of `piece_bytes`. Raises Unable."""
+        super().__init__(case, shrink)
+        try:
+            contact = self.receiving.call("listen_peer", name, piece_bytes)
+            self.receiving.start("accept_peer")
+            self.sending.call("connect_peer", name, contact, piece_bytes)
+            self.receiving.answer()
+        except SideFailed as why:
+            self.kill()
+            raise Unable(_last_line(why)) from why
+
+    def together(self, receiving: str, sending: str, run: int) -> tuple[object, object]:
+        """Prepare run `run`, then call a method of each.
+
+        Returns: (received, sent). Raises Unable.
+        """
+        try:
+            self.both("prepare", run)
+            self.receiving.start(receiving)
+            sent = self.sending.call(sending)
+            return self.receiving.answer(), sent
+        except SideFailed as why:
+            self.kill()
+            raise Unable(_last_line(why)) from why
+
+    def kill(self) -> None:
+        for side in (self.sending, self.receiving):
+            side.kill()
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.both("close_peer")
+        except SideFailed:  # some were killed, some do not end well: all is measured
+            self.kill()
+        super().__exit__(*exc)
+
+
+def _last_line(why: SideFailed) -> str:
+    return str(why).strip().splitlines()[-1]
+
+
 def _serve(pipe, kind: type, arguments: tuple) -> None:
     side = None
     while True:
@@ -91,6 +159,13 @@ class _Common:
         self.source = workloads.random_pool(self.workload.pool_bytes)
         self.movers: dict[int, bare.BareMover] = {}
         self.resident_mib_at_start = 0.0
+
+    def moves_cut(self, piece_bytes: int | None) -> np.ndarray:
+        moves = self.workload.moves
+        return moves if piece_bytes is None else workloads.cut(moves, piece_bytes)
+
+    def close_peer(self) -> None:
+        self.peer.close()
 
     def resident_start(self) -> None:
         """What is resident from here on beyond now is the transport's."""
@@ -138,6 +213,25 @@ class Sending(_Common):
             transfer.push(0, tokens=(token, token + 1)).wait(_PUSH_TIMEOUT_S)
             took.append(time.monotonic_ns() - began)
         transfer.finish().result(_PUSH_TIMEOUT_S)
+        return took
+
+    def connect_peer(self, name: str, contact: object, piece_bytes: int | None) -> None:
+        moves = self.moves_cut(piece_bytes)
+        self.peer = PEERS[name].sender(_LOOPBACK, contact, self.source, moves)
+
+    def send_peer(self) -> tuple[int, float]:
+        """Return when it began, and CPU seconds until the library says that it has sent."""
+        cpu, began = _cpu_s(), time.monotonic_ns()
+        self.peer.send()
+        return began, _cpu_s() - cpu
+
+    def trip_peer(self) -> list[int]:
+        """Move page by page; returns nanoseconds until each was known to be in place."""
+        took = []
+        for index in range(self.workload.payload_bytes // workloads.PAGE_BYTES):
+            began = time.monotonic_ns()
+            self.peer.trip(index)
+            took.append(time.monotonic_ns() - began)
         return took
 
     def send_bare(self, lanes: int) -> tuple[int, float]:
@@ -188,6 +282,23 @@ class Receiving(_Common):
         cpu = _cpu_s()
         self.movers[lanes].move(sending=False)
         return time.monotonic_ns(), _cpu_s() - cpu
+
+    def listen_peer(self, name: str, piece_bytes: int | None) -> object:
+        moves = self.moves_cut(piece_bytes)
+        self.peer = PEERS[name].receiver(_LOOPBACK, self.pool, moves)
+        return self.peer.contact
+
+    def accept_peer(self) -> None:
+        self.peer.accept()
+
+    def receive_peer(self) -> tuple[int, float]:
+        """Return when all was in place, and CPU seconds from now until then."""
+        cpu = _cpu_s()
+        self.peer.receive()
+        return time.monotonic_ns(), _cpu_s() - cpu
+
+    def answer_peer(self) -> None:
+        self.peer.answer_trips()
 
     def copy(self) -> tuple[float, float]:
         """memcpy the workload within this process: seconds, CPU seconds."""

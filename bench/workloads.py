@@ -14,8 +14,8 @@ import numpy as np
 from kvwire.layout import Axis, CacheSpec, DType, auxiliary, request_tensor
 from kvwire.memory import CacheMemory
 
-__all__ = ["CASES", "POISON", "Workload", "expect", "first_difference", "make", "random_pool",
-           "stamp"]
+__all__ = ["CASES", "PAGE_BYTES", "POISON", "Workload", "cut", "expect", "first_difference",
+           "make", "random_pool", "stamp"]
 
 PAGE_BYTES = 4096
 BLOCK_TOKENS = 16
@@ -106,6 +106,16 @@ def make(case: str, shrink: int = 1) -> Workload:
             moves.append(np.array([[offset, offset, held]]))
     return Workload(spec, tokens, source, destination, pool_bytes,
                     np.ascontiguousarray(np.concatenate(moves), np.int64))
+
+
+def cut(moves: np.ndarray, piece_bytes: int) -> np.ndarray:
+    """Return the moves in pieces of `piece_bytes`, of which each must be a multiple."""
+    counts = moves[:, 2] // piece_bytes
+    pieces = np.repeat(moves, counts, axis=0)
+    within = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces[:, :2] += within[:, None] * piece_bytes
+    pieces[:, 2] = piece_bytes
+    return pieces
 
 
 def random_pool(pool_bytes: int) -> np.ndarray:
