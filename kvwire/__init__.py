@@ -28,6 +28,7 @@ _HOME = {
     "KvwireError": "errors", "UsageError": "errors", "UnsupportedError": "errors",
     "ForkedError": "errors", "FormatError": "errors", "ChecksumError": "errors",
     "LimitError": "errors", "VersionError": "errors", "RefusedError": "errors",
+    "AdmissionError": "errors",
     "SpecMismatchError": "errors", "TicketError": "errors", "OverlapError": "errors",
     "TransferError": "errors", "PeerClosedError": "errors", "TransferTimeout": "errors",
     "TransferCancelled": "errors", "InternalError": "errors", "ErrorCode": "errors",

@@ -10,6 +10,7 @@
     │   └─ VersionError               no common format version
     ├─ RefusedError                   the two sides do not agree          → fix the configuration
     │   ├─ SpecMismatchError          the cache specs differ; names the field
+    │   ├─ AdmissionError             wrong key, certificate or security mode
     │   ├─ TicketError                unknown, expired or used-up ticket or offer
     │   └─ OverlapError               two parts claim the same destination
     ├─ TransferError(OSError)         the network or the peer failed      → a retry is sane
@@ -29,8 +30,8 @@ from enum import IntEnum
 __all__ = [
     "ErrorCode", "KvwireError", "UsageError", "UnsupportedError", "ForkedError", "FormatError",
     "ChecksumError", "LimitError", "VersionError", "RefusedError", "SpecMismatchError",
-    "TicketError", "OverlapError", "TransferError", "PeerClosedError", "TransferTimeout",
-    "TransferCancelled", "InternalError", "error_from_code",
+    "AdmissionError", "TicketError", "OverlapError", "TransferError", "PeerClosedError",
+    "TransferTimeout", "TransferCancelled", "InternalError", "error_from_code",
 ]
 
 
@@ -78,6 +79,8 @@ class ErrorCode(IntEnum):
     GREETING_TIMEOUT = 302
     LINK_LOST = 303
     CLOSED = 304
+    LINK_UNKNOWN = 305
+    ADMISSION_REFUSED = 306
 
     USAGE = 400
     UNSUPPORTED = 401
@@ -178,6 +181,12 @@ class SpecMismatchError(RefusedError):
     default_code = ErrorCode.SPEC_MISMATCH
 
 
+class AdmissionError(RefusedError):
+    """The peer was not let in, or could not be trusted: keys, certificates or modes differ."""
+
+    default_code = ErrorCode.ADMISSION_REFUSED
+
+
 class TicketError(RefusedError):
     """The ticket or offer is unknown, expired, or does not expect this rank."""
 
@@ -246,6 +255,8 @@ _CLASS_BY_CODE = {
     ErrorCode.CANCELLED: TransferCancelled,
     ErrorCode.PEER_CLOSED: PeerClosedError,
     ErrorCode.LINK_LOST: PeerClosedError,
+    ErrorCode.LINK_UNKNOWN: PeerClosedError,
+    ErrorCode.ADMISSION_REFUSED: AdmissionError,
     ErrorCode.TRANSFER_UNKNOWN: TransferError,
     ErrorCode.UNSUPPORTED: UnsupportedError,
     ErrorCode.FORKED: ForkedError,

@@ -37,6 +37,7 @@ HEADER = Structure(
 
 _CRC_BYTES = 4
 _GREETING_FLAGS_RESERVED = 0x00FF
+FLAG_PROOF, FLAG_JOIN = 0x0100, 0x0200
 _HEADER_FLAGS_RESERVED = 0x0F
 
 
@@ -89,7 +90,7 @@ _CHUNK_ONLY = ("attempt", "raw_offset", "raw_bytes", "raw_crc", "table_index", "
 
 @dataclass(frozen=True)
 class Greeting:
-    """The first 64 bytes of a stream (§5)."""
+    """The first 64 bytes of a stream (§5). `flags`: FLAG_PROOF and FLAG_JOIN."""
 
     role: Role
     link_id: bytes
@@ -101,6 +102,7 @@ class Greeting:
     transfers_max: int = 1024
     version: int = FORMAT_VERSION
     version_min: int = FORMAT_VERSION
+    flags: int = 0
 
     def encode(self) -> bytes:
         body = GREETING.pack({"magic": GREETING_MAGIC, **vars(self)})[:-_CRC_BYTES]
@@ -124,7 +126,8 @@ class Greeting:
                          ErrorCode.VERSION_UNSUPPORTED, FORMAT_VERSION)
         cls._check_fields(values, reader)
         return cls(**{field: values[field] for field in cls.__dataclass_fields__}
-                   | {"role": Role(values["role"])})
+                   | {"role": Role(values["role"]),
+                      "flags": values["flags"] & (FLAG_PROOF | FLAG_JOIN)})
 
     @staticmethod
     def _check_fields(values: dict, reader: Role | None) -> None:
@@ -137,6 +140,7 @@ class Greeting:
         GREETING.require_zero(values, "reserved_a")
         require(values, "flags", not values["flags"] & _GREETING_FLAGS_RESERVED,
                 ErrorCode.RESERVED_BIT_SET)
+        require(values, "flags", values["flags"] & (FLAG_PROOF | FLAG_JOIN) != FLAG_JOIN)
         require(values, "link_id", values["link_id"] != NO_ID)
         lane_count = values["lane_count"]
         require(values, "lane_index", values["lane_index"] < (1 if role == Role.FILE
@@ -293,13 +297,15 @@ class FrameReader:
         reader: the reader's role. The stream begins with the peer's greeting, which is then found
             in `greeting`.
         payload_bytes_max, control_bytes_max: what the reader's own greeting states.
+        greeting: the peer's, where it has been read already, with an admission behind it (§5.1).
 
     After an error the stream cannot be read on: every later call raises the same error.
     """
 
     def __init__(self, reader: Role, payload_bytes_max: int = limits.CHUNK_BYTES_MAX,
-                 control_bytes_max: int = limits.CONTROL_BYTES_MAX):
-        self.greeting: Greeting | None = None
+                 control_bytes_max: int = limits.CONTROL_BYTES_MAX,
+                 greeting: Greeting | None = None):
+        self.greeting = greeting
         self.offset = 0
         self.closed = False
         self._reader = reader

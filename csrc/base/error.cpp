@@ -44,6 +44,8 @@ const char* error_name(ErrorCode code) {
         case ErrorCode::GREETING_TIMEOUT: return "GREETING_TIMEOUT";
         case ErrorCode::LINK_LOST: return "LINK_LOST";
         case ErrorCode::CLOSED: return "CLOSED";
+        case ErrorCode::LINK_UNKNOWN: return "LINK_UNKNOWN";
+        case ErrorCode::ADMISSION_REFUSED: return "ADMISSION_REFUSED";
         case ErrorCode::USAGE: return "USAGE";
         case ErrorCode::UNSUPPORTED: return "UNSUPPORTED";
         case ErrorCode::FORKED: return "FORKED";

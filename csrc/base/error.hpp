@@ -50,6 +50,8 @@ enum class ErrorCode : uint16_t {
     GREETING_TIMEOUT = 302,
     LINK_LOST = 303,
     CLOSED = 304,
+    LINK_UNKNOWN = 305,
+    ADMISSION_REFUSED = 306,
     USAGE = 400,
     UNSUPPORTED = 401,
     FORKED = 402,

@@ -70,6 +70,9 @@ py::dict limit_values() {
     KVWIRE_LIMIT(waiting_manifests_max);
     KVWIRE_LIMIT(ended_transfers_min);
     KVWIRE_LIMIT(greeting_timeout_ms);
+    KVWIRE_LIMIT(admission_key_bytes_min);
+    KVWIRE_LIMIT(admissions_max);
+    KVWIRE_LIMIT(admissions_per_address_max);
 #undef KVWIRE_LIMIT
     return values;
 }

@@ -40,6 +40,7 @@ enum : size_t {
 };
 }
 constexpr uint16_t GREETING_FLAGS_RESERVED = 0x00FF;
+constexpr uint16_t GREETING_FLAG_PROOF = 0x0100, GREETING_FLAG_JOIN = 0x0200;
 constexpr uint8_t HEADER_FLAGS_RESERVED = 0x0F;
 constexpr uint8_t TENSOR_FLAG_REPLICATED = 0x01;
 
@@ -62,7 +63,8 @@ constexpr uint64_t chunk_bytes_min = 4096, chunk_bytes_max = 4194304, payload_by
                    segment_bytes_max = 1099511627776, token_count_max = 4294967296,
                    attempts_max = 8, attempt_max = 65535, leaf_count_max = 262144,
                    waiting_manifests_max = 64, ended_transfers_min = 4096,
-                   greeting_timeout_ms = 5000;
+                   greeting_timeout_ms = 5000, admission_key_bytes_min = 16,
+                   admissions_max = 256, admissions_per_address_max = 64;
 static_assert(chunk_bytes_max % chunk_bytes_min == 0);
 static_assert(SEGMENT_FIXED_BYTES + item_count_max * ITEM_BYTES <= control_bytes_max);
 static_assert(receipt_count_max * RECEIPT_BYTES <= control_bytes_min);

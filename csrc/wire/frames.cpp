@@ -172,6 +172,7 @@ void encode_greeting(const Greeting& g, uint8_t* out) {
     store_le<uint16_t>(out + greeting_at::VERSION, g.version);
     store_le<uint16_t>(out + greeting_at::VERSION_MIN, g.version_min);
     out[greeting_at::ROLE] = uint8_t(g.role);
+    store_le<uint16_t>(out + greeting_at::FLAGS, g.flags);
     std::memcpy(out + greeting_at::LINK_ID, g.link_id.bytes.data(), 16);
     store_le<uint16_t>(out + greeting_at::LANE_INDEX, g.lane_index);
     store_le<uint16_t>(out + greeting_at::LANE_COUNT, g.lane_count);
@@ -210,6 +211,10 @@ Greeting decode_greeting(const uint8_t* in) {
     const uint16_t flags = load_le<uint16_t>(in + FLAGS);
     if (flags & GREETING_FLAGS_RESERVED)
         fail(ErrorCode::RESERVED_BIT_SET, "greeting: reserved flag set", 0, flags, FLAGS);
+    g.flags = flags & (GREETING_FLAG_PROOF | GREETING_FLAG_JOIN);
+    if (g.flags == GREETING_FLAG_JOIN)
+        fail(ErrorCode::FIELD_INVALID, "greeting: a lane that joins a link must prove it", 0, flags,
+             FLAGS);
     std::memcpy(g.link_id.bytes.data(), in + LINK_ID, 16);
     g.lane_index = load_le<uint16_t>(in + LANE_INDEX);
     g.lane_count = load_le<uint16_t>(in + LANE_COUNT);

@@ -14,6 +14,7 @@ struct Greeting {
     uint16_t version = FORMAT_VERSION;
     uint16_t version_min = 1;
     Role role = Role::SENDER;
+    uint16_t flags = 0;  // GREETING_FLAG_*
     Id link_id;
     uint16_t lane_index = 0;
     uint16_t lane_count = 1;

@@ -348,6 +348,11 @@ def main() -> None:
              "must be refused with it (a chunk's error: by a REPAIR).",
              "vectors": [vector.described() for vector in vectors]}
     (HERE / "vectors.json").write_text(json.dumps(words, indent=1) + "\n")
+    from vectors.admission import exchanges
+    (HERE / "admission.json").write_text(json.dumps({
+        "comment": "What each side of an admission is given, writes and ends with: a link key, or "
+                   "its error. Bytes are hexadecimal; an ABORT's sentence is not pinned.",
+        "exchanges": exchanges()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

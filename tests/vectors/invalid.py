@@ -117,6 +117,7 @@ def greetings(broken: Broken) -> None:
             ("role_conflict", code.ROLE_CONFLICT, "role", Role.RECEIVER),
             ("reserved_a", code.RESERVED_BIT_SET, "reserved_a", 1),
             ("reserved_flag", code.RESERVED_BIT_SET, "flags", 1),
+            ("join_alone", code.FIELD_INVALID, "flags", 0x0200),
             ("link_id_zero", code.FIELD_INVALID, "link_id", bytes(16)),
             ("lane_index", code.FIELD_INVALID, "lane_index", 1),
             ("lane_count_zero", code.FIELD_INVALID, "lane_count", 0),
