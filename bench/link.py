@@ -21,6 +21,7 @@ from bench import bare, sides, workloads
 from bench.build import BuildError
 from bench.measure import machine, progress
 from bench.netlab import TCP_BYTES_MAX, Link, LinkUnavailable, enter
+from bench.peers import PEERS, installed, versions
 
 __all__ = ["Bench", "Run", "main", "recovery_s"]
 
@@ -148,7 +149,9 @@ class Bench:
             side.answer()
         if kind == "kvwire":
             return self._kvwire(watch)
-        return self._bare(int(connections), watch)
+        if kind == "bare":
+            return self._bare(int(connections), watch)
+        return self._peer(watch)
 
     def _kvwire(self, watch: Callable[[float, int], None] | None) -> Run:
         if not self._connected:
@@ -175,6 +178,20 @@ class Bench:
         self.receiving.start("receive_bare", connections)
         self.sending.start("send_bare", connections)
         ended = self._watched(watch)
+        began, _ = self.sending.answer()
+        return self._verified(began, ended, self.payload_bytes)
+
+    def _peer(self, watch: Callable[[float, int], None] | None) -> Run:
+        name, address = self._system, self.link.address
+        if not self._connected:
+            contact = self.receiving.call("listen_peer", name, address["right"])
+            self.receiving.start("accept_peer")
+            self.sending.call("connect_peer", name, address["left"], contact)
+            self.receiving.answer()
+            self._connected = True
+        self.receiving.start("receive_peer")
+        self.sending.start("send_peer")
+        ended, _ = self._watched(watch)
         began, _ = self.sending.answer()
         return self._verified(began, ended, self.payload_bytes)
 
@@ -380,19 +397,26 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1,
                         help="runs of each system over the same connections; %(default)s")
     parser.add_argument("--systems", default=",".join(SYSTEMS),
-                        help="comma-separated; NAME-pN: N connections; %(default)s")
+                        help="comma-separated; NAME-pN: N connections; also the peers "
+                             f"{','.join(PEERS)}; %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     # For tests: flip a byte that this system has delivered.
     parser.add_argument("--corrupt", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     options.systems = options.systems.split(",")
     for name in options.systems:
-        if not re.fullmatch(r"kvwire|(iperf3|bare)-p[1-9]\d*", name):
+        if name not in PEERS and not re.fullmatch(r"kvwire|(iperf3|bare)-p[1-9]\d*", name):
             parser.error(f"unknown system {name}")
     if options.case == BLACKHOLE and options.lanes is None:
         options.lanes = _BLACKHOLE_LANES
     options.bytes = int(options.bytes)
     return options
+
+
+def without_absent(systems: list[str]) -> list[str]:
+    """Return the systems without peers that are not installed; says on stderr which."""
+    here = installed(name for name in systems if name in PEERS)
+    return [name for name in systems if name in here or name not in PEERS]
 
 
 def make_link(options: argparse.Namespace) -> Link:
@@ -417,10 +441,12 @@ def main(given: list[str] | None = None) -> int:
         if options.case == BLACKHOLE:
             rows = [blackholed(link, options)]
         else:
-            rows = [measured(link, options, system) for system in options.systems]
+            systems = without_absent(options.systems)
+            rows = [measured(link, options, system) for system in systems]
         print(table(rows, link.payload_rate_gbit))
     if options.json:
-        records = [{"machine": machine(), "link": facts}, *rows]
+        peers = [row["system"] for row in rows if row["system"] in PEERS]
+        records = [{"machine": machine(versions(peers)), "link": facts}, *rows]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
             "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")

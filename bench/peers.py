@@ -21,6 +21,7 @@ import select
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from bench.build import ROOT
 
-__all__ = ["PEERS", "Peer", "absent", "versions"]
+__all__ = ["PEERS", "Peer", "absent", "installed", "versions"]
 
 _FOLDER = ROOT / ".build" / "peers"
 _STAGED_BELOW_BYTES = 16 << 10  # smaller blocks travel faster copied together: zmq and gloo
@@ -427,7 +428,15 @@ def absent(name: str) -> str | None:
     return f"{name} is not installed, so its rows are absent: make peers"
 
 
-def versions(names: list[str]) -> dict[str, str]:
+def installed(names: Iterable[str]) -> list[str]:
+    """Return those of the peers that can be run here; says on stderr which cannot."""
+    reasons = {name: absent(name) for name in names}
+    for reason in filter(None, reasons.values()):
+        print(reason, file=sys.stderr)
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of the packages that bring these peers."""
     packages = [PEERS[name].package for name in names if PEERS[name].package]
     return {package: importlib.metadata.version(package) for package in packages}

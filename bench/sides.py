@@ -22,7 +22,7 @@ _PUSH_TIMEOUT_S = 60.0
 _LOOPBACK = "127.0.0.1"
 
 
-class SideFailed(Exception):
+class SideFailed(RuntimeError):
     """A benchmark process raised, died or did not answer; says which."""
 
 
@@ -101,9 +101,9 @@ class PeerPair(Pair):
         """Connect, for moves in pieces of `piece_bytes`. Raises Unable."""
         super().__init__(case, shrink)
         try:
-            contact = self.receiving.call("listen_peer", name, piece_bytes)
+            contact = self.receiving.call("listen_peer", name, _LOOPBACK, piece_bytes)
             self.receiving.start("accept_peer")
-            self.sending.call("connect_peer", name, contact, piece_bytes)
+            self.sending.call("connect_peer", name, _LOOPBACK, contact, piece_bytes)
             self.receiving.answer()
         except SideFailed as why:
             self.kill()
@@ -215,9 +215,11 @@ class Sending(_Common):
         transfer.finish().result(_PUSH_TIMEOUT_S)
         return took
 
-    def connect_peer(self, name: str, contact: object, piece_bytes: int | None) -> None:
+    def connect_peer(self, name: str, host: str, contact: object, piece_bytes: int | None = None
+                     ) -> None:
+        """Connect from `host`, an address of this machine, in moves of `piece_bytes`, if given."""
         moves = self.moves_cut(piece_bytes)
-        self.peer = PEERS[name].sender(_LOOPBACK, contact, self.source, moves)
+        self.peer = PEERS[name].sender(host, contact, self.source, moves)
 
     def send_peer(self) -> tuple[int, float]:
         """Return when it began, and CPU seconds until the library says that it has sent."""
@@ -283,9 +285,10 @@ class Receiving(_Common):
         self.movers[lanes].move(sending=False)
         return time.monotonic_ns(), _cpu_s() - cpu
 
-    def listen_peer(self, name: str, piece_bytes: int | None) -> object:
+    def listen_peer(self, name: str, host: str, piece_bytes: int | None = None) -> object:
+        """Listen at `host`, an address of this machine; returns what `connect_peer` must know."""
         moves = self.moves_cut(piece_bytes)
-        self.peer = PEERS[name].receiver(_LOOPBACK, self.pool, moves)
+        self.peer = PEERS[name].receiver(host, self.pool, moves)
         return self.peer.contact
 
     def accept_peer(self) -> None:

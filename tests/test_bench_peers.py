@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import loopback, measure, peers, sides, workloads  # noqa: E402
+from bench.build import BuildError  # noqa: E402
+from bench.netlab import Link, LinkUnavailable  # noqa: E402
 
 SHRINK = 64
 INSTALLED = [name for name in peers.PEERS if peers.absent(name) is None]
@@ -67,6 +69,22 @@ def test_rows_stand_beside_the_others(tmp_path):
         assert by_system[name]["verified"] is True and by_system[name]["gbps_median"] > 0
 
 
+def test_peers_run_over_a_link_between_two_namespaces(tmp_path):
+    try:
+        Link().close()
+    except (LinkUnavailable, BuildError) as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.link", "--rate", "500mbit", "--rtt", "10ms", "--bytes",
+         "16MiB", "--systems", ",".join(INSTALLED), "--json", str(tmp_path / "rows.json")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["system"] for row in rows] == INSTALLED
+    for row in rows:
+        assert row["verified"] is True and 0 < row["share_of_link"] <= 1
+
+
 def test_a_wrong_byte_of_a_peer_is_found(tmp_path):
     done = run_loopback("--cases", "blocks-64k", "--peers", "sockets", "--corrupt", "sockets")
     assert done.returncode == 1
@@ -79,14 +97,15 @@ def test_names_are_checked():
 
 
 def test_without_the_option_no_peer_runs():
-    assert loopback.peers_here(loopback.arguments([]).peers) == []
-    assert loopback.peers_here(loopback.arguments(["--peers"]).peers) == INSTALLED
+    assert loopback.arguments([]).peers == []
+    assert loopback.arguments(["--peers"]).peers == list(peers.PEERS)
+    assert loopback.arguments(["--peers", "zmq,gloo"]).peers == ["zmq", "gloo"]
 
 
 def test_a_missing_peer_is_named_and_left_out(monkeypatch, capsys):
     nowhere = peers.Peer("no_such_module", None, object, object)
     monkeypatch.setitem(peers.PEERS, "zmq", nowhere)
-    assert loopback.peers_here("zmq,sockets") == ["sockets"]
+    assert peers.installed(["zmq", "sockets"]) == ["sockets"]
     assert "zmq is not installed" in capsys.readouterr().err
 
 

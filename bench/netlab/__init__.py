@@ -35,6 +35,8 @@ _MAC = {"left": "02:00:00:00:00:01", "right": "02:00:00:00:00:02"}
 _ANSWER_TIMEOUT_S = 10.0
 _ANSWER_BYTES_MAX = 1 << 17
 _CLONE_NEWNET = 0x40000000
+_CLONE_NEWNS = 0x00020000
+_MS_PRIVATE_ALL = 1 << 18 | 1 << 14  # MS_PRIVATE, MS_REC
 
 
 class LinkUnavailable(Exception):
@@ -230,11 +232,17 @@ class Link:
 
 
 def enter(namespace: str) -> None:
-    """Move the calling thread, and threads it starts later, into `Link.namespace(side)`."""
+    """Move the calling thread, and threads it starts later, into `Link.namespace(side)`.
+
+    They see a /sys of their own too: UCX looks there for the namespace's devices.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(namespace, os.O_RDONLY)
     try:
-        if libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
+        for failed in (libc.setns(descriptor, _CLONE_NEWNET), libc.unshare(_CLONE_NEWNS),
+                       libc.mount(None, b"/", None, _MS_PRIVATE_ALL, None),
+                       libc.mount(b"sysfs", b"/sys", b"sysfs", 0, None)):
+            if failed:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
     finally:
         os.close(descriptor)
