@@ -303,6 +303,13 @@ def lane_count(value: int) -> int:
     return value
 
 
+def priority_of(value: int) -> int:
+    """Take a priority: any number of 32 bits, 0 the usual."""
+    if not isinstance(value, int) or not -1 << 31 <= value < 1 << 31:
+        raise UsageError(f"priority is {value!r}; it must be a whole number of 32 bits")
+    return value
+
+
 def wait_connected(native: object, link: bytes, timeout_s: float) -> None:
     """Wait until a dialled link has a lane, in slices between which Python handles signals."""
     end = time.monotonic() + nanoseconds(timeout_s, "timeout_s") / 1e9

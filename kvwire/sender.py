@@ -9,8 +9,8 @@ from kvwire.codec import Codec
 from kvwire.control import Item
 from kvwire.errors import UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, ranks_of, seconds,
-    split_address, wait_connected,
+    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, priority_of,
+    ranks_of, seconds, split_address, wait_connected,
 )
 from kvwire.layout import CacheSpec
 from kvwire.manifest import Manifest, encode_metadata
@@ -68,7 +68,8 @@ class Sender(Endpoint):
     def open(self, ticket: str | bytes, memory: CacheMemory, *, carry: CacheSpec | None = None,
              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
              codec: str | None = None, metadata: Mapping[str, object] | None = None,
-             deadline_s: float | None = None, link: str | None = None) -> Transfer:
+             deadline_s: float | None = None, link: str | None = None,
+             priority: int = 0) -> Transfer:
         """Open a transfer that fills `ticket`; returns at once, layers can be pushed at once.
 
         Args:
@@ -82,6 +83,9 @@ class Sender(Endpoint):
             deadline_s: fail with `TransferTimeout` when not verified by then.
             link: of a listening sender, the id of the receiver's link (`Receiver.dial` returned
                 it); needed only when there are several.
+            priority: transfers of higher priority go first, equal ones in the order of their
+                opening; but every 16th chunk of a link is the oldest transfer's, so that none
+                waits for ever.
 
         Raises: UsageError. What the network or the peer does shows on the transfer.
         """
@@ -89,13 +93,15 @@ class Sender(Endpoint):
         manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
                                   destination_rank, metadata)
         handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
-                             self._codec_number(codec), seconds(deadline_s, "deadline_s"))
+                             self._codec_number(codec), seconds(deadline_s, "deadline_s"),
+                             priority_of(priority))
         return self._started(Transfer(self, handle, memory, manifest.spec))
 
     def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
               source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
               codec: str | None = None, metadata: Mapping[str, object] | None = None,
-              deadline_s: float | None = None, offer_id: str | bytes | None = None) -> Offer:
+              deadline_s: float | None = None, offer_id: str | bytes | None = None,
+              priority: int = 0) -> Offer:
         """Offer source memory for a receiver to pull; arguments as for `open`.
 
         Layers are pushed onto the offer as they are produced, before or after it is pulled.
@@ -106,7 +112,7 @@ class Sender(Endpoint):
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
                                   metadata)
         handle = native.offer(name, manifest.encode(), memory.native, self._codec_number(codec),
-                              seconds(deadline_s, "deadline_s"))
+                              seconds(deadline_s, "deadline_s"), priority_of(priority))
         return self._started(Offer(self, handle, memory, manifest.spec, name))
 
     def send(self, ticket: str | bytes, memory: CacheMemory, **options: object) -> Transfer:
@@ -165,22 +171,25 @@ class Transfer(Handle):
         self.spec = spec
 
     def push(self, layer: int, *, tokens: tuple[int, int] | None = None,
-             states: bool = True) -> Push:
+             states: bool = True, priority: int = 0) -> Push:
         """Send one layer, or a token range of it; returns at once.
 
         The layer's source memory is lent until the returned push completes: do not change it.
         Each byte may be pushed once. States are final only when prefill of the layer has ended;
-        pass ``states=False`` while it has not.
+        pass ``states=False`` while it has not, and ``tokens=(0, 0)`` for the states alone.
+        Of the pushes that wait, those of higher `priority` go first, equal ones in order: what
+        the decoder needs first may overtake what was ready first.
         """
         if not any(layer in group.layers for group in self.spec.groups):
             raise UsageError(f"layer {layer} is not in the transfer's spec")
-        return self.push_items(self.memory.items(layer, tokens, states))
+        return self.push_items(self.memory.items(layer, tokens, states), priority=priority)
 
-    def push_items(self, items: Sequence[Item]) -> Push:
+    def push_items(self, items: Sequence[Item], *, priority: int = 0) -> Push:
         """Send any items (token ranges of tensors) as one push. See `CacheMemory.items`."""
         self._endpoint._checked()
         return Push(self, self._native.push([
-            (i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop) for i in items]))
+            (i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop) for i in items],
+            priority_of(priority)))
 
     def push_all(self) -> Transfer:
         """Push every layer, in order; returns the transfer."""

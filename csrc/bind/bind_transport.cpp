@@ -123,11 +123,11 @@ void bind_handles(py::module_& module) {
         .def("wait", &Handle::wait, py::arg("timeout_s"), NoGil());
     py::class_<TransferHandle, Handle, std::shared_ptr<TransferHandle>>(module, "TransferHandle")
         .def_property_readonly("id", [](const TransferHandle& h) { return to_python(h.id()); })
-        .def("push", [](TransferHandle& self, const py::object& items) {
+        .def("push", [](TransferHandle& self, const py::object& items, int32_t priority) {
             std::vector<Item> taken = items_from_python(items);
             const WithoutGil release;
-            return self.push(std::move(taken));
-        }, py::arg("items"))
+            return self.push(std::move(taken), priority);
+        }, py::arg("items"), py::arg("priority") = 0)
         .def("finish", [](TransferHandle& self, const std::string& metadata, uint16_t count) {
             self.finish(bytes_from(metadata), count);
         }, py::arg("metadata"), py::arg("metadata_count"), NoGil())
@@ -209,16 +209,18 @@ void bind_sender(py::module_& module) {
     sender
         .def("open", [=](SenderEndpoint& self, const std::string& link, const std::string& manifest,
                          const std::shared_ptr<MemoryMap>& memory, uint8_t codec,
-                         double deadline_s) {
-            return self.open(id_from(link), manifest_from(manifest), memory, codec, deadline_s);
+                         double deadline_s, int32_t priority) {
+            return self.open(id_from(link), manifest_from(manifest), memory, codec, deadline_s,
+                             priority);
         }, py::arg("link"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
-             py::arg("deadline_s"), NoGil())
+             py::arg("deadline_s"), py::arg("priority") = 0, NoGil())
         .def("offer", [=](SenderEndpoint& self, const std::string& offer,
                           const std::string& manifest, const std::shared_ptr<MemoryMap>& memory,
-                          uint8_t codec, double deadline_s) {
-            return self.offer(id_from(offer), manifest_from(manifest), memory, codec, deadline_s);
+                          uint8_t codec, double deadline_s, int32_t priority) {
+            return self.offer(id_from(offer), manifest_from(manifest), memory, codec, deadline_s,
+                              priority);
         }, py::arg("offer"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
-             py::arg("deadline_s"), NoGil())
+             py::arg("deadline_s"), py::arg("priority") = 0, NoGil())
         .def("link_alive", [](SenderEndpoint& self, const std::string& link) {
             return self.link_alive(id_from(link));
         }, NoGil());

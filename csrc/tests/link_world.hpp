@@ -219,9 +219,9 @@ public:
         copy_content(manifest, truth, *memory.map);
     }
 
-    void push(SendLink& link, const std::vector<Item>& items) {
+    void push(SendLink& link, const std::vector<Item>& items, int32_t priority = 0) {
         pushes.push_back({items, false});
-        if (!ended) link.push(*transfer, items);
+        if (!ended) link.push(*transfer, items, priority);
     }
 
     void on_granted() override { CHECK(!ended); }

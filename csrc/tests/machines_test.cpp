@@ -134,6 +134,7 @@ private:
         id.bytes[0] = uint8_t(rank + 1);
         sources_.push_back(std::make_unique<Source>(id, part, *truth_.map, random_, plan_.codec));
         Source& source = *sources_.back();
+        source.transfer->priority = int32_t(pick(random_, 0, 1));
         if (plan_.pulled) {
             source.transfer->offered = true;
             sender_.offers.offers[{OFFER, rank, 0}] = source.transfer;
@@ -232,7 +233,7 @@ private:
             source.transfer->pushes.emplace_back();
             source.transfer->pushes.back().items = items;
         } else if (!source.ended) {
-            source.push(sender_.link, items);
+            source.push(sender_.link, items, int32_t(pick(random_, 0, 2)));
         }
         for (const auto& [other, rest] : unpushed_)
             if (other == rank) return true;

@@ -263,9 +263,11 @@ void ReceiverEndpoint::end_all(const Error& why) {
 
 std::shared_ptr<TransferHandle> SenderEndpoint::make(Manifest manifest,
                                                      std::shared_ptr<const MemoryMap> memory,
-                                                     uint8_t codec) {
-    return std::make_shared<TransferHandle>(loops_, notifier_, *this, random_id(),
-                                            std::move(manifest), std::move(memory), codec);
+                                                     uint8_t codec, int32_t priority) {
+    auto handle = std::make_shared<TransferHandle>(loops_, notifier_, *this, random_id(),
+                                                   std::move(manifest), std::move(memory), codec);
+    handle->transfer_->priority = priority;
+    return handle;
 }
 
 void SenderEndpoint::start_deadline(const std::shared_ptr<TransferHandle>& handle,
@@ -280,8 +282,9 @@ void SenderEndpoint::start_deadline(const std::shared_ptr<TransferHandle>& handl
 
 std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest manifest,
                                                      std::shared_ptr<const MemoryMap> memory,
-                                                     uint8_t codec, double deadline_s) {
-    auto handle = make(std::move(manifest), std::move(memory), codec);
+                                                     uint8_t codec, double deadline_s,
+                                                     int32_t priority) {
+    auto handle = make(std::move(manifest), std::move(memory), codec, priority);
     const bool running = loops_->call([&] {
         handle->hold(handle);
         const auto link = find_link(link_id);
@@ -299,9 +302,10 @@ std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest
 
 std::shared_ptr<TransferHandle> SenderEndpoint::offer(const Id& offer_id, Manifest manifest,
                                                       std::shared_ptr<const MemoryMap> memory,
-                                                      uint8_t codec, double deadline_s) {
+                                                      uint8_t codec, double deadline_s,
+                                                      int32_t priority) {
     const OfferBook::Key key{offer_id, manifest.source_rank, manifest.destination_rank};
-    auto handle = make(std::move(manifest), std::move(memory), codec);
+    auto handle = make(std::move(manifest), std::move(memory), codec, priority);
     const bool running = loops_->call([&] {
         handle->hold(handle);
         handle->transfer_->offered = true;
@@ -321,16 +325,17 @@ std::shared_ptr<Link> SenderEndpoint::link_of(const TransferHandle& handle) {
     return nullptr;
 }
 
-void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items) {
+void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items, int32_t priority) {
     SendTransfer& transfer = *handle.transfer_;
     if (transfer.ended) return;  // the end gave all pushes back
     const auto link = link_of(handle);
     if (!link) {  // offered, not pulled yet
         transfer.pushes.push_back({});
         transfer.pushes.back().items = std::move(items);
+        transfer.pushes.back().priority = priority;
         return;
     }
-    link->send->push(transfer, std::move(items));
+    link->send->push(transfer, std::move(items), priority);
     link->pump();
 }
 

@@ -112,20 +112,20 @@ public:
 
     std::shared_ptr<TransferHandle> open(const Id& link_id, Manifest manifest,
                                          std::shared_ptr<const MemoryMap> memory, uint8_t codec,
-                                         double deadline_s);
+                                         double deadline_s, int32_t priority = 0);
     std::shared_ptr<TransferHandle> offer(const Id& offer_id, Manifest manifest,
                                           std::shared_ptr<const MemoryMap> memory, uint8_t codec,
-                                          double deadline_s);
+                                          double deadline_s, int32_t priority = 0);
     bool link_alive(const Id& link_id);
 
     // With the lock, for the handles.
-    void push(TransferHandle& handle, std::vector<Item> items);
+    void push(TransferHandle& handle, std::vector<Item> items, int32_t priority);
     void finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count);
     void fail(TransferHandle& handle, const Error& error);
 
 private:
     std::shared_ptr<TransferHandle> make(Manifest manifest, std::shared_ptr<const MemoryMap> memory,
-                                         uint8_t codec);
+                                         uint8_t codec, int32_t priority);
     void end_all(const Error& why) override;
     std::shared_ptr<Link> link_of(const TransferHandle& handle);
     void start_deadline(const std::shared_ptr<TransferHandle>& handle, double deadline_s);

@@ -69,11 +69,11 @@ void TransferHandle::check(const Item& item) const {
                std::to_string(item.token_stop) + ") are not part of the transfer");
 }
 
-uint32_t TransferHandle::push(std::vector<Item> items) {
+uint32_t TransferHandle::push(std::vector<Item> items, int32_t priority) {
     for (const Item& item : items) check(item);
     uint32_t number = 0;
     const bool running = loops_->call([&] {
-        if (add_push(&number)) endpoint_.push(*this, std::move(items));
+        if (add_push(&number)) endpoint_.push(*this, std::move(items), priority);
     });
     if (!running) add_push(&number);
     return number;

@@ -65,7 +65,7 @@ public:
     const Id& id() const { return transfer_->id; }
 
     // Borrows the items' memory until the push completes. Returns the push's number.
-    uint32_t push(std::vector<Item> items);
+    uint32_t push(std::vector<Item> items, int32_t priority = 0);
     void finish(Bytes metadata, uint16_t metadata_count);
     // When it returns no byte of the source will be read any more.
     void cancel();

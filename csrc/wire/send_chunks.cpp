@@ -22,11 +22,9 @@ bool is_known(const SendTransfer::Segment& segment) {
 
 bool SendLink::load(uint32_t lane_index) {
     LaneWriter& writer = lanes_.at(lane_index).writer;
-    while (writer.queued_bytes() < BATCH_BYTES) {
-        bool any = false;
-        for (size_t i = 0; i < order_.size() && !any; ++i)
-            any = dispatch(lane_index, *std::shared_ptr<SendTransfer>(order_[i]));
-        if (!any) break;
+    while (writer.queued_bytes() < BATCH_BYTES && !turns_.empty()) {
+        const std::shared_ptr<SendTransfer> transfer = turns_.next();
+        if (!dispatch(lane_index, *transfer)) turns_.remove(*transfer);
     }
     return !writer.empty();
 }
@@ -42,13 +40,13 @@ bool SendLink::refill(uint32_t lane_index) {
 
 size_t SendLink::backlog(size_t most, uint64_t* bytes) const {
     size_t batches = 0;
-    for (size_t i = 0; i < order_.size() && batches < most; ++i) {
-        const SendTransfer& transfer = *order_[i];
-        if (!transfer.grant) continue;
+    for (const auto& [serial, waiting] : turns_.by_age()) {
+        if (batches >= most) break;
+        const SendTransfer& transfer = *waiting;
         batches += !transfer.resend.empty();
-        for (size_t j = transfer.first_open_segment;
-             j < transfer.segments.size() && batches < most; ++j) {
-            const SendTransfer::Segment& segment = *transfer.segments[j];
+        for (auto at = transfer.to_dispatch.begin();
+             at != transfer.to_dispatch.end() && batches < most; ++at) {
+            const SendTransfer::Segment& segment = *transfer.segments[at->second];
             if (segment.complete) continue;
             const size_t unsent = segment.chunks.size() - segment.next_unsent;
             batches += unsent ? unsent : segment.end_due && is_known(segment);
@@ -85,22 +83,21 @@ bool SendLink::dispatch_chunk(uint32_t lane, SendTransfer& transfer) {
         }
         transfer.resend.pop_front();  // receipted meanwhile
     }
-    bool all_before_dispatched = true;
-    for (size_t i = transfer.first_open_segment; i < transfer.segments.size(); ++i) {
-        SendTransfer::Segment& segment = *transfer.segments[i];
+    for (auto at = transfer.to_dispatch.begin(); at != transfer.to_dispatch.end();) {
+        SendTransfer::Segment& segment = *transfer.segments[at->second];
         if (!segment.complete && segment.next_unsent < segment.chunks.size()) {
             if (!fits(segment, segment.next_unsent)) return false;
             send_chunk(lane, transfer, segment, segment.next_unsent++);
             return true;
         }
-        if (!segment.complete && segment.end_due) {
-            if (is_known(segment)) {
-                send_segment_end(lane, transfer, segment);
-                return true;
-            }
-            all_before_dispatched = false;  // other lanes are still preparing its chunks
+        if (!segment.complete && segment.end_due && !is_known(segment)) {
+            ++at;  // other lanes are still preparing its chunks
+            continue;
         }
-        if (all_before_dispatched) transfer.first_open_segment = i + 1;
+        at = transfer.to_dispatch.erase(at);
+        if (segment.complete || !segment.end_due) continue;
+        send_segment_end(lane, transfer, segment);
+        return true;
     }
     return false;
 }
@@ -154,6 +151,7 @@ bool SendLink::take_checksum(uint32_t lane, const FrameHeader& header,
     transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
     if (is_known(segment) && segment.end_due && segment.next_unsent == segment.chunks.size())
         send_segment_end(lane, transfer, segment);
+    wake(transfer);
     return true;
 }
 
@@ -231,9 +229,10 @@ void SendLink::requeue_lost(SendTransfer& transfer, uint32_t lost) {
         }
         if (!segment->ended) continue;
         segment->end_due = true;
-        transfer.first_open_segment = std::min<size_t>(transfer.first_open_segment, segment->index);
+        transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
     }
-    transfer.end_due = true;  // refill() says it all again, as lanes drain
+    transfer.end_due = true;  // load() says it all again, as lanes drain
+    wake(transfer);
 }
 
 }  // namespace kvwire

@@ -47,6 +47,11 @@ SendTransfer* SendLink::find(const Id& transfer_id) {
     return found == transfers_.end() ? nullptr : found->second.get();
 }
 
+void SendLink::wake(const SendTransfer& transfer) {
+    const auto found = transfers_.find(transfer.id);
+    if (found != transfers_.end() && transfer.grant) turns_.add(found->second);
+}
+
 void SendLink::on_control(uint32_t, const FrameHeader& header, ByteSpan payload) {
     const std::shared_ptr<SendTransfer> alive =
         find(header.transfer_id) ? transfers_.at(header.transfer_id) : nullptr;
@@ -86,6 +91,7 @@ void SendLink::on_transfer_frame(SendTransfer& transfer, const FrameHeader& head
     if (!transfer.grant)
         throw Error(ErrorCode::STATE_INVALID,
                     std::string(frame_type_name(header.type)) + " before the grant");
+    wake(transfer);
     if (header.type == FrameType::RECEIPT) return on_receipt(transfer, payload);
     if (header.type == FrameType::REPAIR) return on_repair(transfer, payload);
     on_done(transfer, payload);
@@ -97,6 +103,7 @@ ChunkTarget* SendLink::on_chunk(uint32_t, const FrameHeader&) {
 
 void SendLink::open(std::shared_ptr<SendTransfer> transfer) {
     transfer->home = this;
+    transfer->serial = ++opened_;
     transfers_.emplace(transfer->id, transfer);
     order_.push_back(transfer);
     send_manifest(*transfer);
@@ -107,7 +114,11 @@ void SendLink::send_manifest(const SendTransfer& transfer) {
 }
 
 void SendLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
-    if (!lanes_.empty()) lanes_.begin()->second.writer.control(type, transfer_id, 0, payload);
+    const auto idlest = std::min_element(
+        lanes_.begin(), lanes_.end(), [](const auto& a, const auto& b) {
+            return a.second.writer.queued_bytes() < b.second.writer.queued_bytes();
+        });
+    if (idlest != lanes_.end()) idlest->second.writer.control(type, transfer_id, 0, payload);
 }
 
 void SendLink::send_close() {
@@ -150,9 +161,10 @@ void SendLink::start_offer(std::shared_ptr<SendTransfer> transfer, const Id& tic
     open(std::move(transfer));
 }
 
-void SendLink::push(SendTransfer& transfer, std::vector<Item> items) {
+void SendLink::push(SendTransfer& transfer, std::vector<Item> items, int32_t priority) {
     SendTransfer::Push push;
     push.items = std::move(items);
+    push.priority = priority;
     transfer.pushes.push_back(std::move(push));
     if (transfer.grant && !transfer.ended) announce_pushes(transfer);
 }
@@ -161,6 +173,7 @@ void SendLink::finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_
     transfer.finished = true;
     transfer.end_metadata = std::move(metadata);
     transfer.end_metadata_count = metadata_count;
+    if (transfer.home) transfer.home->wake(transfer);
 }
 
 void SendLink::on_grant(SendTransfer& transfer, ByteSpan payload) {
@@ -187,6 +200,7 @@ std::vector<Item> SendLink::clip(const SendTransfer& transfer, const std::vector
 }
 
 void SendLink::announce_pushes(SendTransfer& transfer) {
+    wake(transfer);
     try {
         for (; transfer.pushes_announced < transfer.pushes.size(); ++transfer.pushes_announced) {
             const uint32_t number = uint32_t(transfer.pushes_announced);
@@ -212,6 +226,7 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     auto segment = std::make_unique<SendTransfer::Segment>();
     segment->index = uint32_t(transfer.segments.size());
     segment->push = push;
+    segment->priority = transfer.pushes[push].priority;
     for (const Item& item : items)
         segment->placement.append(transfer.manifest.groups[item.group], item, *transfer.memory);
     SegmentAnnouncement& announcement = segment->announcement;
@@ -226,6 +241,7 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     announcement.items = std::move(items);
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
+    transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
     transfer.segments.push_back(std::move(segment));
 }
 
@@ -360,6 +376,7 @@ void SendLink::end(SendTransfer& transfer, const Error& error) {
     const std::shared_ptr<SendTransfer> alive =
         found == transfers_.end() ? nullptr : found->second;
     if (alive) {
+        turns_.remove(transfer);
         transfers_.erase(found);
         order_.erase(std::find(order_.begin(), order_.end(), alive));
     }

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -15,6 +16,7 @@
 #include "wire/lane_reader.hpp"
 #include "wire/lane_writer.hpp"
 #include "wire/manifest.hpp"
+#include "wire/turns.hpp"
 
 namespace kvwire {
 
@@ -55,6 +57,7 @@ public:
     struct Segment {
         uint32_t index = 0;
         uint32_t push = 0;
+        int32_t priority = 0;
         SegmentAnnouncement announcement;
         Bytes announcement_payload;
         Placement placement;
@@ -71,6 +74,7 @@ public:
     };
     struct Push {
         std::vector<Item> items;
+        int32_t priority = 0;
         uint32_t open_segments = 0;
         bool complete = false;
     };
@@ -80,12 +84,15 @@ public:
     const std::shared_ptr<const MemoryMap> memory;
     const uint8_t codec;
     TransferObserver& observer;
+    int32_t priority = 0;                  // higher goes first; set before it is opened
+    uint64_t serial = 0;                   // in the order of opening on the link
 
     std::optional<Grant> grant;
     std::vector<Push> pushes;
     size_t pushes_announced = 0;           // how many have become segments
     std::vector<std::unique_ptr<Segment>> segments;
-    size_t first_open_segment = 0;         // all before it have nothing left to dispatch
+    // Segments that may have something left to dispatch: (minus priority, index).
+    std::set<std::pair<int64_t, uint32_t>> to_dispatch;
     uint32_t segments_ended = 0;
     std::deque<std::pair<uint32_t, uint32_t>> resend;  // (segment, chunk)
     uint64_t in_flight_bytes = 0;
@@ -119,8 +126,8 @@ public:
     void on_chunk_end(uint32_t, uint32_t) override {}
 
     void open(std::shared_ptr<SendTransfer> transfer);
-    // Pushes are numbered from 0 in the order of the calls.
-    void push(SendTransfer& transfer, std::vector<Item> items);
+    // Pushes are numbered from 0 in the order of the calls. They go by priority, then by number.
+    void push(SendTransfer& transfer, std::vector<Item> items, int32_t priority = 0);
     static void finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_count);
     void fail(SendTransfer& transfer, const Error& error, bool tell_peer = true);
     void fail_all(const Error& error);
@@ -146,6 +153,7 @@ private:
     };
 
     SendTransfer* find(const Id& transfer_id);
+    void wake(const SendTransfer& transfer);
     void on_transfer_frame(SendTransfer& transfer, const FrameHeader& header, ByteSpan payload);
     void send_manifest(const SendTransfer& transfer);
     void send(FrameType type, const Id& transfer_id, const Bytes& payload);
@@ -186,7 +194,9 @@ private:
     SendOptions options_;
     std::map<uint32_t, Lane> lanes_;
     std::unordered_map<Id, std::shared_ptr<SendTransfer>, IdHash> transfers_;
-    std::vector<std::shared_ptr<SendTransfer>> order_;  // oldest first: they are served in turn
+    std::vector<std::shared_ptr<SendTransfer>> order_;  // oldest first
+    Turns<SendTransfer> turns_;  // a transfer without work leaves, and wake() brings it back
+    uint64_t opened_ = 0;
     std::deque<std::pair<Id, Error>> recent_aborts_;
     uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
     uint32_t peer_codecs_ = 1;
