@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from bench.campaign.endurance import endure
 from bench.campaign.plan import Plan, make_cargoes, make_plan
 from bench.campaign.run import Runner
 from bench.campaign.verdict import Verdict
@@ -126,10 +127,14 @@ class Campaign:
 
     def report(self, seed: int) -> dict[str, object]:
         """Return the JSON of the whole campaign."""
+        seconds = round(time.monotonic() - self._began, 1)
+        summary = (f"{self.runs} runs in {seconds} s: {self.delivered} delivered "
+                   f"({self.repaired} after repairs), {self.failed_typed} failed with typed "
+                   f"errors, {len(self.violations)} violations")
         return {"seed": seed, "runs": self.runs, "delivered": self.delivered,
                 "repaired": self.repaired, "failed_typed": self.failed_typed,
                 "violations": self.violations, "harmed": self.harmed, "large": self._large,
-                "seconds": round(time.monotonic() - self._began, 1),
+                "seconds": seconds, "summary": summary,
                 "families": dict(self.families.most_common()),
                 "codes": dict(self.codes.most_common()), "census": self.census}
 
@@ -144,6 +149,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int,
                         help=f"runs side by side; {JOBS}, of large ones {LARGE_JOBS}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--endurance", action="store_true",
+                        help="no harm: --count transfers over one link, then 1,000 at once; "
+                             "what grows")
     # For tests of the campaign itself; see `Plan.sabotage`.
     parser.add_argument("--sabotage", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
@@ -155,17 +163,27 @@ def main(given: list[str] | None = None) -> int:
     """Run the campaign; returns 1 when there was a violation."""
     options = arguments(given)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would be counted as leaks
-    campaign = Campaign(options.count, options.jobs, options.large, options.sabotage)
-    asyncio.run(campaign.go(options.seed))
-    report = campaign.report(options.seed)
+    report = asyncio.run(_endured(options) if options.endurance else _campaigned(options))
     progress("")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(f"{report['runs']} runs in {report['seconds']} s: {report['delivered']} delivered "
-          f"({report['repaired']} after repairs), {report['failed_typed']} failed with typed "
-          f"errors, {len(report['violations'])} violations")
+    print(report["summary"])
     return 1 if report["violations"] else 0
+
+
+async def _campaigned(options: argparse.Namespace) -> dict[str, object]:
+    campaign = Campaign(options.count, options.jobs, options.large, options.sabotage)
+    await campaign.go(options.seed)
+    return campaign.report(options.seed)
+
+
+async def _endured(options: argparse.Namespace) -> dict[str, object]:
+    report = await endure(options.count)
+    return report | {"summary": f"{report['transfers']} transfers over one link, then "
+                                f"{report['concurrent']} at once: resident growth "
+                                f"{report['resident_growth_mib']} MiB, "
+                                f"{len(report['violations'])} violations"}
 
 
 if __name__ == "__main__":

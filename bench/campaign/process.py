@@ -13,7 +13,7 @@ __all__ = ["Peer", "PeerDied", "PeerFailed", "PeerHangs"]
 
 _CALL_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 1.0  # from the end of a pipe to the end of its process
-_PRELOADED = ["bench.campaign.sides", "bench.campaign.proxy"]
+_PRELOADED = ["bench.campaign.sides", "bench.campaign.proxy", "bench.campaign.endurance"]
 
 
 class PeerDied(Exception):

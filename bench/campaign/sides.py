@@ -17,7 +17,7 @@ from kvwire.errors import ErrorCode, KvwireError, UsageError
 from kvwire.receiver import Receiver, Ticket
 from kvwire.sender import Sender, Transfer
 
-__all__ = ["Receiving", "SLACK_S", "Sending"]
+__all__ = ["Receiving", "SLACK_S", "Sending", "status_kib"]
 
 SLACK_S = 3.0  # a busy machine may end a transfer so much later than its deadline
 _CLOSE_TIMEOUT_S = 5.0
@@ -42,7 +42,7 @@ class _Side:
         self._made = [cargo.held(writable=self.name == "receiving") for cargo in plan.cargoes]
         await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(8)))
         if harm.kind == "memory":
-            used = _status_kib("VmSize") << 10
+            used = status_kib("VmSize") << 10
             resource.setrlimit(resource.RLIMIT_AS, (used + int(harm.value), _UNLIMITED))
         elif harm.kind == "files":
             highest = max(int(name) for name in os.listdir("/proc/self/fd"))
@@ -71,7 +71,7 @@ class _Side:
         stats = {} if self.shared is None else self.shared.stats()
         return {"fds": len(os.listdir("/proc/self/fd")),
                 "native threads": len(os.listdir("/proc/self/task")) - threading.active_count(),
-                "resident MiB": _status_kib("VmRSS") >> 10,
+                "resident MiB": status_kib("VmRSS") >> 10,
                 "open transfers": stats.get("open_transfers", 0),
                 "connections": stats.get("connections", 0)}
 
@@ -298,10 +298,12 @@ def outcome(plan: Plan, error: BaseException | None, began: float) -> dict[str, 
     """Describe an end: `typed` is true when the error is one that a run may end with."""
     typed = isinstance(error, KvwireError) and error.code not in (
         ErrorCode.INTERNAL, ErrorCode.USAGE, ErrorCode.UNSUPPORTED)
-    limited = plan.misfortune is not None and plan.misfortune.kind == "memory"
+    kind = plan.misfortune.kind if plan.misfortune else ""
+    own = (kind == "memory" and isinstance(error, MemoryError)
+           or kind == "close" and isinstance(error, UsageError) and "is closed" in str(error))
     return {"error": None if error is None else f"{type(error).__name__}: {error}",
             "code": error.code.name if isinstance(error, KvwireError) else "",
-            "typed": typed or limited and isinstance(error, MemoryError),
+            "typed": typed or own,
             "took_s": round(time.monotonic() - began, 3), "hangs": False, "wrong": None,
             "repaired": 0}
 
@@ -317,7 +319,8 @@ async def closes(endpoint: Sender | Receiver) -> str | None:
     return f"close() took {took:.1f} s" if took > SLACK_S else None
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
+    """Return a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])
