@@ -190,6 +190,7 @@ void Lane::read_frames(Lock& lock) {
             return close(Error(ErrorCode::PEER_CLOSED, "the peer closed the connection"), false);
         }
         endpoint_.counters().bytes_received += got.bytes;
+        loop_.moved(got.bytes);
         const bool drained = got.bytes < total(iov, count);
         reader_->advance(got.bytes);
         if (drained) return;
@@ -260,6 +261,7 @@ bool Lane::write_batch(Lock& lock, size_t* bytes) {
         throw Error(ErrorCode::PEER_CLOSED, "send: " + error_text(sent_.error));
     blocked_ = sent_.status == IoStatus::WOULD_BLOCK;
     endpoint_.counters().bytes_sent += sent_.bytes;
+    loop_.moved(sent_.bytes);
     *bytes += sent_.bytes;
     settle();
     return true;

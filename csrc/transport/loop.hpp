@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <sys/epoll.h>
 #include <sys/types.h>
 #include <thread>
 #include <unistd.h>
@@ -36,6 +37,8 @@ public:
     void modify(const Fd& fd, uint32_t epoll_events);
     void unwatch(const Fd& fd);
     void wake();
+    // So many bytes were sent or received for a handler; from any thread.
+    void moved(size_t bytes) { moved_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
 
     // Runs until stop(). `between` is called before each wait and returns how long that may last,
     // in milliseconds, -1: for ever.
@@ -50,11 +53,14 @@ public:
 
 private:
     void run(const std::function<int()>& between);
+    int wait(::epoll_event* events, int wait_ms);
     std::shared_ptr<Handler> find(uint64_t key);
 
     Fd epoll_, wake_;
     std::atomic<bool> stopping_{false};
     std::atomic<uint64_t> internal_errors_{0};
+    std::atomic<size_t> moved_bytes_{0};  // since the last wait
+    uint64_t polls_from_ns_ = 0;          // not before: this loop is busy with bulk
     struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
     std::mutex watches_mutex_;
     std::map<int, Watch> watches_;
