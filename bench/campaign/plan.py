@@ -67,7 +67,9 @@ class Plan:
     chunk_bytes: int = 4096
     deadline_s: float = 0.5
     bind_after_s: float = 0.0
+    rounds: int = 1  # of transfers over the same link, one after another
     by_layer: bool = False
+    in_parts: bool = False  # token ranges, in any order, with priorities
     pause_s: float = 0.0
     reuse_source: bool = False
     bytes_per_s: float = 0.0  # 0: as fast as it goes
@@ -99,10 +101,15 @@ def make_plan(seed: int, large: bool = False) -> Plan:
     plan.codec = rng.choice(("raw", "raw", "lz4"))
     plan.by_layer = rng.random() < 0.5
     plan.pause_s = rng.choice((0, 0, 0.002, 0.01)) if plan.by_layer else 0
+    plan.in_parts = rng.random() < 0.3
     plan.reuse_source = not large and rng.random() < 0.3
     if plan.mode == "push" and rng.random() < 0.2:
         plan.bind_after_s = rng.uniform(0, 0.1)
+    if plan.mode == "push" and rng.random() < 0.2:
+        plan.rounds = 2
     FAMILIES[name][1](rng, plan)
+    if plan.misfortune:
+        plan.rounds = 1
     if plan.must_deliver:
         plan.deadline_s = _PATIENT_S
     return plan

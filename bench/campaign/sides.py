@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import resource
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.campaign.cargo import SPENT, Held
+from bench.campaign.cargo import SPENT, Cargo, Held
 from bench.campaign.plan import Plan
 from kvwire.errors import ErrorCode, KvwireError, UsageError
 from kvwire.receiver import Receiver, Ticket
@@ -77,8 +78,11 @@ class _Side:
 
     def _begin(self, plan: Plan, endpoint: Sender | Receiver) -> _Run:
         held, self._made = self._made, []
-        run = self.runs[plan.seed] = _Run(plan, endpoint, held or [
+        run = _Run(plan, endpoint, held or [
             cargo.held(writable=self.name == "receiving") for cargo in plan.cargoes])
+        if before := self.runs.get(plan.seed):
+            run.spent = before.spent
+        self.runs[plan.seed] = run
         return run
 
     def _end_early(self, run: _Run, handle: Transfer | Ticket) -> Awaitable | None:
@@ -135,7 +139,7 @@ class Sending(_Side):
         return None
 
     async def again(self, plan: Plan, address: str) -> None:
-        """Use the same sender once more, as for a receiver that has been started again."""
+        """Use the same sender once more."""
         self._begin(plan, self.runs[plan.seed].endpoint)
 
     async def adopt(self, plan: Plan) -> None:
@@ -149,7 +153,8 @@ class Sending(_Side):
         try:
             run.handles = run.handles or [
                 run.endpoint.open(ticket, held.memory, deadline_s=plan.deadline_s, link=link,
-                                  codec=plan.codec) for ticket, held in zip(tickets, run.held)]
+                                  codec=plan.codec, priority=held.cargo.seed % 3)
+                for ticket, held in zip(tickets, run.held)]
         except Exception as error:
             return [outcome(plan, error, run.began) for _ in run.held]
         return await asyncio.gather(*(self._carry_through(run, handle, held)
@@ -166,15 +171,16 @@ class Sending(_Side):
         return found
 
     async def _push(self, run: _Run, transfer: Transfer, held: Held) -> list:
-        """Push layer by layer, or at once; spoils what has been given back, where so planned."""
+        """Push as planned; spoils what has been given back, where so planned."""
         pushes, spoiling = [], []
+        plan = run.plan
         try:
-            for layer in held.cargo.all_layers:
-                pushes.append(transfer.push(layer))
-                if run.plan.reuse_source:
+            for layer, options in _portions(plan, held.cargo):
+                pushes.append(transfer.push(layer, **options))
+                if plan.reuse_source and not plan.in_parts:
                     spoiling.append(asyncio.create_task(self._spoil(pushes[-1], held, layer)))
-                if run.plan.by_layer:
-                    await asyncio.sleep(run.plan.pause_s)
+                if plan.by_layer:
+                    await asyncio.sleep(plan.pause_s)
             transfer.finish({"seed": run.plan.seed})
         except UsageError:
             if not transfer.done() and transfer._endpoint._finalizer.alive:
@@ -267,6 +273,23 @@ class Receiving(_Side):
         if run.plan.sabotage == "leak":
             self._leaked.append(os.dup(0))
         return found
+
+
+def _portions(plan: Plan, cargo: Cargo) -> list[tuple[int, dict[str, object]]]:
+    """Return the pushes of one transfer: (layer, options of `Transfer.push`)."""
+    rng = random.Random(cargo.seed)
+    portions = []
+    for layer in cargo.all_layers:
+        cuts = [0, cargo.tokens]
+        if plan.in_parts and layer < cargo.layers:
+            cuts = sorted({*cuts, rng.randint(0, cargo.tokens), rng.randint(0, cargo.tokens)})
+        ranges = list(zip(cuts, cuts[1:])) or [(0, 0)]
+        portions += [(layer, {"tokens": tokens}) for tokens in ranges]
+    if plan.in_parts:
+        rng.shuffle(portions)
+        portions = [(layer, options | {"priority": rng.randint(-2, 2)})
+                    for layer, options in portions]
+    return portions
 
 
 async def settle(run: _Run, handle: Transfer | Ticket, early: Awaitable | None

@@ -29,6 +29,13 @@ class Verdict:
     codes: set[str] = field(default_factory=set)
     story: list[object] = field(default_factory=list)
 
+    def followed_by(self, other: Verdict) -> Verdict:
+        """Return the verdict on a run of two rounds."""
+        return Verdict(self.plan, self.delivered and other.delivered,
+                       self.repaired or other.repaired, False,
+                       self.complaints + other.complaints, self.codes | other.codes,
+                       self.story + other.story)
+
     def violation(self) -> dict[str, object]:
         return {"seed": self.plan.seed, "family": self.plan.name, "complaints": self.complaints,
                 "plan": asdict(self.plan), "story": self.story}
