@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.campaign.endurance import endure
@@ -41,7 +41,7 @@ class Campaign:
         self._began = time.monotonic()
         self.runs = self.delivered = self.repaired = self.failed_typed = self.harmed = 0
         self.violations: list[dict[str, object]] = []
-        self.families: Counter[str] = Counter()
+        self.families: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.codes: Counter[str] = Counter()
         self.census: list[dict[str, object]] = []
 
@@ -78,7 +78,8 @@ class Campaign:
 
     def _add(self, verdict: Verdict) -> None:
         self.runs += 1
-        self.families[verdict.plan.name] += 1
+        self.families[verdict.plan.name].update({
+            "runs": 1, "harmed": int(verdict.harmed), "delivered": int(verdict.delivered)})
         self.codes.update(verdict.codes)
         self.harmed += verdict.harmed
         if verdict.complaints:
@@ -135,7 +136,7 @@ class Campaign:
                 "repaired": self.repaired, "failed_typed": self.failed_typed,
                 "violations": self.violations, "harmed": self.harmed, "large": self._large,
                 "seconds": seconds, "summary": summary,
-                "families": dict(self.families.most_common()),
+                "families": self.families,
                 "codes": dict(self.codes.most_common()), "census": self.census}
 
 

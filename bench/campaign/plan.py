@@ -24,6 +24,7 @@ class Harm:
     Attributes:
         kind: a method of `proxy.Stream`.
         connection: which one, as the proxy accepts them; None: every one.
+        once: only the connection that gets there first.
         at: byte of the stream; or, with `frame` set, of the frame (-1: its last).
         frame: (type, n): the n-th frame of this type, 0 any type; None: no frame.
         value: the kind's measure: a mask, bytes, seconds, another connection.
@@ -35,6 +36,7 @@ class Harm:
     at: int
     frame: tuple[int, int] | None = None
     value: float = 0
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,18 +130,20 @@ def _small_cargo(rng: random.Random, seed: int) -> Cargo:
                  rng.choice((1, 2, 4)), rng.choice((8, 16, 64)))
 
 
-def _connection(rng: random.Random, plan: Plan) -> int | None:
-    """Mostly one of the first lanes; sometimes a later, re-dialled one; sometimes all."""
+def _connection(rng: random.Random, plan: Plan) -> dict[str, object]:
+    """One of the first lanes, whichever gets there first, a later, re-dialled one, or all."""
     draw = rng.random()
-    if draw < 0.75:
-        return rng.randrange(plan.lanes)
-    return None if draw < 0.85 else rng.randrange(plan.lanes, 2 * plan.lanes + 1)
+    if draw < 0.45:
+        return {"connection": rng.randrange(plan.lanes)}
+    if draw < 0.8:
+        return {"connection": None, "once": True}
+    return {"connection": None if draw < 0.9 else rng.randrange(plan.lanes, 2 * plan.lanes + 1)}
 
 
 def _place(rng: random.Random, plan: Plan) -> dict[str, object]:
     """Draw a place: any byte of a stream, or any byte of a frame of some type."""
     way = rng.choice((UP, UP, DOWN))
-    place = {"connection": _connection(rng, plan), "way": way}
+    place = _connection(rng, plan) | {"way": way}
     sending = (way == UP) == (plan.mode == "push")
     if rng.random() < 0.5:
         longest = 500
@@ -243,9 +247,12 @@ def _everything(rng: random.Random, plan: Plan) -> None:
 
 def _ends(rng: random.Random, plan: Plan) -> None:
     """One side cancels or closes in the middle; sometimes something stalls meanwhile."""
-    _slowed(rng, plan)
+    longest = 0.06
+    if rng.random() < 0.6:
+        _slowed(rng, plan)
+        longest = 0.2
     plan.misfortune = Misfortune(rng.choice(("cancel", "close")), _side(rng),
-                                 rng.random() ** 2 * 0.2)
+                                 rng.random() ** 2 * longest)
     if rng.random() < 0.4:
         _stalls(rng, plan)
 

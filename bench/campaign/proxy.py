@@ -60,6 +60,7 @@ class _Run:
         self.streams: dict[tuple[int, str], _Stream] = {}
         self.log: list[str] = []
         self._accepted = 0
+        self._fired: set[Harm] = set()
         self._tasks: set[asyncio.Task] = set()
         self._writers: list[asyncio.StreamWriter] = []
 
@@ -78,6 +79,13 @@ class _Run:
             task.cancel()
         for writer in self._writers:
             reset(writer)
+
+    def fires(self, harm: Harm) -> bool:
+        """False for a harm that is done once and was done elsewhere."""
+        if harm.once and harm in self._fired:
+            return False
+        self._fired.add(harm)
+        return True
 
     async def pause(self, seconds: float | None) -> None:
         """Wait that long, or until the run is over."""
@@ -231,7 +239,7 @@ class _Stream:
                 if at == here and harm.kind in _NEEDS_BYTES and end == here:
                     return
                 del self._places[0]
-                if at == here:
+                if at == here and self._run.fires(harm):
                     self._run.log.append(f"{harm.kind} {harm.value:g}: connection {self._number} "
                                          f"{self._way}, byte {here}, {len(self._buffer)} at hand")
                     await getattr(self, harm.kind)(harm, count)
