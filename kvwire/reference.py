@@ -22,7 +22,8 @@ from kvwire.reference_state import (
 )
 from kvwire.structure import fail
 from kvwire.wire import (
-    CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
+    CODECS_SPOKEN, NO_ID, PING_BYTES, FrameHeader, FrameReader, FrameType, Greeting, Role,
+    encode_frame,
 )
 
 __all__ = ["ReferenceReceiver"]
@@ -83,6 +84,15 @@ class ReferenceReceiver:
                 self._close_lane(lane, None)
             except KvwireError as error:
                 self._close_lane(lane, error, tell=False)
+        return self._taken()
+
+    def lane_opened(self, lane: int) -> None:
+        """A new connection takes the place of a lane's lost one."""
+        self._lanes[lane] = LaneRecord(FrameReader(Role.RECEIVER))
+
+    def lease_over(self) -> Answers:
+        """No lane came back in time."""
+        self._fail_all(ErrorCode.LINK_LOST, "no lane came back in time")
         return self._taken()
 
     def bind(self, ticket_id: bytes, ticket: ReferenceTicket) -> Answers:
@@ -149,10 +159,12 @@ class ReferenceReceiver:
                     FrameType.ABORT, NO_ID, Abort.of(error).encode())))
         state.open = False
         self._give_back(state)
-        if not any(other.open for other in self._lanes.values()):
-            for transfer_id in list(self._open):
-                self._fail_transfer(transfer_id, error_from_code(
-                    ErrorCode.LINK_LOST, "the last lane was lost"))
+        if state.reader.closed and not any(other.open for other in self._lanes.values()):
+            self._fail_all(ErrorCode.PEER_CLOSED, "the sender has left")
+
+    def _fail_all(self, code: ErrorCode, why: str) -> None:
+        for transfer_id in list(self._open):
+            self._fail_transfer(transfer_id, error_from_code(code, why))
 
     def _give_back(self, state: LaneRecord) -> None:
         if state.lease:
@@ -196,8 +208,11 @@ class ReferenceReceiver:
         transfer_id, kind = header.transfer_id, header.type
         if kind == FrameType.CHUNK:
             self._try(transfer_id, lambda: self._on_chunk(lane, header, payload))
-        elif payload is None or header.skippable or kind == FrameType.CLOSE:
+        elif payload is None or kind == FrameType.CLOSE:
             return
+        elif header.skippable:
+            if kind == FrameType.PING and len(payload) == PING_BYTES:
+                self._answer(lane, FrameType.PONG, NO_ID, payload)
         elif kind == FrameType.ABORT:
             self._on_abort(lane, transfer_id, Abort.decode(payload))
         elif kind == FrameType.MANIFEST:

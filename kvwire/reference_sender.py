@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvwire import limits
@@ -24,6 +24,7 @@ Place = tuple[int, int]  # segment index, chunk index
 class _Lane:
     reader: FrameReader
     open: bool = True
+    stalled: bool = False
     announced: set[int] = field(default_factory=set)
 
 
@@ -87,14 +88,33 @@ class ReferenceSender:
                 if state.reader.greeting:
                     self._greetings[lane].check_answer(state.reader.greeting)
                 self._pump()
-            except KvwireError as error:
-                self._drop(lane, error)
+            except KvwireError:
+                self._drop(lane)
         return self._taken()
 
     def lane_lost(self, lane: int) -> Writes:
         """Send again on other lanes what the lost one may not have delivered."""
-        self._drop(lane, error_from_code(ErrorCode.LINK_LOST, "the last lane was lost"))
+        self._drop(lane)
         return self._taken()
+
+    def lane_opened(self, lane: int) -> Writes:
+        """Greet on a new connection; with no other lane, say again what was not answered."""
+        alone = not self._open_lanes()
+        self._lanes[lane] = _Lane(FrameReader(Role.SENDER))
+        self._writes.append((lane, self._greetings[lane].encode()))
+        if alone:
+            self._repeat(lambda sent: True)
+        return self._taken()
+
+    def lane_stalled(self, lane: int) -> Writes:
+        """Send again on other lanes what this one holds up; it stays open."""
+        self._lanes[lane].stalled = True
+        self._repeat(lambda sent: sent.lane == lane)
+        return self._taken()
+
+    def lease_over(self) -> None:
+        """No lane came back in time."""
+        self.error = self.error or error_from_code(ErrorCode.LINK_LOST, "no lane came back in time")
 
     def close(self) -> Writes:
         for lane in self._open_lanes():
@@ -113,24 +133,25 @@ class ReferenceSender:
 
     def _next_lane(self) -> int:
         able = self._open_lanes()
+        able = [lane for lane in able if not self._lanes[lane].stalled] or able
         if self._random:
             return self._random.choice(able)
         self._turn += 1
         return able[(self._turn - 1) % len(able)]
 
-    def _drop(self, lane: int, error: KvwireError) -> None:
+    def _drop(self, lane: int) -> None:
         self._lanes[lane].open = False
-        able = self._open_lanes()
+        if self._open_lanes():
+            self._repeat(lambda sent: sent.lane == lane)
+
+    def _repeat(self, held_up: Callable[[_Sent], bool]) -> None:
         if self.done or self.error:
             return
-        if not able:
-            self.error = error
-            return
         if self._grant is None:
-            self._write(able[0], FrameType.MANIFEST, self._manifest.encode())
+            self._write(self._next_lane(), FrameType.MANIFEST, self._manifest.encode())
             return
         for place, sent in self._sent.items():
-            if sent.lane == lane and place not in self._verified:
+            if held_up(sent) and place not in self._verified:
                 self._send_chunk(place)
         for index in self._ends_sent:
             if index not in self._receipted:

@@ -50,7 +50,7 @@ class Role(IntEnum):
 
 
 class FrameType(IntEnum):
-    """What a frame is (§6). 0x80 to 0xFF, not listed, may be skipped."""
+    """What a frame is (§6). 0x80 to 0xFF, listed or not, may be skipped."""
 
     MANIFEST = 0x01
     GRANT = 0x02
@@ -66,9 +66,12 @@ class FrameType(IntEnum):
     INDEX = 0x0C
     COMMIT = 0x0D
     CLOSE = 0x0E
+    PING = 0x80
+    PONG = 0x81
 
 
 SKIPPABLE_TYPE_MIN = 0x80
+PING_BYTES = 8
 _SENDER_AND_FILE = frozenset((Role.SENDER, Role.FILE))
 _RECEIVER = frozenset((Role.RECEIVER,))
 _BOTH = frozenset((Role.SENDER, Role.RECEIVER))
@@ -80,7 +83,7 @@ WRITERS = {
     FrameType.SEGMENT_END: _SENDER_AND_FILE, FrameType.END: _SENDER_AND_FILE,
     FrameType.RECEIPT: _RECEIVER, FrameType.REPAIR: _RECEIVER, FrameType.ABORT: _BOTH,
     FrameType.PULL: _RECEIVER, FrameType.DONE: _RECEIVER, FrameType.INDEX: _FILE,
-    FrameType.COMMIT: _FILE, FrameType.CLOSE: _BOTH,
+    FrameType.COMMIT: _FILE, FrameType.CLOSE: _BOTH, FrameType.PING: _BOTH, FrameType.PONG: _BOTH,
 }
 """Which roles write a frame type (§6)."""
 
@@ -212,7 +215,7 @@ class FrameHeader:
 
     @property
     def name(self) -> str:
-        return FrameType(self.type).name if self.type < SKIPPABLE_TYPE_MIN else f"{self.type:#x}"
+        return FrameType(self.type).name if self.type in tuple(FrameType) else f"{self.type:#x}"
 
     @property
     def skippable(self) -> bool:

@@ -39,6 +39,8 @@ class NativeProbe:
         self._memories = {}
         self.feed = lambda lane, data: self._probe.feed(lane, bytes(data))
         self.lane_lost = self._probe.lane_lost
+        self.lane_opened = self._probe.lane_opened
+        self.lease_over = self._probe.lease_over
         self.cancel = self._probe.cancel
         self.lose_patience = self._probe.lose_patience
         self.layer_ready = self._probe.layer_ready

@@ -24,6 +24,8 @@ class ReferenceProbe:
             manifest.ticket_id: self._ticket(manifest) for manifest in tickets}, **options)
         self.feed = self._receiver.feed
         self.lane_lost = self._receiver.lane_lost
+        self.lane_opened = self._receiver.lane_opened
+        self.lease_over = self._receiver.lease_over
         self.cancel = self._receiver.cancel
         self.lose_patience = self._receiver.lose_patience
         self.layer_ready = self._receiver.layer_ready
@@ -66,6 +68,7 @@ class Heard:
     repairs: list = field(default_factory=list)
     done: list = field(default_factory=list)
     aborts: list = field(default_factory=list)
+    pongs: list = field(default_factory=list)
 
     @property
     def refusals(self):
@@ -102,6 +105,8 @@ class Listener:
             heard.done.append(Done.decode(payload))
         elif header.type == FrameType.ABORT:
             heard.aborts.append(Abort.decode(payload).code)
+        elif header.type == FrameType.PONG:
+            heard.pongs.append(payload)
 
 
 def expected_leaves(spec, tokens, into=None):

@@ -122,6 +122,7 @@ PAYLOAD_BYTES = {
     "1 to payload_bytes_max": (1, 2000, 1),
     "24 + metadata": (24, 24 + limits.METADATA_BYTES_MAX, 1),
     "16 × entries": (16, 16 * limits.RECEIPT_COUNT_MAX, 16), "32": (32, 32, 1), "0": (0, 0, 1),
+    "8, else skipped": (0, 1000, 1),
     "24 × entries": (24, 24 * limits.REPAIR_COUNT_MAX, 24),
     "32 + message": (32, 32 + limits.MESSAGE_BYTES_MAX, 1),
     "16 × segments + 8 × chunks": (0, limits.INDEX_BYTES_MAX, 8),

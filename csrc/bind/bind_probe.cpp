@@ -55,6 +55,14 @@ public:
         return drain();
     }
 
+    // A new connection takes the place of the lane's lost one.
+    void lane_opened(uint32_t index) { lanes_[index] = {}; }
+
+    Writes lease_over() {
+        machine().fail_all(Error(ErrorCode::LINK_LOST, "no lane came back in time"));
+        return drain();
+    }
+
     uint16_t lane_error(uint32_t index) { return uint16_t(lane_at(index).error); }
 
 protected:
@@ -99,7 +107,8 @@ protected:
         lane.reader.reset();
         for (const auto& [other, state] : lanes_)
             if (state.error == ErrorCode::OK) return;
-        machine().fail_all(Error(ErrorCode::LINK_LOST, "the last lane was lost: " + why.message));
+        if (machine().peer_left())
+            machine().fail_all(Error(ErrorCode::PEER_CLOSED, "the peer has left"));
     }
 
     static Bytes written(LaneWriter& out) {
@@ -251,18 +260,20 @@ public:
 
     Writes start() {
         Writes writes;
-        for (uint32_t lane = 0; lane < lane_count_; ++lane) {
-            Greeting greeting;
-            greeting.link_id.bytes.fill(7);
-            greeting.lane_index = uint16_t(lane);
-            greeting.lane_count = uint16_t(lane_count_);
-            greeting.codecs = 3;
-            uint8_t bytes[GREETING_BYTES];
-            encode_greeting(greeting, bytes);
-            lane_at(lane);
-            writes.emplace_back(lane, py::bytes(reinterpret_cast<char*>(bytes), GREETING_BYTES));
-        }
+        for (uint32_t lane = 0; lane < lane_count_; ++lane) writes.push_back(reopen(lane)[0]);
         return writes;
+    }
+
+    Writes reopen(uint32_t lane) {
+        lane_opened(lane);
+        Greeting greeting;
+        greeting.link_id.bytes.fill(7);
+        greeting.lane_index = uint16_t(lane);
+        greeting.lane_count = uint16_t(lane_count_);
+        greeting.codecs = 3;
+        uint8_t bytes[GREETING_BYTES];
+        encode_greeting(greeting, bytes);
+        return {{lane, py::bytes(reinterpret_cast<char*>(bytes), GREETING_BYTES)}};
     }
 
     Writes push(const py::object& items) {
@@ -349,6 +360,8 @@ void register_probes(py::module_& module) {
              py::arg("memory"), py::keep_alive<1, 4>())
         .def("feed", &ReceiverProbe::feed, py::arg("lane"), py::arg("data"))
         .def("lane_lost", &ReceiverProbe::lane_lost, py::arg("lane"))
+        .def("lane_opened", &ReceiverProbe::lane_opened, py::arg("lane"))
+        .def("lease_over", &ReceiverProbe::lease_over)
         .def("lane_error", &ReceiverProbe::lane_error, py::arg("lane"))
         .def("cancel", &ReceiverProbe::cancel, py::arg("ticket_id"))
         .def("lose_patience", &ReceiverProbe::lose_patience)
@@ -366,6 +379,8 @@ void register_probes(py::module_& module) {
         .def("cancel", &SenderProbe::cancel)
         .def("feed", &SenderProbe::feed, py::arg("lane"), py::arg("data"))
         .def("lane_lost", &SenderProbe::lane_lost, py::arg("lane"))
+        .def("reopen", &SenderProbe::reopen, py::arg("lane"))
+        .def("lease_over", &SenderProbe::lease_over)
         .def("lane_error", &SenderProbe::lane_error, py::arg("lane"))
         .def("pushes_returned", &SenderProbe::pushes_returned)
         .def("verified_bytes", &SenderProbe::verified_bytes)

@@ -27,7 +27,10 @@ py::dict enum_names(int count, Namer namer) {
 }
 
 py::dict frame_types() {
-    return enum_names<FrameType>(int(FrameType::CLOSE), frame_type_name);
+    py::dict names = enum_names<FrameType>(int(FrameType::CLOSE), frame_type_name);
+    for (const FrameType type : {FrameType::PING, FrameType::PONG})
+        names[py::str(frame_type_name(type))] = int(type);
+    return names;
 }
 
 py::dict error_numbers() {
@@ -73,6 +76,8 @@ py::dict limit_values() {
     KVWIRE_LIMIT(admission_key_bytes_min);
     KVWIRE_LIMIT(admissions_max);
     KVWIRE_LIMIT(admissions_per_address_max);
+    KVWIRE_LIMIT(lease_ms);
+    KVWIRE_LIMIT(stall_ms);
 #undef KVWIRE_LIMIT
     return values;
 }
@@ -135,7 +140,9 @@ public:
         const bool from_sender = reader_ == Role::RECEIVER;
         switch (header.type) {
             case FrameType::ABORT: (void)decode_abort(payload); return;
-            case FrameType::CLOSE: return;
+            case FrameType::CLOSE:
+            case FrameType::PING:
+            case FrameType::PONG: return;
             case FrameType::MANIFEST: return expect(from_sender, decode_manifest, header, payload);
             case FrameType::SEGMENT: return expect(from_sender, decode_segment, header, payload);
             case FrameType::SEGMENT_END:

@@ -22,7 +22,7 @@ struct Plan {
     uint8_t codec = 0;
     uint32_t block_tokens = 0;
     bool paged = false, pulled = false, bound_late = false;
-    uint32_t cuts = 0, flips = 0, reopened = 0;
+    uint32_t cuts = 0, flips = 0, reopened = 0, stalls = 0;
     bool sender_cancels = false, receiver_cancels = false;
 
     std::string text() const {
@@ -30,13 +30,13 @@ struct Plan {
         out << lanes << " lanes, " << ranks << " ranks, tokens " << token_start << " to "
             << token_stop << ", codec " << int(codec) << (paged ? ", paged" : "")
             << (pulled ? ", pulled" : "") << (bound_late ? ", bound late" : "") << ", " << cuts
-            << " cuts, " << flips << " flips, " << reopened << " reopened"
+            << " cuts, " << flips << " flips, " << reopened << " reopened, " << stalls << " stalls"
             << (sender_cancels ? ", sender cancels" : "")
             << (receiver_cancels ? ", receiver cancels" : "");
         return out.str();
     }
 
-    bool peaceful() const { return !cuts && !flips && !cancels(); }
+    bool peaceful() const { return !cuts && !flips && !stalls && !cancels(); }
     bool cancels() const { return sender_cancels || receiver_cancels; }
 };
 
@@ -51,7 +51,7 @@ Plan random_plan(Random& random) {
     plan.paged = pick(random, 0, 1);
     plan.pulled = pick(random, 0, 4) == 0;
     plan.bound_late = !plan.pulled && pick(random, 0, 4) == 0;
-    switch (pick(random, 0, 5)) {
+    switch (pick(random, 0, 6)) {
         case 0: plan.cuts = uint32_t(pick(random, 1, plan.lanes)); break;
         case 1: plan.flips = uint32_t(pick(random, 1, 4)); break;
         case 2: plan.sender_cancels = true; break;
@@ -60,6 +60,12 @@ Plan random_plan(Random& random) {
             plan.cuts = plan.reopened = uint32_t(pick(random, 1, 2 * plan.lanes));
             plan.flips = uint32_t(pick(random, 0, 2));
             plan.sender_cancels = pick(random, 0, 3) == 0;
+            break;
+        case 5:
+            plan.stalls = uint32_t(pick(random, 1, plan.lanes));
+            plan.cuts = plan.reopened = uint32_t(pick(random, 0, plan.lanes));
+            plan.sender_cancels = pick(random, 0, 5) == 0;
+            plan.receiver_cancels = !plan.pulled && pick(random, 0, 5) == 0;
             break;
         default: break;
     }
@@ -86,7 +92,8 @@ public:
                 (this->*event)();
                 give_up_without_lanes();
             }
-            if (!move() && events_.empty()) return;
+            if (plan_.stalls && step % 4 == 0 && !at_rest()) upkeep(step);
+            if (!move() && events_.empty() && (!plan_.stalls || at_rest())) return;
         }
         CHECK(!"the network never comes to rest");
     }
@@ -121,8 +128,38 @@ private:
     // What is on its way to one side on one lane; `closed`: after it comes the end of the stream.
     struct Wire {
         Bytes bytes;
-        bool closed = false;
+        bool closed = false, frozen = false;
     };
+    static constexpr size_t WIRE_BYTES = 64 << 10;
+    static constexpr uint64_t STEP_NS = 5'000'000;
+
+    bool at_rest() const {
+        for (const auto& source : sources_)
+            if (!source->ended) return false;
+        return receiver_.link.open_transfers() == 0;
+    }
+
+    void upkeep(uint64_t step) {
+        now_ns_ = (step + 1) * STEP_NS;
+        for (const uint32_t lane : sender_.link.upkeep(now_ns_).dead) close(lane);
+        for (const uint32_t lane : receiver_.link.upkeep(now_ns_).dead) close(lane);
+    }
+
+    void close(uint32_t lane) {
+        for (const Side side : {Side::SENDER, Side::RECEIVER}) wires_[{side, lane}] = {{}, true};
+    }
+
+    // All that is on its way on one lane stands still for a while, in one direction or both.
+    void freeze() {
+        const uint32_t lane = uint32_t(pick(random_, 0, lane_count_ - 1));
+        const uint64_t ways = pick(random_, 1, 3);
+        if (ways & 1) wires_[{Side::SENDER, lane}].frozen = true;
+        if (ways & 2) wires_[{Side::RECEIVER, lane}].frozen = true;
+    }
+
+    void thaw() {
+        for (auto& [place, wire] : wires_) wire.frozen = false;
+    }
 
     Manifest manifest(uint16_t rank, uint16_t ranks) const {
         return hybrid(plan_.token_start, plan_.token_stop, rank, ranks, plan_.block_tokens);
@@ -158,6 +195,8 @@ private:
         for (uint32_t i = 0; i < plan_.cuts; ++i) at_random(&Network::cut_one);
         for (uint32_t i = 0; i < plan_.flips; ++i) at_random(&Network::flip_one);
         for (uint32_t i = 0; i < plan_.reopened; ++i) at_random(&Network::reopen);
+        for (uint32_t i = 0; i < plan_.stalls; ++i) at_random(&Network::freeze);
+        if (plan_.stalls) events_.emplace(pick(random_, 121, 1500), &Network::thaw);
         if (plan_.sender_cancels) at_random(&Network::sender_cancels);
         if (plan_.receiver_cancels) at_random(&Network::receiver_cancels);
     }
@@ -180,8 +219,7 @@ private:
 
     // Each side hears of it in its own time; what is on its way is gone.
     void cut_one() {
-        const uint32_t lane = uint32_t(pick(random_, 0, lane_count_ - 1));
-        for (const Side side : {Side::SENDER, Side::RECEIVER}) wires_[{side, lane}] = {{}, true};
+        close(uint32_t(pick(random_, 0, lane_count_ - 1)));
     }
 
     void flip_one() {
@@ -247,6 +285,7 @@ private:
     }
 
     bool write(Side to, uint32_t lane) {
+        if (wires_[{to, lane}].bytes.size() > WIRE_BYTES) return false;
         const Bytes bytes =
             to == Side::RECEIVER ? sender_.take(lane, some()) : receiver_.take(lane, some());
         Wire& wire = wires_[{to, lane}];
@@ -259,6 +298,7 @@ private:
     bool deliver(Side to, uint32_t lane) {
         Wire& wire = wires_[{to, lane}];
         const bool open = to == Side::RECEIVER ? receiver_.is_open(lane) : sender_.is_open(lane);
+        if (wire.frozen) return false;
         if (!open) {
             wire.bytes.clear();
             return false;
@@ -270,7 +310,13 @@ private:
             const size_t count = std::min(some(), wire.bytes.size());
             const Bytes part(wire.bytes.begin(), wire.bytes.begin() + count);
             wire.bytes.erase(wire.bytes.begin(), wire.bytes.begin() + count);
-            to == Side::RECEIVER ? receiver_.feed(lane, part) : sender_.feed(lane, part);
+            if (to == Side::RECEIVER) {
+                receiver_.link.heard(lane, now_ns_);
+                receiver_.feed(lane, part);
+            } else {
+                sender_.link.heard(lane, now_ns_);
+                sender_.feed(lane, part);
+            }
         }
         give_up_without_lanes();
         return true;
@@ -301,6 +347,7 @@ private:
     std::map<std::pair<Side, uint32_t>, Wire> wires_;
     std::multimap<uint64_t, void (Network::*)()> events_;
     uint32_t lane_count_ = 0;
+    uint64_t now_ns_ = STEP_NS;
 };
 
 }  // namespace

@@ -48,8 +48,8 @@ PayloadRule payload_rule(FrameType type, const FrameLimits& limit) {
         case FrameType::INDEX: return {0, limits::index_bytes_max, 8};
         case FrameType::COMMIT: return {COMMIT_BYTES, COMMIT_BYTES, 0};
         case FrameType::CLOSE: return {0, 0, 0};
+        default: return {0, control, 0};
     }
-    return {0, control, 0};
 }
 
 void check_payload_bytes(const FrameHeader& header, const FrameLimits& limit) {
@@ -145,6 +145,8 @@ const char* frame_type_name(FrameType type) {
         case FrameType::INDEX: return "INDEX";
         case FrameType::COMMIT: return "COMMIT";
         case FrameType::CLOSE: return "CLOSE";
+        case FrameType::PING: return "PING";
+        case FrameType::PONG: return "PONG";
     }
     return uint8_t(type) >= SKIPPABLE_TYPE_MIN ? "skippable frame" : "unknown frame";
 }

@@ -38,6 +38,10 @@ struct FrameHeader {
     uint8_t codec = 0;
 
     bool skippable() const { return uint8_t(type) >= SKIPPABLE_TYPE_MIN; }
+    bool is_known() const {
+        return !skippable() || ((type == FrameType::PING || type == FrameType::PONG) &&
+                                payload_bytes == PING_BYTES);
+    }
 };
 
 // What this end accepts from the peer.

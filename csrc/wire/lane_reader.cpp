@@ -200,7 +200,7 @@ void LaneReader::payload_complete() {
         return;
     }
     check_control_payload(header_, control_.get());
-    if (!header_.skippable())
+    if (header_.is_known())
         handler_.on_control(lane_, header_, ByteSpan{control_.get(), header_.payload_bytes});
     if (control_capacity_ > CONTROL_KEPT_BYTES) {
         control_.reset();

@@ -288,8 +288,12 @@ void ReceiveLink::send_grant(const Transfer& transfer) {
 
 void ReceiveLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
     if (lanes_.empty()) return;
-    const auto heard = lanes_.find(lane_heard_);
-    LaneWriter& writer = (heard == lanes_.end() ? lanes_.begin() : heard)->second.writer;
+    auto able = lanes_.find(lane_heard_);
+    if (able == lanes_.end() || !liveness_.serves(lane_heard_))
+        able = std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& entry) {
+            return liveness_.serves(entry.first);
+        });
+    LaneWriter& writer = (able == lanes_.end() ? lanes_.begin() : able)->second.writer;
     writer.control(type, transfer_id, 0, payload);
 }
 

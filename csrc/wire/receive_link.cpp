@@ -50,7 +50,7 @@ std::vector<std::shared_ptr<Ticket>> TicketBook::all() const {
 }
 
 ReceiveLink::ReceiveLink(TicketBook& tickets, ReceiveOptions options, std::function<void()> wake)
-    : tickets_(tickets), options_(options), wake_(std::move(wake)) {}
+    : LinkMachine(options.liveness), tickets_(tickets), options_(options), wake_(std::move(wake)) {}
 
 ReceiveLink::~ReceiveLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -69,7 +69,8 @@ void ReceiveLink::fail_all(const Error& error) {
 LaneWriter& ReceiveLink::lane_opened(uint32_t lane) {
     const bool first = lanes_.empty();
     LaneWriter& writer = lanes_[lane].writer;
-    if (first) repeat_pulls();
+    liveness_.lane_opened(lane, now_ns_);
+    if (first) repeat_answers();
     return writer;
 }
 
@@ -78,7 +79,13 @@ void ReceiveLink::lane_lost(uint32_t lane) {
     if (found == lanes_.end()) return;
     revoke_lease(found->second);
     lanes_.erase(found);
-    repeat_pulls();
+    liveness_.lane_lost(lane, now_ns_);
+    repeat_answers();
+}
+
+// What a lane may have swallowed, and nothing that the peer says would bring back.
+void ReceiveLink::repeat_answers() {
+    for (const auto& [key, pull] : pulls_) send(FrameType::PULL, key.first, encode(pull));
     // Said by ourselves, perhaps on a lane that the peer had given up before.
     const size_t said = std::min(ended_order_.size(), RECENT_ENDS_REPEATED);
     for (auto id = ended_order_.end() - ptrdiff_t(said); id != ended_order_.end(); ++id)
@@ -87,12 +94,8 @@ void ReceiveLink::lane_lost(uint32_t lane) {
         if (transfer->segments.empty()) send_grant(*transfer);
 }
 
-// A PULL is the one frame that no answer of ours follows from.
-void ReceiveLink::repeat_pulls() {
-    for (const auto& [key, pull] : pulls_) send(FrameType::PULL, key.first, encode(pull));
-}
-
 void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) {
+    if (on_link_frame(lane, header, payload)) return;
     lane_heard_ = lane;
     try {
         switch (header.type) {
@@ -101,7 +104,6 @@ void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan 
             case FrameType::SEGMENT_END:
             case FrameType::END: return on_transfer_frame(lane, header, payload);
             case FrameType::ABORT: return on_abort(header, payload);
-            case FrameType::CLOSE: return;
             default: break;
         }
     } catch (const Error& error) {

@@ -13,8 +13,7 @@
 #include <unordered_set>
 #include <vector>
 
-#include "wire/lane_reader.hpp"
-#include "wire/lane_writer.hpp"
+#include "wire/link_machine.hpp"
 #include "wire/manifest.hpp"
 #include "wire/ticket.hpp"
 
@@ -44,17 +43,17 @@ struct ReceiveOptions {
     uint64_t waiting_bytes_max = 2 << 20;  // manifests that wait for their ticket
     uint64_t state_bytes_max = 8 << 20;    // manifests and announcements of open transfers
     uint64_t patience_ns = 30'000'000'000;
+    LivenessOptions liveness;
 };
 
-class ReceiveLink : public FrameHandler {
+class ReceiveLink : public LinkMachine {
 public:
     // `wake` is called when a ticket that failed elsewhere leaves something to say here.
     ReceiveLink(TicketBook& tickets, ReceiveOptions options, std::function<void()> wake);
     ~ReceiveLink() override;
 
     LaneWriter& lane_opened(uint32_t lane);
-    // With its last lane lost a link waits for another, or for fail_all().
-    void lane_lost(uint32_t lane);
+    void lane_lost(uint32_t lane) override;
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
     ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
@@ -70,12 +69,11 @@ public:
 
     // Gives up on manifests that have waited too long; returns when to call again (0: never).
     uint64_t expire(uint64_t now_ns);
-    void set_now(uint64_t now_ns) { now_ns_ = now_ns; }
 
-    void fail_all(const Error& error);
-    void send_close();
+    void fail_all(const Error& error) override;
+    void send_close() override;
     bool has_output(uint32_t lane) const { return !lanes_.at(lane).writer.empty(); }
-    size_t open_transfers() const { return transfers_.size(); }
+    size_t open_transfers() const override { return transfers_.size(); }
 
 private:
     static constexpr uint64_t SEGMENT_STATE_BYTES = 96;  // a Segment and its place in the map
@@ -137,6 +135,9 @@ private:
         std::vector<Receipt> receipts;
     };
 
+    LaneWriter& writer(uint32_t lane) override { return lanes_.at(lane).writer; }
+    void lane_stalled(uint32_t) override { repeat_answers(); }
+    bool awaits_peer() const override { return !pulls_.empty(); }
     void on_manifest(const FrameHeader& header, ByteSpan payload);
     void open(const Id& transfer_id, ByteSpan payload, std::unique_ptr<Manifest> manifest,
               std::shared_ptr<Ticket> ticket);
@@ -170,7 +171,7 @@ private:
     void remember(Id transfer_id, Ended ended);
     void send_grant(const Transfer& transfer);
     void send(FrameType type, const Id& transfer_id, const Bytes& payload);
-    void repeat_pulls();
+    void repeat_answers();
     void say_end(const Id& transfer_id);
     Transfer* find(const Id& transfer_id);
 
@@ -186,7 +187,6 @@ private:
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
     uint32_t lane_heard_ = 0;  // the latest that spoke: surely the peer still has it
-    uint64_t now_ns_ = 0;
 };
 
 }  // namespace kvwire

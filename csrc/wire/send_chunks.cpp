@@ -22,7 +22,8 @@ bool is_known(const SendTransfer::Segment& segment) {
 
 bool SendLink::load(uint32_t lane_index) {
     LaneWriter& writer = lanes_.at(lane_index).writer;
-    while (writer.queued_bytes() < BATCH_BYTES && !turns_.empty()) {
+    const bool serves = liveness_.serves(lane_index);
+    while (serves && writer.queued_bytes() < BATCH_BYTES && !turns_.empty()) {
         const std::shared_ptr<SendTransfer> transfer = turns_.next();
         if (!dispatch(lane_index, *transfer)) turns_.remove(*transfer);
     }
@@ -214,15 +215,13 @@ bool SendLink::maybe_send_end(uint32_t lane, SendTransfer& transfer) {
     return true;
 }
 
-// Section 10, lost lanes.
-void SendLink::requeue_lost(SendTransfer& transfer, uint32_t lost) {
-    const uint64_t bit = uint64_t(1) << lost;
+// Section 10, lost and stalled lanes.
+void SendLink::requeue(SendTransfer& transfer, uint32_t lane) {
     for (const auto& segment : transfer.segments) {
-        segment->announced_lanes &= ~bit;
         if (segment->complete) continue;
         for (uint32_t i = 0; i < segment->chunks.size(); ++i) {
             SendTransfer::Chunk& chunk = segment->chunks[i];
-            if (chunk.state != SendTransfer::Chunk::IN_FLIGHT || chunk.lane != lost) continue;
+            if (chunk.state != SendTransfer::Chunk::IN_FLIGHT || chunk.lane != lane) continue;
             chunk.state = SendTransfer::Chunk::UNSENT;
             transfer.in_flight_bytes -= segment->announcement.chunk_raw_bytes(i);
             transfer.resend.emplace_back(segment->index, i);

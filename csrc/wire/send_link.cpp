@@ -9,7 +9,8 @@ constexpr size_t RECENT_ABORTS_KEPT = 64;
 
 }  // namespace
 
-SendLink::SendLink(OfferBook& offers, SendOptions options) : offers_(offers), options_(options) {}
+SendLink::SendLink(OfferBook& offers, SendOptions options)
+    : LinkMachine(options.liveness), offers_(offers), options_(options) {}
 
 SendLink::~SendLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -20,15 +21,31 @@ LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uin
     LaneWriter& writer = lanes_[lane].writer;
     payload_bytes_max_ = std::min(payload_bytes_max_, payload_bytes_max);
     peer_codecs_ = codecs;
+    liveness_.lane_opened(lane, now_ns_);
     if (first) repeat_control();
     return writer;
 }
 
 void SendLink::lane_lost(uint32_t lane) {
     lanes_.erase(lane);  // even one that never opened here may have swallowed the peer's answers
+    liveness_.lane_lost(lane, now_ns_);
+    const uint64_t bit = uint64_t(1) << lane;
     for (const auto& transfer : order_)
-        if (transfer->grant) requeue_lost(*transfer, lane);
+        for (const auto& segment : transfer->segments) segment->announced_lanes &= ~bit;
+    lane_stalled(lane);
+}
+
+void SendLink::lane_stalled(uint32_t lane) {
+    for (const auto& transfer : order_)
+        if (transfer->grant) requeue(*transfer, lane);
     repeat_control();
+}
+
+bool SendLink::awaits_peer() const {
+    return std::any_of(order_.begin(), order_.end(), [](const auto& transfer) {
+        return !transfer->grant || transfer->in_flight_bytes || transfer->end_said ||
+               transfer->segments_ended > transfer->segments_complete;
+    });
 }
 
 // What a lost lane may have swallowed, and no answer would bring back.
@@ -52,7 +69,8 @@ void SendLink::wake(const SendTransfer& transfer) {
     if (found != transfers_.end() && transfer.grant) turns_.add(found->second);
 }
 
-void SendLink::on_control(uint32_t, const FrameHeader& header, ByteSpan payload) {
+void SendLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) {
+    if (on_link_frame(lane, header, payload)) return;
     const std::shared_ptr<SendTransfer> alive =
         find(header.transfer_id) ? transfers_.at(header.transfer_id) : nullptr;
     try {
@@ -73,7 +91,6 @@ void SendLink::on_control(uint32_t, const FrameHeader& header, ByteSpan payload)
                 return;
             }
             case FrameType::PULL: return on_pull(header, payload);
-            case FrameType::CLOSE: return;
             default: break;
         }
     } catch (const Error& error) {
@@ -114,10 +131,12 @@ void SendLink::send_manifest(const SendTransfer& transfer) {
 }
 
 void SendLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
+    const auto delay = [&](const auto& entry) {
+        return std::make_pair(!liveness_.serves(entry.first), entry.second.writer.queued_bytes());
+    };
     const auto idlest = std::min_element(
-        lanes_.begin(), lanes_.end(), [](const auto& a, const auto& b) {
-            return a.second.writer.queued_bytes() < b.second.writer.queued_bytes();
-        });
+        lanes_.begin(), lanes_.end(),
+        [&](const auto& a, const auto& b) { return delay(a) < delay(b); });
     if (idlest != lanes_.end()) idlest->second.writer.control(type, transfer_id, 0, payload);
 }
 
@@ -332,6 +351,7 @@ void SendLink::on_done(SendTransfer& transfer, ByteSpan payload) {
 void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment) {
     if (segment.complete) return;
     segment.complete = true;
+    ++transfer.segments_complete;
     uint64_t verified_bytes = 0;
     for (uint32_t i = 0; i < segment.chunks.size(); ++i) {
         const uint32_t bytes = segment.announcement.chunk_raw_bytes(i);

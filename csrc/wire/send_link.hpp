@@ -13,8 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "wire/lane_reader.hpp"
-#include "wire/lane_writer.hpp"
+#include "wire/link_machine.hpp"
 #include "wire/manifest.hpp"
 #include "wire/turns.hpp"
 
@@ -36,6 +35,7 @@ struct SendOptions {
     uint32_t chunk_bytes = 256 << 10;
     uint32_t transfers_max = 1024;
     uint32_t codecs = 1;
+    LivenessOptions liveness;
 };
 
 // One transfer, from open() or offer() to its end.
@@ -93,7 +93,7 @@ public:
     std::vector<std::unique_ptr<Segment>> segments;
     // Segments that may have something left to dispatch: (minus priority, index).
     std::set<std::pair<int64_t, uint32_t>> to_dispatch;
-    uint32_t segments_ended = 0;
+    uint32_t segments_ended = 0, segments_complete = 0;
     std::deque<std::pair<uint32_t, uint32_t>> resend;  // (segment, chunk)
     uint64_t in_flight_bytes = 0;
     bool finished = false;
@@ -111,15 +111,14 @@ public:
     std::map<Key, std::shared_ptr<SendTransfer>> offers;
 };
 
-class SendLink : public FrameHandler {
+class SendLink : public LinkMachine {
 public:
     SendLink(OfferBook& offers, SendOptions options);
     ~SendLink() override;
 
     // `payload_bytes_max` and `codecs` as the receiver's greeting states them.
     LaneWriter& lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs);
-    // With its last lane lost a link waits for another, or for fail_all().
-    void lane_lost(uint32_t lane);
+    void lane_lost(uint32_t lane) override;
 
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
     ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
@@ -130,7 +129,7 @@ public:
     void push(SendTransfer& transfer, std::vector<Item> items, int32_t priority = 0);
     static void finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_count);
     void fail(SendTransfer& transfer, const Error& error, bool tell_peer = true);
-    void fail_all(const Error& error);
+    void fail_all(const Error& error) override;
     // Ends a transfer that no link has seen.
     static void end_unopened(SendTransfer& transfer, const Error& error);
 
@@ -143,8 +142,8 @@ public:
     // How many batches could be loaded now, up to `most`; `*bytes`: how much is in those.
     size_t backlog(size_t most, uint64_t* bytes) const;
 
-    void send_close();
-    size_t open_transfers() const { return order_.size(); }
+    void send_close() override;
+    size_t open_transfers() const override { return order_.size(); }
 
 private:
     struct Lane {
@@ -152,6 +151,9 @@ private:
         ChunkTarget nowhere;
     };
 
+    LaneWriter& writer(uint32_t lane) override { return lanes_.at(lane).writer; }
+    void lane_stalled(uint32_t lane) override;
+    bool awaits_peer() const override;
     SendTransfer* find(const Id& transfer_id);
     void wake(const SendTransfer& transfer);
     void on_transfer_frame(SendTransfer& transfer, const FrameHeader& header, ByteSpan payload);
@@ -186,7 +188,7 @@ private:
     void complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment);
     static void complete_push(SendTransfer& transfer, uint32_t push, const Error& error);
     void end(SendTransfer& transfer, const Error& error);
-    void requeue_lost(SendTransfer& transfer, uint32_t lane);
+    void requeue(SendTransfer& transfer, uint32_t lane);
     void repeat_control();
     void detach(const SendTransfer::Segment& segment);
 

@@ -224,6 +224,14 @@ def receiver_frames() -> Vector:
                   "every frame type that a receiver writes, and one that may be skipped")
 
 
+def pings() -> Vector:
+    """Return a stream that asks for answers, answers, and does so in lengths to be skipped."""
+    frames = [encode_frame(kind, payload=b"01234567"[:size]) for size in (8, 7, 0)
+              for kind in (FrameType.PING, FrameType.PONG)]
+    return Vector("pings", _GREETING_ANSWER + b"".join(frames), "sender",
+                  "PING and PONG, and others of their types that are skipped")
+
+
 def cache_memory(spec: CacheSpec, token_stop: int) -> CacheMemory:
     """Return the memory of a contiguous spec with bytes that tell every place apart."""
     arrays = {}
@@ -270,7 +278,7 @@ def valid_vectors() -> list[Vector]:
         *transfer("columns", "convolution states of 3 columns into 4", CacheSpec("", (
             convolution([0], {"x": 4, "b": 2}, columns=3),)), (0, 1), into=CacheSpec("c", (
                 convolution([0], {"x": 4, "b": 2}, columns=4),))),
-        tensor_parallel(), receiver_frames(), *cache_file()]
+        tensor_parallel(), receiver_frames(), pings(), *cache_file()]
 
 
 def hex_lines(data: bytes, offset: int) -> list[str]:
