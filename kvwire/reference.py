@@ -247,7 +247,7 @@ class ReferenceReceiver:
                                 actual=abort.actual, offset=abort.offset, remote=True)
         if transfer_id == NO_ID:
             self._close_lane(lane, error, tell=False)
-        elif transfer_id in self._open:
+        elif transfer_id not in self._ended:
             self._fail_transfer(transfer_id, error)
 
     def _on_manifest(self, lane: int, transfer_id: bytes, payload: bytes) -> None:

@@ -4,14 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_probe import Heard, Listener, sender_of
 from test_reference import (
-    IMPLEMENTATIONS, SMALL, SMALL_TOKENS, assert_delivered, probe, started,
+    IMPLEMENTATIONS, SMALL, SMALL_TOKENS, assert_delivered, probe, started, structures,
 )
-from vectors.generate import TICKET
+from vectors.generate import LINK, TICKET, TRANSFER
 from vectors.invalid import header_with
 
+from kvwire.control import Abort
 from kvwire.errors import ErrorCode
 from kvwire.manifest import Manifest
-from kvwire.wire import FrameType, encode_frame
+from kvwire.wire import FrameType, Greeting, Role, encode_frame
 
 __all__ = ["probe"]
 
@@ -57,6 +58,20 @@ def test_a_ping_is_answered_where_it_came_from(probe):
         assert listener.hear(receiver.feed(1, other)) == Heard()
     assert receiver.lane_error(1) is None
     assert listener.hear(receiver.feed(0, chunks[0][100:])).chunks == {(0, 0)}
+
+
+def test_an_abort_that_overtakes_its_manifest_is_not_forgotten(probe):
+    parts, _ = structures()
+    receiver, listener = probe([Manifest(TICKET, SMALL, *SMALL_TOKENS)]), Listener()
+    for lane in range(2):
+        receiver.feed(lane, Greeting(Role.SENDER, LINK, lane, 2).encode())
+    abort = encode_frame(FrameType.ABORT, TRANSFER, Abort(ErrorCode.CANCELLED).encode())
+    receiver.feed(1, abort)
+    listener = Listener()
+    receiver.lane_lost(1)
+    heard = listener.hear([(0, Greeting(Role.RECEIVER, LINK).encode()),
+                           *receiver.feed(0, parts["MANIFEST"])])
+    assert heard.aborts == [ErrorCode.CANCELLED] and heard.grants == 0
 
 
 def parted(receiver, sender, lose, lanes):

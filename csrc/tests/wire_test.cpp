@@ -235,7 +235,9 @@ struct Ears : FrameHandler {
             case FrameType::ABORT: decode_abort(payload); break;
             case FrameType::PULL: decode_pull(payload); break;
             case FrameType::DONE: decode_done(payload); break;
-            case FrameType::CLOSE: break;
+            case FrameType::CLOSE:
+            case FrameType::PING:
+            case FrameType::PONG: break;
             default: throw Error(ErrorCode::STATE_INVALID, "not a receiver's frame");
         }
     }

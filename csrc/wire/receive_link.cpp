@@ -372,8 +372,8 @@ void ReceiveLink::on_abort(const FrameHeader& header, ByteSpan payload) {
     stop_waiting(id);
     const size_t pulled = pulls_.size();
     pull_withdrawn(id);
-    if (pulls_.size() != pulled)
-        if (const auto ticket = tickets_.find(id)) ticket->fail(error);
+    if (pulls_.size() == pulled) return remember(id, {std::nullopt, error});
+    if (const auto ticket = tickets_.find(id)) ticket->fail(error);
 }
 
 void ReceiveLink::pull(const Id& ticket_id, const Pull& pull) {
