@@ -3,8 +3,10 @@
 #include <csignal>
 #include <sched.h>
 #include <ctime>
+#include <exception>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <system_error>
 #include <unistd.h>
 
 namespace kvwire {
@@ -22,7 +24,10 @@ constexpr uint64_t BULK_NS = 2'000'000;
 
 Loop::Loop()
     : epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-    if (!epoll_ || !wake_) throw Error(ErrorCode::INTERNAL, "no epoll or eventfd to be had");
+    if (!epoll_ || !wake_) {
+        throw Error(ErrorCode::RESOURCES_EXHAUSTED,
+                    "no epoll or eventfd to be had: " + error_text(errno));
+    }
     epoll_event event{};
     event.events = EPOLLIN;
     event.data.u64 = 0;
@@ -32,7 +37,13 @@ Loop::Loop()
 Loop::~Loop() { stop(); }
 
 void Loop::start(std::function<int()> between) {
-    thread_ = std::make_unique<std::thread>([this, between = std::move(between)] { run(between); });
+    try {
+        thread_ = std::make_unique<std::thread>(
+            [this, between = std::move(between)] { run(between); });
+    } catch (const std::system_error& error) {
+        throw Error(ErrorCode::RESOURCES_EXHAUSTED,
+                    std::string("no thread to be had: ") + error.what());
+    }
 }
 
 void Loop::wake() {
@@ -100,6 +111,7 @@ void Loop::run(const std::function<int()>& between) {
     sigfillset(&all);
     ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
     ::prctl(PR_SET_NAME, "kvwire-io");
+    (void)std::uncaught_exceptions();  // what throwing needs is had now, not when memory is out
     epoll_event events[EVENTS_MAX];
     while (!stopping_) {
         const int count = wait(events, between());
@@ -134,9 +146,17 @@ uint64_t Loops::now_ns() {
 }
 
 Loops::Loops(size_t threads) {
-    for (size_t i = 0; i < threads; ++i) loops_.push_back(std::make_unique<Loop>());
+    for (size_t i = 0; i < threads; ++i) {
+        try {
+            auto loop = std::make_unique<Loop>();
+            if (i > 0) loop->start([] { return -1; });
+            loops_.push_back(std::move(loop));
+        } catch (const Error&) {
+            if (i == 0) throw;
+            break;  // fewer will do
+        }
+    }
     first().start([this] { return run_due(); });
-    for (size_t i = 1; i < threads; ++i) loops_[i]->start([] { return -1; });
 }
 
 Loops::~Loops() { stop(); }
