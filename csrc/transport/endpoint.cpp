@@ -16,7 +16,7 @@ class Acceptor : public Loop::Handler {
 public:
     explicit Acceptor(Endpoint& endpoint) : endpoint_(endpoint) {}
     void on_events(uint32_t) override {
-        const Lock lock(endpoint_.loops().mutex());
+        const Lock lock(endpoint_.loops());
         endpoint_.accept_some();
     }
 

@@ -1,5 +1,7 @@
 #include "transport/handles.hpp"
 
+#include <sched.h>
+
 #include <algorithm>
 
 #include "transport/endpoint.hpp"
@@ -7,6 +9,9 @@
 namespace kvwire {
 namespace {
 std::atomic<uint64_t> next_number{1};
+
+// What is nearly there is waited for awake: to be woken takes longer than the rest of a round trip.
+constexpr uint64_t YIELD_NS = 30'000;
 }
 
 Handle::Handle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier)
@@ -17,7 +22,7 @@ Progress Handle::progress() const {
     return progress_;
 }
 
-void Handle::changed() {
+void Handle::notify() {
     condition_.notify_all();
     notifier_->mark(number);
 }
@@ -30,6 +35,12 @@ void Handle::let_go() {
 
 bool Handle::wait_until(double timeout_s, const std::function<bool()>& condition) const {
     std::unique_lock<std::mutex> lock(mutex_);
+    for (const uint64_t start_ns = Loops::now_ns();
+         timeout_s != 0 && !condition() && Loops::now_ns() - start_ns < YIELD_NS;) {
+        lock.unlock();
+        ::sched_yield();
+        lock.lock();
+    }
     if (timeout_s < 0) {
         condition_.wait(lock, condition);
         return true;

@@ -29,9 +29,8 @@ struct Progress {
     Error error;                  // OK: delivered
 };
 
-class Handle : public std::enable_shared_from_this<Handle> {
+class Handle : public Notified, public std::enable_shared_from_this<Handle> {
 public:
-    virtual ~Handle() = default;
     const uint64_t number;  // unique in the process
 
     Progress progress() const;
@@ -41,7 +40,8 @@ protected:
     Handle(std::shared_ptr<Loops> loops, std::shared_ptr<Notifier> notifier);
     bool wait_until(double timeout_s, const std::function<bool()>& condition) const;
     std::shared_ptr<Handle> shared() { return shared_from_this(); }
-    void changed();           // call with the mutex held
+    void changed() { loops_->notify_later(shared()); }  // with the lock
+    void notify() override;
     void hold(std::shared_ptr<Handle> self) { self_ = std::move(self); }
     void let_go();            // once ended: the endpoint's reference goes, off this stack
 

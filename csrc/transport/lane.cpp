@@ -91,7 +91,7 @@ void Lane::guarded(Lock& lock, void (Lane::*step)(Lock& lock)) {
 }
 
 void Lane::on_events(uint32_t epoll_events) {
-    Lock lock(loops_->mutex());
+    Lock lock(*loops_);
     if (state_ == State::CLOSED) return;
     if (state_ == State::CONNECTING) {
         const int error = connect_result(fd_);
@@ -107,7 +107,7 @@ void Lane::on_events(uint32_t epoll_events) {
 }
 
 void Lane::write_now() {
-    Lock lock(loops_->mutex());
+    Lock lock(*loops_);
     guarded(lock, &Lane::write);
 }
 

@@ -145,6 +145,23 @@ uint64_t Loops::now_ns() {
     return uint64_t(now.tv_sec) * 1'000'000'000 + uint64_t(now.tv_nsec);
 }
 
+void Lock::lock() { loops_.mutex_.lock(); }
+
+void Lock::unlock() {
+    if (loops_.to_notify_.empty()) return loops_.mutex_.unlock();
+    std::vector<std::shared_ptr<Notified>> notified;
+    notified.swap(loops_.to_notify_);
+    for (const auto& each : notified) each->is_queued_ = false;
+    loops_.mutex_.unlock();
+    for (const auto& each : notified) each->notify();
+}
+
+void Loops::notify_later(std::shared_ptr<Notified> notified) {
+    if (notified->is_queued_) return;
+    notified->is_queued_ = true;
+    to_notify_.push_back(std::move(notified));
+}
+
 Loops::Loops(size_t threads) {
     for (size_t i = 0; i < threads; ++i) {
         try {
@@ -167,7 +184,7 @@ void Loops::stop() {
         return;
     }
     for (auto& loop : loops_) loop->stop();
-    Lock lock(mutex_);
+    Lock lock(*this);
     while (!tasks_.empty()) run_tasks();
     stopped_ = true;
     timers_.clear();
@@ -181,7 +198,7 @@ bool Loops::call(const Task& task) {
         std::vector<Task>*& after_call;
     };
     {
-        Lock lock(mutex_);
+        Lock lock(*this);
         if (stopped_) return false;
         const Guard guard{after_call_};
         after_call_ = &after;
@@ -229,7 +246,7 @@ void Loops::run_tasks() {
 }
 
 int Loops::run_due() {
-    Lock lock(mutex_);
+    Lock lock(*this);
     waits_until_ns_ = 0;
     run_tasks();
     while (!timers_.empty()) {

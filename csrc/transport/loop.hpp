@@ -18,7 +18,32 @@
 
 namespace kvwire {
 
-using Lock = std::unique_lock<std::mutex>;
+class Loops;
+
+// Something with waiting threads. They are woken once the lock is free, so as not to run into it.
+class Notified {
+public:
+    virtual ~Notified() = default;
+    virtual void notify() = 0;  // without the lock, from any thread
+
+private:
+    friend class Loops;
+    friend class Lock;
+    bool is_queued_ = false;
+};
+
+// The lock of an endpoint. Letting go of it wakes those who wait for what was done under it.
+class Lock {
+public:
+    explicit Lock(Loops& loops) : loops_(loops) { lock(); }
+    ~Lock() { unlock(); }
+    Lock(const Lock&) = delete;
+    void lock();
+    void unlock();
+
+private:
+    Loops& loops_;
+};
 
 class Loop {
 public:
@@ -76,9 +101,6 @@ public:
     explicit Loops(size_t threads);
     ~Loops();  // stops and joins, after the tasks posted by then
 
-    // What is "with the lock" below and in the rest of transport/ is with this one held.
-    std::mutex& mutex() { return mutex_; }
-
     // Without the lock: takes it and runs `task` here. False (and it is not run) when stopped.
     bool call(const Task& task);
     // Inside a call(): `task` runs when that has let go of the lock, in the same thread. False
@@ -86,6 +108,7 @@ public:
     bool after_call(Task task);
 
     // With the lock.
+    void notify_later(std::shared_ptr<Notified> notified);
     void post(Task task);
     TimerKey timer(uint64_t due_ns, Task task);
     void cancel(const TimerKey& key);
@@ -98,6 +121,7 @@ public:
     uint64_t internal_errors() const;
 
 private:
+    friend class Lock;
     int run_due();  // tasks and timers; milliseconds until the next timer
     void run_tasks();
 
@@ -105,6 +129,7 @@ private:
     std::vector<std::unique_ptr<Loop>> loops_;
     size_t dealt_ = 0;
     std::vector<Task>* after_call_ = nullptr;
+    std::vector<std::shared_ptr<Notified>> to_notify_;
     std::vector<Task> tasks_;
     std::map<TimerKey, Task> timers_;
     uint64_t serial_ = 0;
