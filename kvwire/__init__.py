@@ -23,6 +23,8 @@ _HOME = {
     "CacheMemory": "memory",
     "Sender": "sender", "Transfer": "sender", "Offer": "sender", "Push": "sender",
     "Receiver": "receiver", "Ticket": "receiver", "Progress": "handles",
+    "Link": "link", "LinkOptions": "link", "LinkStats": "link", "LaneStats": "link",
+    "TransferStats": "link", "CongestionThresholds": "link",
     "send": "tensors", "receive": "tensors", "tensor_memory": "tensors",
     "save": "files", "load": "files", "inspect": "files",
     "KvwireError": "errors", "UsageError": "errors", "UnsupportedError": "errors",

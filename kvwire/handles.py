@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kvwire.errors import (
     ErrorCode, ForkedError, KvwireError, TransferTimeout, UsageError, error_from_code,
 )
+from kvwire.link import CongestionThresholds, CongestionWatch, Link, LinkOptions, LinkStats
 from kvwire.limits import LANE_COUNT_MAX, RANK_COUNT_MAX
 
 __all__ = ["Endpoint", "Handle", "Progress"]
@@ -48,8 +49,11 @@ class Endpoint:
     ended, so that dropping a handle is safe.
     """
 
-    def __init__(self, native: object):
+    def __init__(self, native: object, options: LinkOptions):
         self._native = native
+        self._options = options
+        self._links: dict[bytes, Link] = {}
+        self._watch: CongestionWatch | None = None
         self._pid = os.getpid()
         self._lent: dict[int, tuple[object, object]] = {}  # native handle, memory
         self._lent_lock = threading.Lock()
@@ -64,6 +68,8 @@ class Endpoint:
         When it returns no array that was lent is read or written any more.
         """
         if os.getpid() == self._pid:  # a forked lock may never open
+            if self._watch is not None:
+                self._watch.stop()
             with self._close_lock:  # a second caller returns when it is closed, too, not before
                 self._finalizer()
         loop = self._loop
@@ -77,6 +83,29 @@ class Endpoint:
         """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,
         send_calls, receive_calls (system calls), lanes_lost."""
         return self._checked().stats()
+
+    def links(self) -> list[Link]:
+        """Return the links that have a lane; the same `Link` for the same link each time."""
+        names = self._checked().link_ids()
+        with self._lent_lock:
+            self._links = {name: self._links.get(name) or Link(
+                self._native, name, self._options.bandwidth_max_gbps) for name in names}
+            return list(self._links.values())
+
+    def on_congestion(self, callback: Callable[[frozenset[str], LinkStats], object] | None,
+                      thresholds: CongestionThresholds = CongestionThresholds()) -> None:
+        """Have `callback(signs, stats)` called at early signs of congestion on any link.
+
+        Args:
+            callback: told which of "loss", "rtt" and "backlog" have begun, in a thread of its
+                own that lives as long as it is set; None: no more. It replaces the one before.
+            thresholds: what counts as a sign, and how often to look.
+        """
+        self._checked()
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None if callback is None else CongestionWatch(
+            weakref.WeakMethod(self.links), callback, thresholds)
 
     def __enter__(self):
         return self

@@ -10,6 +10,7 @@ from kvwire.handles import (
     Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, ranks_of, seconds,
     split_address, wait_connected,
 )
+from kvwire.link import LinkOptions
 from kvwire.manifest import decode_metadata
 from kvwire.limits import RANK_COUNT_MAX
 from kvwire.memory import CacheMemory
@@ -27,13 +28,15 @@ class Receiver(Endpoint):
         chunk_bytes_max: largest chunk that a sender may use, 64 KiB to 4 MiB.
         transfers_max: open transfers per link.
         patience_s: how long a manifest may wait for its ticket to be bound.
+        link_options: congestion control and mark of what this side sends: its answers.
 
     Threads: every method may be called from any thread. One I/O thread, no Python on it.
     """
 
     def __init__(self, listen: str | None = "127.0.0.1:0", *, window_bytes: int = 256 << 20,
                  chunk_bytes_max: int = 1 << 20, transfers_max: int = 1024,
-                 patience_s: float = 30.0, connect_timeout_s: float = 10.0):
+                 patience_s: float = 30.0, connect_timeout_s: float = 10.0,
+                 link_options: LinkOptions = LinkOptions()):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
             raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
                              f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
@@ -42,7 +45,8 @@ class Receiver(Endpoint):
         super().__init__(_native.ReceiverEndpoint({
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
-            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s")}))
+            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
+            **link_options.native()}), link_options)
         self._connect_timeout_s = connect_timeout_s
         self._dialled: dict[str, bytes] = {}
         self.address: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 from kvwire import _native, limits
@@ -13,6 +14,7 @@ from kvwire.handles import (
     ranks_of, seconds, split_address, wait_connected,
 )
 from kvwire.layout import CacheSpec
+from kvwire.link import GBPS, LinkOptions, TransferStats
 from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
 
@@ -32,13 +34,14 @@ class Sender(Endpoint):
             that lacks the codec, gets raw bytes.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
+        link_options: congestion control, bandwidth limit and mark of the links.
 
     Threads: every method may be called from any thread. One I/O thread, no Python on it.
     """
 
     def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 2,
                  codec: str = "raw", chunk_bytes: int = 256 << 10,
-                 connect_timeout_s: float = 10.0):
+                 connect_timeout_s: float = 10.0, link_options: LinkOptions = LinkOptions()):
         if (address is None) == (listen is None):
             raise UsageError("give a Sender an address to dial or listen=..., one of the two")
         if chunk_bytes % limits.CHUNK_BYTES_MIN or not (
@@ -47,7 +50,8 @@ class Sender(Endpoint):
                              f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
-            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s")}))
+            "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
+            **link_options.native()}), link_options)
         self._codec = Codec.of(codec)
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
@@ -207,6 +211,26 @@ class Transfer(Handle):
         metadata = metadata or {}
         self._native.finish(encode_metadata(metadata), len(metadata))
         return self
+
+    def stats(self) -> TransferStats:
+        """Say how the transfer uses its link, or has used it."""
+        self._endpoint._check_process()
+        first_ns, _, ended_ns, overlapped_bytes = self._native.timing()
+        now = self.progress()
+        seconds_busy = max((ended_ns or time.monotonic_ns()) - first_ns, 1) / 1e9 if first_ns else 1
+        goodput_gbps = now.wire_bytes / seconds_busy * GBPS
+        capacity_gbps = self._capacity_gbps()
+        return TransferStats(
+            overlap_ratio=overlapped_bytes / max(now.verified_bytes, 1), goodput_gbps=goodput_gbps,
+            effective_gbps=now.verified_bytes / seconds_busy * GBPS,
+            link_utilisation=min(goodput_gbps / capacity_gbps, 1.0) if capacity_gbps else None)
+
+    def _capacity_gbps(self) -> float | None:
+        name = self._native.link()
+        for link in self._endpoint.links():
+            if link.id == name.hex():
+                return link.stats().capacity_gbps
+        return None
 
     def result(self, timeout_s: float | None = None,
                on_progress: Callable[[Progress], object] | None = None) -> Progress:

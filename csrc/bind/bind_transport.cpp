@@ -47,6 +47,9 @@ EndpointOptions options_from(const py::dict& given) {
     take("io_threads", options.io_threads);
     take("connections_max", options.connections_max);
     take("connect_timeout_ns", options.connect_timeout_ns);
+    take("congestion_control", options.socket.congestion_control);
+    take("dscp", options.socket.dscp);
+    take("bandwidth_max_bytes_per_s", options.bandwidth_max_bytes_per_s);
     take("chunk_bytes", options.send.chunk_bytes);
     take("send_transfers_max", options.send.transfers_max);
     take("window_bytes", options.receive.window_bytes);
@@ -73,6 +76,32 @@ py::dict stats_of(Endpoint& endpoint) {
     result["lanes_lost"] = stats.lanes_lost;
     result["internal_errors"] = stats.internal_errors;
     return result;
+}
+
+// (born_ns, now_ns, verified_bytes, backlog_bytes, lanes); of each lane (serial, index, congestion
+// state, bytes acknowledged or received, sent, sent again, delivery and pacing in bytes per second,
+// RTT and least RTT in us, bytes in flight, queued, of the window, us busy, held back by the
+// receiver, by the buffer).
+py::tuple link_reading_of(Endpoint& endpoint, const std::string& link) {
+    LinkReading reading;
+    {
+        const WithoutGil release;
+        reading = endpoint.read_link(id_from(link));
+    }
+    const bool sends = endpoint.role() == Role::SENDER;
+    py::list lanes;
+    for (const LaneReading& lane : reading.lanes) {
+        const TcpInfo& tcp = lane.tcp;
+        lanes.append(py::make_tuple(
+            lane.serial, lane.index, uint8_t(tcp.congestion_state),
+            sends ? tcp.acked_bytes : tcp.received_bytes, tcp.sent_bytes, tcp.retransmitted_bytes,
+            tcp.delivery_bytes_per_s, tcp.pacing_bytes_per_s, tcp.rtt_us, tcp.rtt_min_us,
+            uint64_t(tcp.in_flight_segments) * tcp.mss_bytes, lane.queued_bytes + tcp.unsent_bytes,
+            uint64_t(tcp.cwnd_segments) * tcp.mss_bytes, tcp.busy_us, tcp.window_limited_us,
+            tcp.buffer_limited_us));
+    }
+    return py::make_tuple(reading.born_ns, reading.now_ns, reading.verified_bytes,
+                          reading.backlog_bytes, lanes);
 }
 
 // (verified_bytes, wire_bytes, repaired_chunks, granted, ended, error)
@@ -112,6 +141,9 @@ void bind_endpoint(Class& bound) {
         })
         .def("close", &T::close, NoGil())
         .def("stats", [](T& self) { return stats_of(self); })
+        .def("link_stats", [](T& self, const std::string& link) {
+            return link_reading_of(self, link);
+        }, py::arg("link"))
         .def("event_fd", [](T& self) { return self.notifier().fd(); })
         .def("drain_events", [](T& self) { return self.notifier().drain(); });
 }
@@ -132,6 +164,18 @@ void bind_handles(py::module_& module) {
             self.finish(bytes_from(metadata), count);
         }, py::arg("metadata"), py::arg("metadata_count"), NoGil())
         .def("cancel", &TransferHandle::cancel, NoGil())
+        .def("timing", [](const TransferHandle& self) {
+            const TransferHandle::Timing t = self.timing();
+            return py::make_tuple(t.first_push_ns, t.last_push_ns, t.ended_ns, t.overlapped_bytes);
+        })
+        .def("link", [](const TransferHandle& self) {
+            Id id;
+            {
+                const WithoutGil release;
+                id = self.link();
+            }
+            return to_python(id);
+        })
         .def("wait_push", &TransferHandle::wait_push, py::arg("push"), py::arg("timeout_s"),
              NoGil())
         .def("pushes_returned", [](const TransferHandle& self) {

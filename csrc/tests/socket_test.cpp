@@ -18,10 +18,10 @@ namespace kvwire {
 namespace {
 
 struct Connection {
-    explicit Connection(const std::string& host) {
+    explicit Connection(const std::string& host, const SocketOptions& options = {}) {
         Address address{host, 0};
-        const Fd listener = listen_tcp(address, &address.port);
-        near = connect_tcp(resolve(address)[0]);
+        const Fd listener = listen_tcp(address, options, &address.port);
+        near = connect_tcp(resolve(address)[0], options);
         pollfd ready{listener.get(), POLLIN, 0};
         ::poll(&ready, 1, 10'000);
         bool would_block = false;
@@ -93,17 +93,18 @@ TEST(unread_bytes_show_in_the_send_queue) {
 
 TEST(chosen_socket_options_arrive) {
     for (const char* host : {"127.0.0.1", "::1"}) {
-        Connection connection(host);
         const SocketOptions options{"reno", 10};
         check(options);
-        apply(connection.near.get(), options);
-        char name[16] = {};
-        socklen_t bytes = sizeof name;
-        ::getsockopt(connection.near.get(), IPPROTO_TCP, TCP_CONGESTION, name, &bytes);
-        CHECK_EQ(std::string(name), "reno");
+        Connection connection(host, options);
         const bool v6 = std::string(host) == "::1";
-        CHECK_EQ(option<int>(connection.near, v6 ? IPPROTO_IPV6 : IPPROTO_IP,
-                             v6 ? IPV6_TCLASS : IP_TOS) >> 2, 10);
+        for (const Fd* end : {&connection.near, &connection.far}) {
+            char name[16] = {};
+            socklen_t bytes = sizeof name;
+            ::getsockopt(end->get(), IPPROTO_TCP, TCP_CONGESTION, name, &bytes);
+            CHECK_EQ(std::string(name), "reno");
+            CHECK_EQ(option<int>(*end, v6 ? IPPROTO_IPV6 : IPPROTO_IP,
+                                 v6 ? IPV6_TCLASS : IP_TOS) >> 2, 10);
+        }
         set_unsent_max(connection.near.get(), 98304);
         CHECK_EQ(option<int>(connection.near, IPPROTO_TCP, TCP_NOTSENT_LOWAT), 98304);
     }

@@ -41,7 +41,8 @@ Id random_id() {
 }
 
 Endpoint::Endpoint(Role role, EndpointOptions options)
-    : role_(role), options_(options), loops_(std::make_shared<Loops>(thread_count(options))),
+    : role_(role), options_((check(options.socket), options)),
+      loops_(std::make_shared<Loops>(thread_count(options))),
       notifier_(std::make_shared<Notifier>()) {}
 
 Endpoint::~Endpoint() = default;  // the two kinds close themselves
@@ -61,7 +62,7 @@ Greeting Endpoint::greeting() const {
 
 uint16_t Endpoint::listen(const Address& address) {
     uint16_t port = 0;
-    Fd listener = listen_tcp(address, &port);
+    Fd listener = listen_tcp(address, options_.socket, &port);
     loops_->call([&] {
         if (listener_) loops_->first().unwatch(listener_);
         listener_ = std::move(listener);
@@ -323,6 +324,11 @@ std::shared_ptr<Link> SenderEndpoint::link_of(const TransferHandle& handle) {
     for (const auto& [id, link] : links_)
         if (link->send.get() == handle.transfer_->home) return link;
     return nullptr;
+}
+
+Id SenderEndpoint::link_id_of(const TransferHandle& handle) {
+    const auto link = link_of(handle);
+    return link ? link->id : Id{};
 }
 
 void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items, int32_t priority) {

@@ -16,6 +16,8 @@ struct EndpointOptions {
     uint32_t connections_max = 1024;
     uint64_t connect_timeout_ns = 10'000'000'000;
     uint32_t codecs = 1;
+    SocketOptions socket;
+    uint64_t bandwidth_max_bytes_per_s = 0;  // of each link; 0: unlimited
     SendOptions send;
     ReceiveOptions receive;
 };
@@ -45,6 +47,8 @@ public:
     // Aborts what is open, closes every connection, ends the thread. Idempotent.
     void close();
     EndpointStats stats();
+    // Throws USAGE when there is no such link.
+    LinkReading read_link(const Id& link_id);
     Notifier& notifier() { return *notifier_; }
 
     // With the lock, for lanes and links.
@@ -122,6 +126,7 @@ public:
     void push(TransferHandle& handle, std::vector<Item> items, int32_t priority);
     void finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count);
     void fail(TransferHandle& handle, const Error& error);
+    Id link_id_of(const TransferHandle& handle);  // zero: none yet, or no more
 
 private:
     std::shared_ptr<TransferHandle> make(Manifest manifest, std::shared_ptr<const MemoryMap> memory,

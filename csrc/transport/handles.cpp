@@ -97,6 +97,9 @@ bool TransferHandle::add_push(uint32_t* number) {
         throw Error(ErrorCode::USAGE, "push after finish: the transfer's end has been announced");
     *number = uint32_t(pushes_.size());
     pushes_.push_back(progress_.ended ? PushState::RETURNED : PushState::LENT);
+    timing_.last_push_ns = Loops::now_ns();
+    if (timing_.first_push_ns == 0) timing_.first_push_ns = timing_.last_push_ns;
+    timing_.overlapped_bytes = progress_.verified_bytes;
     return !progress_.ended;
 }
 
@@ -125,6 +128,17 @@ bool TransferHandle::wait_push(uint32_t push, double timeout_s) const {
 std::vector<TransferHandle::PushState> TransferHandle::push_states() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return pushes_;
+}
+
+TransferHandle::Timing TransferHandle::timing() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return timing_;
+}
+
+Id TransferHandle::link() const {
+    Id id;
+    loops_->call([&] { id = endpoint_.link_id_of(*this); });
+    return id;
 }
 
 void TransferHandle::on_granted() {
@@ -157,6 +171,7 @@ void TransferHandle::on_end(const Error& error) {
         progress_.ended = true;
         progress_.error = error;
         for (PushState& push : pushes_) push = PushState::RETURNED;
+        timing_.ended_ns = Loops::now_ns();
         changed();
     }
     let_go();

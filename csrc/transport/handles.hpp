@@ -74,6 +74,13 @@ public:
     enum class PushState : uint8_t { LENT, RETURNED };
     std::vector<PushState> push_states() const;
 
+    struct Timing {
+        uint64_t first_push_ns = 0, last_push_ns = 0, ended_ns = 0;  // 0: not yet
+        uint64_t overlapped_bytes = 0;  // raw, verified when the last push was made
+    };
+    Timing timing() const;
+    Id link() const;  // zero: none yet, or no more
+
     void on_granted() override;
     void on_sent(uint64_t wire_bytes, bool again) override;
     void on_verified(uint64_t raw_bytes) override;
@@ -91,6 +98,7 @@ private:
     const uint64_t token_start_, token_stop_;
     std::vector<PushState> pushes_;
     bool finished_ = false;
+    Timing timing_;
 };
 
 class TicketHandle : public Handle, public TicketObserver {

@@ -1,5 +1,7 @@
 #include "transport/link.hpp"
 
+#include <algorithm>
+
 #include "transport/endpoint.hpp"
 
 namespace kvwire {
@@ -24,6 +26,7 @@ LaneWriter& Link::lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const
                     greeting_at::LANE_INDEX);
     if (dialling_ > 0) --dialling_;
     lanes_[lane] = std::move(socket);
+    deal_bandwidth();
     endpoint_.link_up(*this);
     return receive ? receive->lane_opened(lane)
                    : send->lane_opened(lane, peer.payload_bytes_max, peer.codecs);
@@ -34,10 +37,20 @@ void Link::lane_closed(uint32_t lane, const Lane* socket, const Error& why) {
     if (found == lanes_.end() || found->second.get() != socket) return;
     const auto alive = shared_from_this();
     lanes_.erase(found);
+    deal_bandwidth();
     receive ? receive->lane_lost(lane) : send->lane_lost(lane);
     if (this->alive()) return pump();
     lost(Error(ErrorCode::LINK_LOST, "the last lane to the peer was lost: " + why.message,
                why.expected, why.actual, why.offset));
+}
+
+// Each lane's share of the link's limit is the kernel's to keep: it spaces every segment, those
+// sent again too, and needs no thread of ours. What a lane does not use of its share is not used.
+void Link::deal_bandwidth() {
+    const uint64_t most = endpoint_.options().bandwidth_max_bytes_per_s;
+    if (most == 0 || lanes_.empty()) return;
+    const uint64_t share = std::max<uint64_t>(most / lanes_.size(), 1);
+    for (const auto& [index, lane] : lanes_) lane->pace(share);
 }
 
 void Link::lost(const Error& why) {
@@ -55,7 +68,8 @@ void Link::dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lan
         greeting.lane_count = lane_count;
         try {
             const auto socket = std::make_shared<kvwire::Lane>(
-                endpoint_, connect_tcp(addresses[lane % addresses.size()]), true);
+                endpoint_,
+                connect_tcp(addresses[lane % addresses.size()], endpoint_.options().socket), true);
             ++endpoint_.counters().connections;
             socket->start(alive, greeting);
         } catch (const Error& error) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "transport/link_reading.hpp"
 #include "transport/loop.hpp"
 #include "wire/receive_link.hpp"
 #include "wire/send_link.hpp"
@@ -29,6 +30,8 @@ public:
     // True when somebody should write: neither is it waiting for the socket, nor being done.
     bool is_idle() const { return state_ == State::OPEN && !blocked_ && !being_written_; }
     bool has_output() const { return writer_ && !writer_->empty(); }
+    LaneReading reading() const;
+    void pace(uint64_t bytes_per_s) { set_pacing_rate(fd_.get(), bytes_per_s); }
     void arm();  // its own thread will write
     void close(const Error& why, bool tell_peer);
     void flush_and_close(const Error& why);
@@ -60,6 +63,8 @@ private:
     Loop& loop_;
     Fd fd_;
     const bool dialled_;
+    static inline std::atomic<uint64_t> lanes_made_{0};
+    const uint64_t serial_ = ++lanes_made_;
     State state_ = State::CONNECTING;
     std::shared_ptr<Link> link_;
     Greeting own_;
@@ -101,13 +106,16 @@ public:
     bool alive() const { return !lanes_.empty() || dialling_ > 0; }
     size_t lane_count() const { return lanes_.size(); }
     void close(const Error& why);
+    LinkReading reading() const;  // all but what the kernel knows
 
 private:
     Endpoint& endpoint_;
+    const uint64_t born_ns_ = Loops::now_ns();
     std::map<uint32_t, std::shared_ptr<Lane>> lanes_;
     uint32_t dialling_ = 0;
     std::optional<Loops::TimerKey> expiry_;
     void schedule_expiry();
+    void deal_bandwidth();
     void lost(const Error& why);
 };
 

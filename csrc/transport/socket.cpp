@@ -15,6 +15,7 @@ namespace {
 
 constexpr int BACKLOG = 512;
 constexpr int LOOPBACK_SEND_BUFFER_BYTES = 256 << 10;
+constexpr uint32_t UNSENT_BYTES_MAX = 256 << 10;
 
 bool is_loopback(const sockaddr* name) {
     if (name->sa_family == AF_INET)
@@ -28,10 +29,13 @@ void prepare(int fd, const sockaddr* peer) {
     ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     // Loopback holds nothing on the way, so a deep queue only lets bytes fall out of the cache
     // between the kernel's two copies: a quarter of the processor time of a transfer (measured).
-    // Real links need the depth, and keep the kernel's autotuning.
+    // Real links need the depth, and keep the kernel's autotuning; there what has not left yet is
+    // kept short, so that what is urgent has little before it.
     if (is_loopback(peer))
         ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &LOOPBACK_SEND_BUFFER_BYTES,
                      sizeof LOOPBACK_SEND_BUFFER_BYTES);
+    else
+        set_unsent_max(fd, UNSENT_BYTES_MAX);
 }
 
 std::string describe(const Address& address) {
@@ -90,12 +94,13 @@ std::vector<std::vector<uint8_t>> resolve(const Address& address) {
     return result;
 }
 
-Fd listen_tcp(const Address& address, uint16_t* port) {
+Fd listen_tcp(const Address& address, const SocketOptions& options, uint16_t* port) {
     const auto resolved = resolve(address);
     const auto* name = reinterpret_cast<const sockaddr*>(resolved[0].data());
     Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     const int one = 1;
     if (fd) ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    apply(fd.get(), options);
     if (!fd || ::bind(fd.get(), name, socklen_t(resolved[0].size())) != 0 ||
         ::listen(fd.get(), BACKLOG) != 0)
         throw Error(ErrorCode::USAGE,
@@ -120,11 +125,12 @@ Fd accept_tcp(const Fd& listener, bool* would_block) {
     return fd;
 }
 
-Fd connect_tcp(const std::vector<uint8_t>& socket_address) {
+Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& options) {
     const auto* name = reinterpret_cast<const sockaddr*>(socket_address.data());
     Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     if (!fd) throw Error(ErrorCode::CONNECT_FAILED, "socket: " + error_text(errno));
     prepare(fd.get(), name);
+    apply(fd.get(), options);
     if (::connect(fd.get(), name, socklen_t(socket_address.size())) != 0 && errno != EINPROGRESS)
         throw Error(ErrorCode::CONNECT_FAILED, "connect: " + error_text(errno));
     return fd;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/error.hpp"
+#include "transport/socket_options.hpp"
 
 namespace kvwire {
 
@@ -37,11 +38,12 @@ struct Address {
 std::vector<std::vector<uint8_t>> resolve(const Address& address);
 
 // Throws USAGE when the address cannot be listened on. `port` comes back as bound.
-Fd listen_tcp(const Address& address, uint16_t* port);
-Fd accept_tcp(const Fd& listener, bool* would_block);  // an empty Fd when there is none
+Fd listen_tcp(const Address& address, const SocketOptions& options, uint16_t* port);
+// An empty Fd when there is none. The listener's options are inherited.
+Fd accept_tcp(const Fd& listener, bool* would_block);
 
 // Starts connecting; completion shows as writability.
-Fd connect_tcp(const std::vector<uint8_t>& socket_address);
+Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& options);
 int connect_result(const Fd& fd);  // errno of the finished attempt, 0: connected
 
 enum class IoStatus { OK, WOULD_BLOCK, CLOSED, FAILED };

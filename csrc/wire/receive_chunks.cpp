@@ -122,6 +122,7 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     chunk.state = Chunk::VERIFIED;
     chunk.raw_crc = header.raw_crc;
     ++work.verified;
+    verified_bytes_ += header.raw_bytes;
     transfer.ticket->observer().on_bytes(header.raw_bytes, header.payload_bytes,
                                          chunk.failures != 0);
     owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});

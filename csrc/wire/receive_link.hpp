@@ -74,6 +74,7 @@ public:
     void send_close() override;
     bool has_output(uint32_t lane) const { return !lanes_.at(lane).writer.empty(); }
     size_t open_transfers() const override { return transfers_.size(); }
+    uint64_t verified_bytes() const { return verified_bytes_; }  // raw
 
 private:
     static constexpr uint64_t SEGMENT_STATE_BYTES = 96;  // a Segment and its place in the map
@@ -186,6 +187,7 @@ private:
     uint64_t state_bytes_ = 0;
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
+    uint64_t verified_bytes_ = 0;
     uint32_t lane_heard_ = 0;  // the latest that spoke: surely the peer still has it
 };
 

@@ -261,6 +261,7 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
+    transfer.pushed_bytes += announcement.raw_bytes;
     transfer.segments.push_back(std::move(segment));
 }
 
@@ -296,7 +297,7 @@ void SendLink::on_chunk_receipt(SendTransfer& transfer, SendTransfer::Segment& s
         ++segment.receipted;
         verified_bytes += bytes;
     }
-    if (verified_bytes) transfer.observer.on_verified(verified_bytes);
+    if (verified_bytes) verified(transfer, verified_bytes);
 }
 
 void SendLink::on_segment_receipt(SendTransfer& transfer, SendTransfer::Segment& segment,
@@ -348,6 +349,18 @@ void SendLink::on_done(SendTransfer& transfer, ByteSpan payload) {
     end(transfer, Error{});
 }
 
+void SendLink::verified(SendTransfer& transfer, uint64_t raw_bytes) {
+    transfer.verified_bytes += raw_bytes;
+    verified_bytes_ += raw_bytes;
+    transfer.observer.on_verified(raw_bytes);
+}
+
+uint64_t SendLink::backlog_bytes() const {
+    uint64_t bytes = 0;
+    for (const auto& transfer : order_) bytes += transfer->pushed_bytes - transfer->verified_bytes;
+    return bytes;
+}
+
 void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment) {
     if (segment.complete) return;
     segment.complete = true;
@@ -360,7 +373,7 @@ void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& s
             transfer.in_flight_bytes -= bytes;
         verified_bytes += bytes;
     }
-    if (verified_bytes) transfer.observer.on_verified(verified_bytes);
+    if (verified_bytes) verified(transfer, verified_bytes);
     detach(segment);
     segment.chunks = {};
     segment.placement = {};

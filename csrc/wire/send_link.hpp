@@ -96,6 +96,7 @@ public:
     uint32_t segments_ended = 0, segments_complete = 0;
     std::deque<std::pair<uint32_t, uint32_t>> resend;  // (segment, chunk)
     uint64_t in_flight_bytes = 0;
+    uint64_t pushed_bytes = 0, verified_bytes = 0;  // raw
     bool finished = false;
     Bytes end_metadata;
     uint16_t end_metadata_count = 0;
@@ -144,6 +145,8 @@ public:
 
     void send_close() override;
     size_t open_transfers() const override { return order_.size(); }
+    uint64_t verified_bytes() const { return verified_bytes_; }
+    uint64_t backlog_bytes() const;  // pushed, of open transfers, and not verified
 
 private:
     struct Lane {
@@ -190,6 +193,7 @@ private:
     void end(SendTransfer& transfer, const Error& error);
     void requeue(SendTransfer& transfer, uint32_t lane);
     void repeat_control();
+    void verified(SendTransfer& transfer, uint64_t raw_bytes);
     void detach(const SendTransfer::Segment& segment);
 
     OfferBook& offers_;
@@ -199,6 +203,7 @@ private:
     std::vector<std::shared_ptr<SendTransfer>> order_;  // oldest first
     Turns<SendTransfer> turns_;  // a transfer without work leaves, and wake() brings it back
     uint64_t opened_ = 0;
+    uint64_t verified_bytes_ = 0;
     std::deque<std::pair<Id, Error>> recent_aborts_;
     uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
     uint32_t peer_codecs_ = 1;

@@ -1,0 +1,43 @@
+#include "transport/link_reading.hpp"
+
+#include <fcntl.h>
+
+#include "transport/endpoint.hpp"
+
+namespace kvwire {
+
+LaneReading Lane::reading() const {
+    LaneReading reading;
+    reading.index = own_.lane_index;
+    reading.serial = serial_;
+    reading.queued_bytes = writer_ ? writer_->queued_bytes() : 0;
+    reading.socket = Fd(::fcntl(fd_.get(), F_DUPFD_CLOEXEC, 0));
+    return reading;
+}
+
+LinkReading Link::reading() const {
+    LinkReading reading;
+    reading.born_ns = born_ns_;
+    reading.verified_bytes = send ? send->verified_bytes() : receive->verified_bytes();
+    reading.backlog_bytes = send ? send->backlog_bytes() : 0;
+    for (const auto& [index, lane] : lanes_) reading.lanes.push_back(lane->reading());
+    return reading;
+}
+
+LinkReading Endpoint::read_link(const Id& link_id) {
+    LinkReading reading;
+    bool found = false;
+    loops_->call([&] {
+        if (const auto link = find_link(link_id)) {
+            found = true;
+            reading = link->reading();
+        }
+    });
+    if (!found) throw Error(ErrorCode::USAGE, "there is no link " + hex(link_id) + " any more");
+    for (LaneReading& lane : reading.lanes)
+        lane.tcp = tcp_info(lane.socket.get()).value_or(TcpInfo{});
+    reading.now_ns = Loops::now_ns();
+    return reading;
+}
+
+}  // namespace kvwire
