@@ -56,7 +56,7 @@ class Endpoint:
         self._watch: CongestionWatch | None = None
         self._pid = os.getpid()
         self._lent: dict[int, tuple[object, object]] = {}  # native handle, memory
-        self._lent_lock = threading.Lock()
+        self._lent_lock = threading.RLock()  # a collection may end handles while it is held
         self._close_lock = threading.Lock()
         self._waiters: dict[int, list[tuple[Callable[[], bool], asyncio.Future]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,7 +134,7 @@ class Endpoint:
         with self._lent_lock:
             for number, (lent, _) in list(self._lent.items()):
                 if _has_ended(lent):
-                    del self._lent[number]
+                    self._lent.pop(number, None)
             self._lent[native_handle.number] = (native_handle, memory)
 
     def _return(self, native_handle: object) -> None:

@@ -259,6 +259,30 @@ def test_a_ticket_id_is_bound_once():
     """, "refused", "False 0")
 
 
+@pytest.mark.timeout(20)
+def test_handles_may_be_collected_inside_any_call():
+    """An error's traceback makes a cycle of them; a collection frees it wherever it happens."""
+    class Collecting(dict):
+        def items(self):
+            gc.collect()
+            return super().items()
+
+    began = time.monotonic()
+    with kvwire.Receiver() as receiver:
+        receiver._lent = Collecting(receiver._lent)
+        gc.disable()
+        try:
+            ended = kvwire.receive(receiver, {"x": np.zeros(10, np.uint8)})
+            ended.cancel()
+            ended.cycle, gone = ended, weakref.ref(ended)
+            del ended
+            kvwire.receive(receiver, {"x": np.zeros(10, np.uint8)}).cancel()
+            assert gone() is None
+        finally:
+            gc.enable()
+    assert time.monotonic() - began < 10, "a timeout inside __del__ is not raised"
+
+
 def test_the_interpreter_ends_with_transfers_open():
     prints("""
         receiver = kvwire.Receiver()
