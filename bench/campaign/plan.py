@@ -271,7 +271,7 @@ def _stopped(rng: random.Random, plan: Plan) -> None:
 
 
 def _short_of_memory(rng: random.Random, plan: Plan) -> None:
-    plan.misfortune = Misfortune("memory", _side(rng), 0, rng.choice((1, 4, 12, 30, 80)) << 20)
+    plan.misfortune = Misfortune("memory", _side(rng), 0, rng.choice((3, 8, 12, 30, 80)) << 20)
 
 
 def _short_of_files(rng: random.Random, plan: Plan) -> None:

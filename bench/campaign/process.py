@@ -35,6 +35,7 @@ class Peer:
 
     Attributes:
         died: None while the process runs, then its exit code.
+        hangs: it has not answered a call in time.
     """
 
     def __init__(self, kind: type):
@@ -44,6 +45,7 @@ class Peer:
         self._process = context.Process(target=_serve, args=(theirs, kind), daemon=True)
         self._process.start()
         theirs.close()
+        self.hangs = False
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future] = {}
         self._loop = asyncio.get_running_loop()
@@ -57,10 +59,11 @@ class Peer:
         try:
             self._pipe.send((number, method, arguments))
             return await asyncio.wait_for(future, timeout_s)
+        except asyncio.TimeoutError:  # in later Pythons an OSError, too
+            self.hangs = True
+            raise PeerHangs(f"{method} has not answered within {timeout_s:.0f} s") from None
         except OSError as error:
             raise PeerDied(str(error)) from None
-        except asyncio.TimeoutError:
-            raise PeerHangs(f"{method} has not answered within {timeout_s} s") from None
         finally:
             self._waiting.pop(number, None)
 
@@ -72,10 +75,10 @@ class Peer:
         """End the process, whatever it does."""
         if self._pipe.closed:
             return
-        self._loop.remove_reader(self._pipe.fileno())
-        self._pipe.close()
         self._process.kill()
         self._process.join()
+        self._ended()
+        self._pipe.close()
 
     @property
     def died(self) -> int | None:
@@ -85,11 +88,8 @@ class Peer:
         try:
             number, good, result = self._pipe.recv()
         except (EOFError, OSError):
-            self._loop.remove_reader(self._pipe.fileno())
             self._process.join(_END_TIMEOUT_S)
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(PeerDied("the process has ended"))
+            self._ended()
             return
         future = self._waiting.get(number)
         if future is not None and not future.done():
@@ -97,6 +97,12 @@ class Peer:
                 future.set_result(result)
             else:
                 future.set_exception(PeerFailed(result))
+
+    def _ended(self) -> None:
+        self._loop.remove_reader(self._pipe.fileno())
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(PeerDied("the process has ended"))
 
 
 def _serve(pipe, kind: type) -> None:

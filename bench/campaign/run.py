@@ -7,7 +7,7 @@ import secrets
 import signal
 import tempfile
 from collections.abc import Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class Pair:
     def side(self, name: str) -> Peer:
         return self.sending if name == "sending" else self.receiving
 
+    @property
+    def broken(self) -> bool:
+        return any(peer.hangs or peer.died is not None for peer in (self.sending, self.receiving))
+
     def close(self) -> None:
         self.sending.close()
         self.receiving.close()
@@ -52,7 +56,7 @@ class Runner:
     """Carries out plans, many at a time, over one long-lived pair of processes."""
 
     def __init__(self):
-        self._exits = AsyncExitStack()
+        self._renewing = asyncio.Lock()
         self.pair: Pair | None = None
 
     async def __aenter__(self) -> Runner:
@@ -81,8 +85,10 @@ class Runner:
             return
         pair = self.pair
         yield pair
-        if self.pair is pair and None not in (pair.sending.died, pair.receiving.died):
-            self.pair = await Pair().start()
+        async with self._renewing:
+            if self.pair is pair and pair.broken:
+                self.pair = await Pair().start()
+                pair.close()
 
     async def _file_run(self, plan: Plan) -> Verdict:
         """Save one cargo in peace, another one over it in trouble, and load what is there."""
