@@ -15,6 +15,7 @@ constexpr size_t TURN_BYTES = 8 << 20;
 constexpr size_t ANSWERS_BYTES_MAX = 256 << 10;
 
 constexpr int RECEIVE_MARK_BYTES = 64 << 10;
+constexpr size_t LOOK_BYTES = 2 << 20;
 
 size_t total(const iovec* iov, size_t count) {
     size_t bytes = 0;
@@ -160,6 +161,7 @@ void Lane::greeted(const Greeting& peer) {
 void Lane::open(const Greeting& peer) {
     writer_ = &link_->lane_opened(peer.lane_index, shared_from_this(), peer);
     state_ = State::OPEN;
+    follows_ = is_same_host(fd_) && 2 * own_.lane_count > Affinity::cores();
     reader_ = std::make_unique<LaneReader>(
         link_->machine(), peer.lane_index,
         FrameLimits{own_.payload_bytes_max, own_.control_bytes_max});
@@ -204,7 +206,15 @@ IoResult Lane::receive_section(Lock& lock, const iovec* iov, size_t count) {
     const IoResult got = receive(fd_, iov, count);
     if (got.status == IoStatus::OK) reader_->digest(got.bytes);
     reader_->end_section();
+    if (follows_) follow(got.bytes);
     return got;
+}
+
+void Lane::follow(size_t bytes) {
+    unlooked_bytes_ += bytes;
+    if (unlooked_bytes_ < LOOK_BYTES) return;
+    unlooked_bytes_ = 0;
+    loop_.follow(incoming_core(fd_));
 }
 
 // Inside a chunk there is nothing to do for less than a good part of what is left of it: without

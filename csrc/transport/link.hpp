@@ -47,6 +47,7 @@ private:
     void greeted(const Greeting& peer);
     void open(const Greeting& peer);
     void mark();
+    void follow(size_t bytes);
     void write(Lock& lock);
     void write_greeting();
     bool write_batch(Lock& lock, size_t* bytes);
@@ -76,6 +77,8 @@ private:
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
     uint32_t interest_ = 0;
+    bool follows_ = false;       // its thread goes where its bytes come in
+    size_t unlooked_bytes_ = 0;  // since it looked where; its own thread's
     int mark_ = 1;  // bytes that make the socket readable; its own thread's
     bool being_written_ = false;
     std::atomic<bool> reading_{false}, writing_{false};  // in a section

@@ -20,6 +20,7 @@ constexpr uint64_t FOR_EVER = ~uint64_t(0);
 constexpr uint64_t POLL_NS = 50'000;
 constexpr size_t BULK_BYTES = 64 << 10;
 constexpr uint64_t BULK_NS = 2'000'000;
+constexpr int LET_GO_MS = 100;
 }  // namespace
 
 Loop::Loop()
@@ -136,8 +137,11 @@ int Loop::wait(epoll_event* events, int wait_ms) {
         if (count != 0) return count;
         ::sched_yield();
     }
+    if (affinity_.holds(start_ns) && (wait_ms < 0 || wait_ms > LET_GO_MS)) wait_ms = LET_GO_MS;
     return ::epoll_wait(epoll_.get(), events, EVENTS_MAX, wait_ms);
 }
+
+void Loop::follow(int core) { affinity_.follow(core, Loops::now_ns()); }
 
 uint64_t Loops::now_ns() {
     timespec now;

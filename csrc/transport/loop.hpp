@@ -14,6 +14,7 @@
 #include <unistd.h>
 #include <vector>
 
+#include "transport/affinity.hpp"
 #include "transport/socket.hpp"
 
 namespace kvwire {
@@ -65,6 +66,9 @@ public:
     // So many bytes were sent or received for a handler; from any thread.
     void moved(size_t bytes) { moved_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
 
+    // On its own thread: the bytes that it reads come in on this core.
+    void follow(int core);
+
     // Runs until stop(). `between` is called before each wait and returns how long that may last,
     // in milliseconds, -1: for ever.
     void start(std::function<int()> between);
@@ -86,6 +90,7 @@ private:
     std::atomic<uint64_t> internal_errors_{0};
     std::atomic<size_t> moved_bytes_{0};  // since the last wait
     uint64_t polls_from_ns_ = 0;          // not before: this loop is busy with bulk
+    Affinity affinity_;
     struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
     std::mutex watches_mutex_;
     std::map<int, Watch> watches_;

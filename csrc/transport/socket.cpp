@@ -157,6 +157,19 @@ void set_receive_mark(const Fd& fd, int bytes) {
     ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof bytes);
 }
 
+int incoming_core(const Fd& fd) {
+    int core = -1;
+    socklen_t bytes = sizeof core;
+    return ::getsockopt(fd.get(), SOL_SOCKET, SO_INCOMING_CPU, &core, &bytes) == 0 ? core : -1;
+}
+
+bool is_same_host(const Fd& fd) {
+    sockaddr_storage peer{};
+    socklen_t bytes = sizeof peer;
+    auto* name = reinterpret_cast<sockaddr*>(&peer);
+    return ::getpeername(fd.get(), name, &bytes) == 0 && is_loopback(name);
+}
+
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count) {
     msghdr message{};
     message.msg_iov = const_cast<iovec*>(iov);

@@ -55,6 +55,9 @@ struct IoResult {
 IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count);
 // The socket counts as readable when it holds so many bytes.
 void set_receive_mark(const Fd& fd, int bytes);
+// The core that took in the latest bytes, -1: not known.
+int incoming_core(const Fd& fd);
+bool is_same_host(const Fd& fd);  // as far as the peer's address tells
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count);
 
 std::string error_text(int error);
