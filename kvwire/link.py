@@ -27,8 +27,9 @@ class LinkOptions:
 
     Attributes:
         congestion_control: "bbr", "cubic", "reno" or what else the kernel has; None: its default.
-        bandwidth_max_gbps: 10^9 bits a second that all lanes of a link together may put on the
-            network, retransmissions and headers included; None: no limit.
+        bandwidth_max_gbps: 10^9 bits a second that all lanes of a link together may send,
+            retransmissions included, headers of TCP and below not (6 % at an MTU of 1500). Each
+            lane has an equal share, whether it uses it or not. None: no limit.
         dscp: differentiated-services mark of every datagram, 0 to 63; None: the system's.
     """
 

@@ -16,7 +16,7 @@ void check(const SocketOptions& options);
 // Of a socket in any state. What the kernel refuses here it has accepted in check().
 void apply(int fd, const SocketOptions& options);
 
-// 0: unlimited. Counts all that TCP sends, retransmissions and headers included.
+// 0: unlimited. Counts what TCP carries, retransmissions included.
 void set_pacing_rate(int fd, uint64_t bytes_per_s);
 // The socket counts as writable only while less than this waits unsent in the kernel.
 void set_unsent_max(int fd, uint32_t bytes);
