@@ -217,7 +217,7 @@ class Bench:
         received = said["end"]["sum_received"]
         return Run(received["seconds"], received["bytes"], received["bytes"], None)
 
-    def _watched(self, watch: Callable[[float, int], None] | None) -> int:
+    def _watched(self, watch: Callable[[float, int], None] | None) -> object:
         """Return the receiving side's answer; meanwhile show how far it is."""
         answer = self._waiter.submit(self.receiving.answer)
         began, start = time.monotonic(), self._delivered_bytes()
@@ -302,6 +302,8 @@ def blackholed(link: Link, options: argparse.Namespace) -> dict[str, object]:
         if run.seconds < needed_s:
             raise RuntimeError(f"the transfer took {run.seconds:.1f} s, less than the "
                                f"{needed_s:.0f} s of the case: more --bytes")
+        if link.stats()["left"]["blackholed"] == 0:
+            raise RuntimeError("nothing was sent on the lane that was swallowed")
     except (RuntimeError, OSError) as error:
         progress("")
         print(f"kvwire: {error}", file=sys.stderr)
@@ -394,8 +396,10 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bytes", type=size, default="1GiB", help="payload; %(default)s")
     parser.add_argument("--lanes", type=int, help="of kvwire; its own choice")
     parser.add_argument("--codec", default="raw", help="of kvwire; %(default)s")
-    parser.add_argument("--rounds", type=int, default=1,
-                        help="runs of each system over the same connections; %(default)s")
+    parser.add_argument("--rounds", type=int, default=3,
+                        help="runs of each system, all but iperf3's over the same connections, "
+                             "so that only the first starts slowly; the median counts; "
+                             "%(default)s")
     parser.add_argument("--systems", default=",".join(SYSTEMS),
                         help="comma-separated; NAME-pN: N connections; also the peers "
                              f"{','.join(PEERS)}; %(default)s")
