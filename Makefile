@@ -10,10 +10,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST := $(VENV)/bin/pytest -q
 SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(filter csrc/tests/%, $(SOURCES))
+TEST_SOURCES := $(filter csrc/tests/% csrc/fuzz/%, $(SOURCES))
 NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
 
-.PHONY: demo test test-long test-vllm bench peers build cpp-test tsan-test clean
+.PHONY: demo test test-long test-vllm bench peers build cpp-test tsan-test fuzz fuzz-short \
+    fuzz-targets clean
 
 demo: build
 	$(VENV)/bin/kvwire demo
@@ -79,7 +80,7 @@ $(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py
 
 # All of csrc but the binding, and the C++ tests, under the sanitizers. Needs no Python.
 SANITIZED := .build/sanitized
-SANITIZED_SOURCES := $(filter-out csrc/bind/%, $(filter csrc/%.cpp, $(SOURCES)))
+SANITIZED_SOURCES := $(filter-out csrc/bind/% csrc/fuzz/%, $(filter csrc/%.cpp, $(SOURCES)))
 SANITIZED_OBJECTS := $(patsubst %.cpp, $(SANITIZED)/%.o, $(SANITIZED_SOURCES))
 CHECKED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
     -fno-omit-frame-pointer -fno-sanitize-recover=all
@@ -114,7 +115,36 @@ $(TSAN)/%.o: %.cpp
 	@mkdir -p $(@D) && echo "thread-checked $<"
 	@$(CXX) $(TSAN_FLAGS) -MMD -MP -c $< -o $@
 
+# The libFuzzer targets, one for each csrc/fuzz/*_fuzz.cpp. The harness itself is no place to look
+# for new branches, so its comparisons are not traced.
+FUZZ_CXX ?= clang++
+FUZZ_BUILD := .build/fuzz
+FUZZ_SOURCES := $(filter-out $(TEST_SOURCES) csrc/transport/%, $(SANITIZED_SOURCES))
+FUZZ_OBJECTS := $(patsubst %.cpp, $(FUZZ_BUILD)/%.o, $(FUZZ_SOURCES))
+FUZZ_PROGRAMS := $(patsubst csrc/fuzz/%_fuzz.cpp, $(FUZZ_BUILD)/%, $(wildcard csrc/fuzz/*.cpp))
+FUZZ_FLAGS := $(SANITIZED_FLAGS) -O2 -g1 -fsanitize=fuzzer-no-link
+
+# e.g. make fuzz FUZZ="--seconds 600 --targets receive,send"
+fuzz: fuzz-targets build
+	$(PY) -m bench.fuzz $(FUZZ)
+
+fuzz-short: fuzz-targets build
+	$(PY) -m bench.fuzz --seconds 18 --json $(FUZZ_BUILD)/short.json
+
+fuzz-targets:
+	$(call require,command -v $(FUZZ_CXX),clang and its runtime,clang libclang-rt-dev)
+	@$(MAKE) --no-print-directory -j2 $(FUZZ_PROGRAMS)
+
+$(FUZZ_PROGRAMS): $(FUZZ_BUILD)/%: $(FUZZ_BUILD)/csrc/fuzz/%_fuzz.o $(FUZZ_OBJECTS)
+	@$(FUZZ_CXX) -fsanitize=fuzzer,address,undefined -pthread $^ -o $@ -ldl
+
+$(FUZZ_BUILD)/csrc/fuzz/%.o: FUZZ_FLAGS += -fno-sanitize-coverage=trace-cmp
+$(FUZZ_BUILD)/%.o: %.cpp
+	@mkdir -p $(@D) && echo "to fuzz $<"
+	@$(FUZZ_CXX) $(FUZZ_FLAGS) -MMD -MP -c $< -o $@
+
 -include $(SANITIZED_OBJECTS:.o=.d) $(TSAN_OBJECTS:.o=.d)
+-include $(shell find $(FUZZ_BUILD)/csrc -name '*.d' 2>/dev/null)
 
 clean:
 	rm -rf $(VENV) .build build kvwire.egg-info kvwire/_native*.so

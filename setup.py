@@ -78,7 +78,7 @@ def cuda_library_dir():
 sources = sorted(
     path
     for path in glob("csrc/**/*.cpp", recursive=True)
-    if not path.startswith("csrc/tests/")
+    if not path.startswith(("csrc/tests/", "csrc/fuzz/"))
 )
 headers = sorted(glob("csrc/**/*.hpp", recursive=True) + glob("kernels/*.cuh"))
 

@@ -36,7 +36,7 @@ def library(source: Path) -> Path:
 def program(source: Path) -> Path:
     """Return `source` linked with all of csrc but the Python binding."""
     core = sorted(p for p in (ROOT / "csrc").rglob("*.cpp")
-                  if p.relative_to(ROOT / "csrc").parts[0] not in ("bind", "tests"))
+                  if p.relative_to(ROOT / "csrc").parts[0] not in ("bind", "fuzz", "tests"))
     headers = sorted((ROOT / "csrc").rglob("*.hpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda path: _object(path, headers), [source, *core]))

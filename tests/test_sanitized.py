@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 BUILD_AND_RUN_SECONDS_MAX = 900
 
 
-def missing_tool(directory, sanitizers):
+def missing_tool(directory, sanitizers, compiler=None):
     """What a build with these sanitizers lacks here, or ''."""
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler = (compiler or os.environ.get("CXX", "g++")).split()
     for tool in ("make", compiler[0]):
         if shutil.which(tool) is None:
             return tool

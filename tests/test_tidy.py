@@ -24,6 +24,7 @@ CPP_ARROWS = {
     "wire": {"plan", "codec", "checksum", "base"},
     "transport": {"wire", "plan", "codec", "checksum", "base"},
     "bind": {"transport", "wire", "plan", "codec", "checksum", "base"},
+    "fuzz": {"tests", "wire", "plan", "codec", "checksum", "base"},
 }
 
 

@@ -40,7 +40,7 @@ public:
 
     void open_lane(uint32_t lane) {
         writers_[lane] = &open_writer(lane);
-        readers_[lane] = std::make_unique<LaneReader>(machine(), lane, FrameLimits{});
+        readers_[lane] = std::make_unique<LaneReader>(handler(), lane, FrameLimits{});
     }
 
     bool is_open(uint32_t lane) const { return readers_.count(lane) != 0; }
@@ -51,14 +51,7 @@ public:
     }
 
     void feed(uint32_t lane, const uint8_t* data, size_t size) {
-        if (!is_open(lane)) return;
-        try {
-            feed_reader(*readers_.at(lane), data, size);
-        } catch (const Error& error) {
-            before_writing(lane);
-            writers_.at(lane)->control(FrameType::ABORT, Id{}, 0, encode(error));
-            close(lane, error);
-        }
+        guarded(lane, [&](LaneReader& reader) { feed_reader(reader, data, size); });
     }
     void feed(uint32_t lane, const Bytes& bytes) { feed(lane, bytes.data(), bytes.size()); }
 
@@ -93,10 +86,23 @@ public:
 
 protected:
     virtual Machine& machine() = 0;
+    virtual FrameHandler& handler() { return machine(); }
     virtual LaneWriter& open_writer(uint32_t lane) = 0;
     virtual void before_writing(uint32_t lane) = 0;
 
-private:
+    // What `step` throws closes the lane, with an ABORT as the last word.
+    template <class Step>
+    void guarded(uint32_t lane, Step&& step) {
+        if (!is_open(lane)) return;
+        try {
+            step(*readers_.at(lane));
+        } catch (const Error& error) {
+            before_writing(lane);
+            writers_.at(lane)->control(FrameType::ABORT, Id{}, 0, encode(error));
+            close(lane, error);
+        }
+    }
+
     void close(uint32_t lane, const Error& why) {
         errors_[lane] = why;
         if (why.code != ErrorCode::PEER_CLOSED)
@@ -123,14 +129,16 @@ private:
 
     std::map<uint32_t, std::unique_ptr<LaneReader>> readers_;
     std::map<uint32_t, LaneWriter*> writers_;
+
+private:
     std::map<uint32_t, Error> errors_;
     std::map<uint32_t, Bytes> last_words_;
 };
 
-// A receiver with one ticket, whose memory is gone the moment it ends.
-class ReceiverEnd : public LinkEnd<ReceiveLink>, public TicketObserver {
+// One bound ticket, whose memory is gone the moment it ends.
+class Destination : public TicketObserver {
 public:
-    ReceiverEnd() : link(tickets, with_all_codecs(), [] {}) {}
+    explicit Destination(TicketBook& book) : book_(book) {}
 
     void bind(const Manifest& expected, Random& random, bool paged = false) {
         manifest = expected;
@@ -147,13 +155,7 @@ public:
         options.destination_rank = expected.destination_rank;
         options.destination_rank_count = expected.destination_rank_count;
         ticket = std::make_shared<Ticket>(options, memory->map, *this);
-        tickets.add(ticket);
-        link.ticket_added(options.id);
-    }
-
-    void cancel() {
-        ticket->fail(Error(ErrorCode::CANCELLED, "the receiver cancelled"));
-        link.pull_withdrawn(ticket->options().id);
+        book_.add(ticket);
     }
 
     void on_bytes(uint64_t, uint64_t, bool) override { CHECK(!ended); }
@@ -171,7 +173,7 @@ public:
         for (const auto& [layer, bytes] : ready) CHECK(bytes == layer_content(layer));
         delivered = content(manifest, all_items(manifest), *memory->map);
         memory->free();
-        tickets.remove(ticket->options().id);
+        book_.remove(ticket->options().id);
     }
 
     bool complete() const { return ended && error.code == ErrorCode::OK; }
@@ -183,6 +185,38 @@ public:
     bool ended = false;
     Error error;
     Bytes delivered;
+
+private:
+    // Of a window only the newest tokens count: older ones may come after the layer is ready.
+    Bytes layer_content(uint32_t layer) const {
+        std::vector<Item> items;
+        for (Item item : all_items(manifest)) {
+            const uint64_t window = manifest.groups[item.group].window_tokens;
+            if (window && item.token_stop - item.token_start > window)
+                item.token_start = item.token_stop - window;
+            if (item.layer == layer) items.push_back(item);
+        }
+        return content(manifest, items, *memory->map);
+    }
+
+    TicketBook& book_;
+};
+
+// A receiver with one ticket.
+class ReceiverEnd : public LinkEnd<ReceiveLink>, public Destination {
+public:
+    ReceiverEnd() : Destination(tickets), link(tickets, with_all_codecs(), [] {}) {}
+
+    void bind(const Manifest& expected, Random& random, bool paged = false) {
+        Destination::bind(expected, random, paged);
+        link.ticket_added(ticket->options().id);
+    }
+
+    void cancel() {
+        ticket->fail(Error(ErrorCode::CANCELLED, "the receiver cancelled"));
+        link.pull_withdrawn(ticket->options().id);
+    }
+
     TicketBook tickets;
     ReceiveLink link;
 
@@ -195,18 +229,6 @@ private:
     ReceiveLink& machine() override { return link; }
     LaneWriter& open_writer(uint32_t lane) override { return link.lane_opened(lane); }
     void before_writing(uint32_t) override { link.flush(); }
-
-    // Of a window only the newest tokens count: older ones may come after the layer is ready.
-    Bytes layer_content(uint32_t layer) const {
-        std::vector<Item> items;
-        for (Item item : all_items(manifest)) {
-            const uint64_t window = manifest.groups[item.group].window_tokens;
-            if (window && item.token_stop - item.token_start > window)
-                item.token_start = item.token_stop - window;
-            if (item.layer == layer) items.push_back(item);
-        }
-        return content(manifest, items, *memory->map);
-    }
 };
 
 // The owner of one transfer: overwrites what comes back to it, and frees it all at the end.

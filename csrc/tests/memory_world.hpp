@@ -98,7 +98,7 @@ private:
         size_t bytes = size_t(stride);
         if (tensor.has_tokens()) bytes = add_tokens(held, group, bytes, random, paged);
         arrays_.emplace_back(bytes + 2 * GUARD_BYTES);
-        for (uint8_t& byte : arrays_.back()) byte = uint8_t(random());
+        random.fill(arrays_.back());
         held.base = arrays_.back().data() + GUARD_BYTES;
         (*map)[{group.kind, layer, tensor.leaf_name(leaf)}] = held;
     }

@@ -10,16 +10,65 @@
 #include <utility>
 #include <vector>
 
+#include "base/bytes.hpp"
 #include "checksum/crc32c.hpp"
 #include "plan/placement.hpp"
 #include "tests/test.hpp"
 
 namespace kvwire::test {
 
-using Random = std::mt19937_64;
+// Choices from a seed, or from a fuzzer's bytes as long as they last.
+class Random {
+public:
+    using result_type = uint64_t;
+    explicit Random(uint64_t seed) : engine_(seed) {}
+    explicit Random(ByteSpan choices) : is_fuzzed_(true), choices_(choices) {}
+
+    static constexpr uint64_t min() { return 0; }
+    static constexpr uint64_t max() { return UINT64_MAX; }
+    uint64_t operator()() {  // a byte in every place: who shuffles may look at any of them
+        return has_choices() ? take() * 0x0101010101010101 : engine_();
+    }
+
+    bool has_choices() const { return choices_.size > 0; }
+    uint64_t pick(uint64_t low, uint64_t high) {
+        if (!has_choices()) return low + engine_() % (high - low + 1);
+        uint64_t value = 0;
+        for (uint64_t span = high - low; span > 0 && has_choices(); span >>= 8)
+            value = value << 8 | take();
+        return low + value % (high - low + 1);
+    }
+
+    // Contents are no choices; the fuzzer wants them fast.
+    void fill(std::vector<uint8_t>& bytes) {
+        if (!is_fuzzed_) {
+            for (uint8_t& byte : bytes) byte = uint8_t(engine_());
+            return;
+        }
+        static const std::vector<uint8_t> ready = made(5003);  // no multiple of a chunk
+        for (size_t at = 0; at < bytes.size(); at += ready.size())
+            std::memcpy(&bytes[at], ready.data(), std::min(ready.size(), bytes.size() - at));
+    }
+
+private:
+    uint64_t take() {
+        --choices_.size;
+        return *choices_.data++;
+    }
+
+    static std::vector<uint8_t> made(size_t count) {
+        std::vector<uint8_t> bytes(count);
+        Random(count).fill(bytes);
+        return bytes;
+    }
+
+    std::mt19937_64 engine_;
+    bool is_fuzzed_ = false;
+    ByteSpan choices_;
+};
 
 inline uint64_t pick(Random& random, uint64_t low, uint64_t high) {  // both included
-    return low + random() % (high - low + 1);
+    return random.pick(low, high);
 }
 
 inline GroupDesc group_of(TensorDesc tensor, GroupKind kind = GroupKind::FULL_ATTENTION) {
@@ -68,14 +117,116 @@ struct World {
             for (int64_t id : *held.block_ids) blocks = std::max(blocks, id + 1);
         }
         arrays.emplace_back(static_cast<size_t>(stride * blocks) + 64);
-        for (uint8_t& byte : arrays.back()) byte = static_cast<uint8_t>(random());
+        random.fill(arrays.back());
         held.base = arrays.back().data() + 32 + low;
         memory[{group.kind, item.layer, leaf}] = held;
     }
 };
 
+// Slices of `full` on the wire, and a memory slice around each.
+inline Slice random_slice(Random& random, const std::string& name) {
+    const uint32_t full = pick(random, 1, 6), start = pick(random, 0, full - 1);
+    return {name, full, start, static_cast<uint32_t>(pick(random, start + 1, full))};
+}
+
+inline LeafMemory::AxisStride around(Random& random, Axis axis, const Slice& wire) {
+    LeafMemory::AxisStride held;
+    held.axis = axis;
+    held.full = wire.full;
+    held.start = pick(random, 0, wire.start);
+    held.stop = pick(random, wire.stop, wire.full);
+    if (axis == Axis::COLUMN) {
+        held.full = held.stop = pick(random, 1, 5);
+        held.start = 0;
+    }
+    return held;
+}
+
+inline void random_tokens(Random& random, World& world, LeafMemory& held) {
+    static const uint32_t sizes[] = {1, 2, 3, 4, 6, 8};
+    held.has_tokens = true;
+    world.item.token_start = pick(random, 0, 20);
+    world.item.token_stop = world.item.token_start + pick(random, 0, 30);
+    const uint64_t count = world.item.token_stop - world.item.token_start;
+    switch (pick(random, 0, 2)) {
+        case 0:
+            held.token_origin = pick(random, 0, world.item.token_start);
+            held.token_count = world.item.token_stop - held.token_origin + pick(random, 0, 2);
+            break;
+        case 1: {
+            held.block_tokens = sizes[pick(random, 0, 5)];
+            held.token_start = world.item.token_start;
+            held.token_origin = world.item.token_start / held.block_tokens * held.block_tokens;
+            if (pick(random, 0, 3) == 0)  // blocks that do not begin at multiples of their size
+                held.token_origin = pick(random, held.token_origin, world.item.token_start);
+            held.token_count = world.item.token_stop - held.token_origin;
+            std::vector<int64_t> ids;
+            for (uint64_t b = 0; b * held.block_tokens < held.token_count; ++b)
+                ids.push_back(static_cast<int64_t>(b));
+            if (pick(random, 0, 2)) std::shuffle(ids.begin(), ids.end(), random);
+            held.block_ids = make_block_table(ids);
+            break;
+        }
+        default:
+            held.ring_tokens = std::max<uint32_t>(1, count + pick(random, 0, 4));
+            held.token_origin = world.item.token_start;
+            held.token_count = count;
+    }
+}
+
+// Every leaf in an array of its own.
+inline World random_world(Random& random) {
+    static const DType dtypes[] = {DType::BYTES, DType::BF16, DType::FP32, DType::INT64};
+    static const uint32_t sizes[] = {0, 1, 2, 4, 6, 8};
+    World world;
+    std::vector<Axis> kinds = {Axis::HEAD, Axis::DIM, Axis::COLUMN, Axis::PLANE};
+    std::shuffle(kinds.begin(), kinds.end(), random);
+    kinds.resize(pick(random, 1, 3));
+    const bool has_tokens = pick(random, 0, 3) > 0;
+    if (has_tokens) kinds.push_back(Axis::TOKEN);
+    std::shuffle(kinds.begin(), kinds.end(), random);
+    TensorDesc tensor;
+    tensor.name = "t";
+    tensor.dtype = dtypes[pick(random, 0, 3)];
+    tensor.block_tokens = has_tokens ? sizes[pick(random, 0, 5)] : 0;
+    bool fused = pick(random, 0, 1);
+    for (Axis axis : kinds) {
+        AxisDesc desc{axis, {}};
+        if (axis == Axis::COLUMN) {
+            desc = whole(axis, pick(random, 1, 5));
+        } else if (axis != Axis::TOKEN) {
+            for (uint64_t s = fused ? pick(random, 2, 3) : 1; s > 0; --s)
+                desc.slices.push_back(random_slice(random, fused ? std::string(1, 'a' + s) : ""));
+            fused = false;
+        }
+        tensor.axes.push_back(desc);
+    }
+    world.group = group_of(tensor);
+    LeafMemory tokens;
+    if (has_tokens) random_tokens(random, world, tokens);
+    std::vector<Axis> order = kinds;
+    if (pick(random, 0, 1)) std::shuffle(order.begin(), order.end(), random);
+    for (size_t leaf = 0; leaf < tensor.leaf_count(); ++leaf) {
+        LeafMemory held = tokens;
+        if (has_tokens && pick(random, 0, 9) == 0) {  // one leaf cut differently from the others
+            const Item item = world.item;
+            held = LeafMemory{};
+            held.has_tokens = true;
+            held.token_origin = item.token_start;
+            held.token_count = item.token_stop - item.token_start;
+            if (pick(random, 0, 1)) held.ring_tokens = held.token_count + 1;
+        }
+        for (const AxisDesc& axis : tensor.axes)
+            if (axis.axis != Axis::TOKEN)
+                held.axes.push_back(around(
+                    random, axis.axis, axis.slices[axis.slices.size() > 1 ? leaf : 0]));
+        world.hold(tensor.leaf_name(leaf), order, held, random);
+    }
+    return world;
+}
+
 inline uint8_t* token_address(const LeafMemory& leaf, uint64_t token) {
-    if (leaf.ring_tokens) return leaf.base + (token % leaf.ring_tokens) * leaf.token_stride;
+    if (leaf.ring_tokens) return leaf.base + int64_t(token % leaf.ring_tokens) * leaf.token_stride;
     const uint64_t t = token - leaf.token_origin;
     if (!leaf.block_tokens) return leaf.base + static_cast<int64_t>(t) * leaf.token_stride;
     return leaf.base + (*leaf.block_ids)[t / leaf.block_tokens] * leaf.block_stride +
@@ -172,7 +323,7 @@ inline void check_world(World& world, Random& random) {
 
     const std::vector<std::vector<uint8_t>> before = world.arrays;
     std::vector<uint8_t> fresh(bytes);
-    for (uint8_t& byte : fresh) byte = static_cast<uint8_t>(random());
+    random.fill(fresh);
     placement.scatter(0, cut, fresh.data());
     placement.scatter(cut, bytes - cut, fresh.data() + cut);
     std::vector<std::vector<uint8_t>> after = world.arrays;

@@ -177,6 +177,9 @@ void LaneReader::header_complete() {
     if (closed_)
         throw Error(ErrorCode::STATE_INVALID,
                     std::string(frame_type_name(header_.type)) + " after CLOSE");
+    if (header_.type == FrameType::INDEX || header_.type == FrameType::COMMIT)
+        throw Error(ErrorCode::STATE_INVALID,  // an INDEX may be large: no room is made for it
+                    std::string(frame_type_name(header_.type)) + " is a file's frame");
     closed_ = header_.type == FrameType::CLOSE;
     if (header_.type == FrameType::CHUNK) {
         state_ = State::CHUNK;

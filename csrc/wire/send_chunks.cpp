@@ -69,8 +69,7 @@ bool SendLink::dispatch(uint32_t lane, SendTransfer& transfer) {
 bool SendLink::dispatch_chunk(uint32_t lane, SendTransfer& transfer) {
     const auto fits = [&](const SendTransfer::Segment& segment, uint32_t chunk) {
         const uint64_t bytes = segment.announcement.chunk_raw_bytes(chunk);
-        return transfer.in_flight_bytes == 0 ||
-               transfer.in_flight_bytes + bytes <= transfer.grant->window_bytes;
+        return transfer.in_flight_bytes + bytes <= transfer.grant->window_bytes;
     };
     while (!transfer.resend.empty()) {
         const auto [segment_index, chunk] = transfer.resend.front();

@@ -253,8 +253,9 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     segment->item_bytes =
         item_bytes(transfer.manifest.groups[first.group].tensors[first.tensor].dtype);
     announcement.raw_bytes = segment->placement.bytes();
-    const uint32_t chunk_bytes = std::min({options_.chunk_bytes, transfer.grant->chunk_bytes_max,
-                                           payload_bytes_max_});
+    const uint64_t chunk_bytes =
+        std::min<uint64_t>({options_.chunk_bytes, transfer.grant->chunk_bytes_max,
+                            payload_bytes_max_, transfer.grant->window_bytes});
     announcement.chunk_bytes =
         uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
     announcement.items = std::move(items);
