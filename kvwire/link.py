@@ -26,7 +26,8 @@ class LinkOptions:
     """How the connections of each link use the network; for what this side sends.
 
     Attributes:
-        congestion_control: "bbr", "cubic", "reno" or what else the kernel has; None: its default.
+        congestion_control: "bbr", "cubic", "reno" or what else the kernel has. None: its default,
+            but BBR, if it has that, in place of cubic and reno, and not over loopback.
         bandwidth_max_gbps: 10^9 bits a second that all lanes of a link together may send,
             retransmissions included, headers of TCP and below not (6 % at an MTU of 1500). Each
             lane has an equal share, whether it uses it or not. None: no limit.

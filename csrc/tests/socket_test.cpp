@@ -25,7 +25,7 @@ struct Connection {
         pollfd ready{listener.get(), POLLIN, 0};
         ::poll(&ready, 1, 10'000);
         bool would_block = false;
-        far = accept_tcp(listener, &would_block);
+        far = accept_tcp(listener, options, &would_block);
         CHECK(bool(far));
     }
 
@@ -108,6 +108,30 @@ TEST(chosen_socket_options_arrive) {
         set_unsent_max(connection.near.get(), 98304);
         CHECK_EQ(option<int>(connection.near, IPPROTO_TCP, TCP_NOTSENT_LOWAT), 98304);
     }
+}
+
+TEST(bbr_replaces_loss_based_control_where_the_kernel_has_it) {
+    const auto control_of = [](const Fd& fd) -> std::string {
+        char name[17] = {};
+        socklen_t bytes = sizeof name - 1;
+        ::getsockopt(fd.get(), IPPROTO_TCP, TCP_CONGESTION, name, &bytes);
+        return name;
+    };
+    const auto usable = [](const std::string& name) {
+        try {
+            check({name, -1});
+            return true;
+        } catch (const Error&) {
+            return false;
+        }
+    };
+    Connection connection("127.0.0.1", {"reno", -1});
+    prefer_bbr(connection.near.get());
+    CHECK_EQ(control_of(connection.near), usable("bbr") ? "bbr" : "reno");
+    if (!usable("vegas")) return;
+    apply(connection.near.get(), {"vegas", -1});
+    prefer_bbr(connection.near.get());
+    CHECK_EQ(control_of(connection.near), "vegas");
 }
 
 TEST(what_this_kernel_lacks_is_refused_by_name) {

@@ -76,7 +76,7 @@ void Endpoint::accept_some() {
     for (;;) {
         if (counters_.connections >= options_.connections_max) break;
         bool would_block = false;
-        Fd fd = accept_tcp(listener_, &would_block);
+        Fd fd = accept_tcp(listener_, options_.socket, &would_block);
         if (would_block) return;
         if (!fd) break;
         ++counters_.connections;

@@ -24,18 +24,21 @@ bool is_loopback(const sockaddr* name) {
            IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6*>(name)->sin6_addr);
 }
 
-void prepare(int fd, const sockaddr* peer) {
+void prepare(int fd, const sockaddr* peer, const SocketOptions& options) {
     const int one = 1;
     ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     // Loopback holds nothing on the way, so a deep queue only lets bytes fall out of the cache
     // between the kernel's two copies: a quarter of the processor time of a transfer (measured).
     // Real links need the depth, and keep the kernel's autotuning; there what has not left yet is
     // kept short, so that what is urgent has little before it.
-    if (is_loopback(peer))
+    if (is_loopback(peer)) {
         ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &LOOPBACK_SEND_BUFFER_BYTES,
                      sizeof LOOPBACK_SEND_BUFFER_BYTES);
-    else
+    } else {
         set_unsent_max(fd, UNSENT_BYTES_MAX);
+        prefer_bbr(fd);
+    }
+    apply(fd, options);
 }
 
 std::string describe(const Address& address) {
@@ -114,14 +117,14 @@ Fd listen_tcp(const Address& address, const SocketOptions& options, uint16_t* po
     return fd;
 }
 
-Fd accept_tcp(const Fd& listener, bool* would_block) {
+Fd accept_tcp(const Fd& listener, const SocketOptions& options, bool* would_block) {
     sockaddr_storage peer{};
     socklen_t peer_bytes = sizeof peer;
     auto* name = reinterpret_cast<sockaddr*>(&peer);
     Fd fd(::accept4(listener.get(), name, &peer_bytes, SOCK_NONBLOCK | SOCK_CLOEXEC));
     // Anything but "none left" concerns one connection, or passes (EMFILE): try again later.
     *would_block = !fd && (errno == EAGAIN || errno == EWOULDBLOCK);
-    if (fd) prepare(fd.get(), name);
+    if (fd) prepare(fd.get(), name, options);
     return fd;
 }
 
@@ -129,8 +132,7 @@ Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& 
     const auto* name = reinterpret_cast<const sockaddr*>(socket_address.data());
     Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     if (!fd) throw Error(ErrorCode::CONNECT_FAILED, "socket: " + error_text(errno));
-    prepare(fd.get(), name);
-    apply(fd.get(), options);
+    prepare(fd.get(), name, options);
     if (::connect(fd.get(), name, socklen_t(socket_address.size())) != 0 && errno != EINPROGRESS)
         throw Error(ErrorCode::CONNECT_FAILED, "connect: " + error_text(errno));
     return fd;

@@ -39,8 +39,8 @@ std::vector<std::vector<uint8_t>> resolve(const Address& address);
 
 // Throws USAGE when the address cannot be listened on. `port` comes back as bound.
 Fd listen_tcp(const Address& address, const SocketOptions& options, uint16_t* port);
-// An empty Fd when there is none. The listener's options are inherited.
-Fd accept_tcp(const Fd& listener, bool* would_block);
+// An empty Fd when there is none.
+Fd accept_tcp(const Fd& listener, const SocketOptions& options, bool* would_block);
 
 // Starts connecting; completion shows as writability.
 Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& options);

@@ -14,6 +14,7 @@ namespace kvwire {
 namespace {
 
 constexpr int DSCP_MAX = 63;
+constexpr size_t CONGESTION_NAME_BYTES = 17;  // the kernel's 16 and an end
 
 std::string first_line(const char* path) {
     std::ifstream file(path);
@@ -55,6 +56,14 @@ void apply(int fd, const SocketOptions& options) {
     // A socket of IPv6 may carry IPv4; one of IPv4 refuses the other's option, rightly.
     ::setsockopt(fd, IPPROTO_IP, IP_TOS, &traffic_class, sizeof traffic_class);
     ::setsockopt(fd, IPPROTO_IPV6, IPV6_TCLASS, &traffic_class, sizeof traffic_class);
+}
+
+void prefer_bbr(int fd) {
+    char name[CONGESTION_NAME_BYTES] = {};
+    socklen_t bytes = sizeof name - 1;
+    if (::getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &bytes) != 0) return;
+    const std::string system = name;
+    if (system == "cubic" || system == "reno") set_congestion_control(fd, "bbr");
 }
 
 void set_pacing_rate(int fd, uint64_t bytes_per_s) {

@@ -7,7 +7,7 @@
 namespace kvwire {
 
 struct SocketOptions {
-    std::string congestion_control;  // empty: the system's default
+    std::string congestion_control;  // empty: see prefer_bbr()
     int dscp = -1;                   // 0 to 63; -1: unmarked
 };
 
@@ -15,6 +15,11 @@ struct SocketOptions {
 void check(const SocketOptions& options);
 // Of a socket in any state. What the kernel refuses here it has accepted in check().
 void apply(int fd, const SocketOptions& options);
+
+// Where loss-based control is the system's default (cubic, reno), uses BBR when the kernel has it:
+// on 1 Gbit/s and 40 ms with one segment in a thousand lost, two lanes fill 0.95 of the link with
+// BBR and 0.02 with cubic. Another default (dctcp, ...) was chosen for the network, and stays.
+void prefer_bbr(int fd);
 
 // 0: unlimited. Counts what TCP carries, retransmissions included.
 void set_pacing_rate(int fd, uint64_t bytes_per_s);
