@@ -23,7 +23,7 @@ public:
 private:
     cpu_set_t allowed_;  // before it first followed
     int core_ = -1;      // -1: none
-    uint64_t followed_ns_ = 0;
+    uint64_t followed_ns_ = 0, moved_ns_ = 0;
 };
 
 }  // namespace kvwire
