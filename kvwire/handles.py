@@ -19,6 +19,7 @@ from kvwire.limits import LANE_COUNT_MAX, RANK_COUNT_MAX
 
 __all__ = ["Endpoint", "Handle", "Progress"]
 
+IO_THREADS_MAX = 64
 WAIT_SLICE_S = 0.1
 SECONDS_MAX = 1e8  # three years: beyond it clocks overflow
 
@@ -329,6 +330,13 @@ def lane_count(value: int) -> int:
     """Take a number of lanes."""
     if not isinstance(value, int) or not 1 <= value <= LANE_COUNT_MAX:
         raise UsageError(f"lanes is {value!r}; it must be 1 to {LANE_COUNT_MAX}")
+    return value
+
+
+def io_threads_of(value: int) -> int:
+    """Take a number of I/O threads, 0: as many as suit the machine."""
+    if not isinstance(value, int) or not 0 <= value <= IO_THREADS_MAX:
+        raise UsageError(f"io_threads is {value!r}; it must be 0 to {IO_THREADS_MAX}")
     return value
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from kvwire import _native, limits
 from kvwire.errors import KvwireError, TransferError, UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, ranks_of, seconds,
-    split_address, wait_connected,
+    Endpoint, Handle, Progress, id_bytes, io_threads_of, join_address, lane_count, nanoseconds,
+    ranks_of, seconds, split_address, wait_connected,
 )
 from kvwire.link import LinkOptions
 from kvwire.manifest import decode_metadata
@@ -29,14 +29,15 @@ class Receiver(Endpoint):
         transfers_max: open transfers per link.
         patience_s: how long a manifest may wait for its ticket to be bound.
         link_options: congestion control and mark of what this side sends: its answers.
+        io_threads: 0: one for each core that the process may use, up to 4.
 
-    Threads: every method may be called from any thread. One I/O thread, no Python on it.
+    Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
 
     def __init__(self, listen: str | None = "127.0.0.1:0", *, window_bytes: int = 256 << 20,
                  chunk_bytes_max: int = 1 << 20, transfers_max: int = 1024,
                  patience_s: float = 30.0, connect_timeout_s: float = 10.0,
-                 link_options: LinkOptions = LinkOptions()):
+                 link_options: LinkOptions = LinkOptions(), io_threads: int = 0):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
             raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
                              f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
@@ -44,6 +45,7 @@ class Receiver(Endpoint):
             raise UsageError("window_bytes must hold a chunk, and transfers_max at least 1")
         super().__init__(_native.ReceiverEndpoint({
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
+            "io_threads": io_threads_of(io_threads),
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native()}), link_options)
@@ -86,7 +88,7 @@ class Receiver(Endpoint):
         self._lend(ticket._native, memory)
         return ticket
 
-    def dial(self, address: str, *, lanes: int = 2, timeout_s: float | None = None) -> str:
+    def dial(self, address: str, *, lanes: int = 4, timeout_s: float | None = None) -> str:
         """Make a link to a listening `Sender`; returns its id. Raises what went wrong."""
         native = self._checked()
         link = native.dial(*split_address(address), lane_count(lanes))
@@ -96,7 +98,7 @@ class Receiver(Endpoint):
 
     def pull(self, address: str, offer: str | bytes, memory: CacheMemory, *,
              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
-             deadline_s: float | None = None, lanes: int = 2) -> Ticket:
+             deadline_s: float | None = None, lanes: int = 4) -> Ticket:
         """Fetch an offer of the Sender that listens at `address` into `memory`.
 
         Only the tokens of `memory` travel; states travel whole. Further source ranks: `expect`
@@ -115,7 +117,7 @@ class Receiver(Endpoint):
 
     def pull_into(self, ticket: Ticket, address: str, offer: str | bytes, *,
                   source_rank: int = 0, destination_rank: tuple[int, int] | int = 0,
-                  lanes: int = 2) -> None:
+                  lanes: int = 4) -> None:
         """Ask one source rank for its part of `ticket`."""
         native = self._checked()
         link = self._dialled.get(address)

@@ -57,6 +57,7 @@ class ReferenceReceiver:
         self._lanes: dict[int, LaneRecord] = {}
         self._open: dict[bytes, TransferRecord] = {}
         self._ended: dict[bytes, bytes] = {}  # transfer id: the frame that answers it for ever
+        self._overtaken: set[bytes] = set()   # of these, those whose MANIFEST never came
         self._greeting: Greeting | None = None
         self._answers: Answers = []
         self._lane = 0  # whose frame is being acted on
@@ -235,10 +236,9 @@ class ReferenceReceiver:
         return transfer
 
     def _stray(self, lane: int, transfer_id: bytes) -> None:
-        """Answer a frame of a transfer that is not open: DONE again, or ABORT."""
-        done = self._ended.get(transfer_id)
-        if done and done[2] == FrameType.DONE:
-            return self._send(lane, done)
+        """Answer a frame of a transfer that is not open: its end again, or ABORT."""
+        if transfer_id in self._ended:
+            return self._send(lane, self._ended[transfer_id])
         error = error_from_code(ErrorCode.TRANSFER_UNKNOWN, "the transfer is not open here")
         self._answer(lane, FrameType.ABORT, transfer_id, Abort.of(error).encode())
 
@@ -248,11 +248,17 @@ class ReferenceReceiver:
         if transfer_id == NO_ID:
             self._close_lane(lane, error, tell=False)
         elif transfer_id not in self._ended:
+            if transfer_id not in self._open:
+                self._overtaken.add(transfer_id)
             self._fail_transfer(transfer_id, error)
 
     def _on_manifest(self, lane: int, transfer_id: bytes, payload: bytes) -> None:
         if transfer_id in self._ended:
-            return self._send(lane, self._ended[transfer_id])
+            self._send(lane, self._ended[transfer_id])
+            ticket = self.tickets.get(Manifest.decode(payload).ticket_id) \
+                if transfer_id in self._overtaken else None
+            self._overtaken.discard(transfer_id)
+            return self._fail_ticket(ticket, self.errors[transfer_id]) if ticket else None
         known = self._open.get(transfer_id)
         if known:
             if known.payload != payload:

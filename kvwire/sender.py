@@ -10,8 +10,8 @@ from kvwire.codec import Codec
 from kvwire.control import Item
 from kvwire.errors import UsageError
 from kvwire.handles import (
-    Endpoint, Handle, Progress, id_bytes, join_address, lane_count, nanoseconds, priority_of,
-    ranks_of, seconds, split_address, wait_connected,
+    Endpoint, Handle, Progress, id_bytes, io_threads_of, join_address, lane_count, nanoseconds,
+    priority_of, ranks_of, seconds, split_address, wait_connected,
 )
 from kvwire.layout import CacheSpec
 from kvwire.link import GBPS, LinkOptions, TransferStats
@@ -30,18 +30,20 @@ class Sender(Endpoint):
         listen: "host:port" to listen on instead (port 0: any; see `.address`), for decoders
             that may only dial out.
         lanes: TCP connections of the link, 1 to 64.
+        io_threads: 0: one for each core that the process may use, up to 4.
         codec: "raw" or "lz4", the default of transfers. A chunk that does not shrink, or a peer
             that lacks the codec, gets raw bytes.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
         link_options: congestion control, bandwidth limit and mark of the links.
 
-    Threads: every method may be called from any thread. One I/O thread, no Python on it.
+    Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
 
-    def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 2,
+    def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 4,
                  codec: str = "raw", chunk_bytes: int = 256 << 10,
-                 connect_timeout_s: float = 10.0, link_options: LinkOptions = LinkOptions()):
+                 connect_timeout_s: float = 10.0, link_options: LinkOptions = LinkOptions(),
+                 io_threads: int = 0):
         if (address is None) == (listen is None):
             raise UsageError("give a Sender an address to dial or listen=..., one of the two")
         if chunk_bytes % limits.CHUNK_BYTES_MIN or not (
@@ -50,6 +52,7 @@ class Sender(Endpoint):
                              f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
+            "io_threads": io_threads_of(io_threads),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native()}), link_options)
         self._codec = Codec.of(codec)

@@ -230,9 +230,23 @@ def test_nothing_is_written_after_a_cancel(probe):
     assert listener.hear(receiver.cancel(TICKET)).aborts == [ErrorCode.CANCELLED]
     before = receiver.leaves(TICKET)
     assert listener.hear(receiver.feed(0, chunks[0][500:])) == Heard()
-    assert listener.hear(receiver.feed(0, chunks[1])).aborts == [ErrorCode.TRANSFER_UNKNOWN]
+    assert listener.hear(receiver.feed(0, chunks[1])).aborts == [ErrorCode.CANCELLED]
     assert receiver.leaves(TICKET) == before
     assert receiver.failure(TICKET) == ErrorCode.CANCELLED
+
+
+def test_an_abort_that_overtakes_its_manifest_fails_the_ticket(probe):
+    parts, _ = structures()
+    receiver, listener = probe([Manifest(TICKET, SMALL, *SMALL_TOKENS)]), Listener()
+    greeting = Greeting(Role.SENDER, LINK, 0, 1).encode()
+    assert listener.hear(receiver.feed(0, greeting)) == Heard()
+    abort = encode_frame(FrameType.ABORT, TRANSFER, Abort(ErrorCode.CANCELLED).encode())
+    assert listener.hear(receiver.feed(0, abort)) == Heard()
+    assert receiver.failure(TICKET) is None
+    for _ in range(2):
+        heard = listener.hear(receiver.feed(0, parts["MANIFEST"]))
+        assert heard.aborts == [ErrorCode.CANCELLED]
+        assert receiver.failure(TICKET) == ErrorCode.CANCELLED
 
 
 def test_frames_of_an_unknown_transfer_reach_no_memory(probe):

@@ -165,6 +165,7 @@ def test_cancel_before_the_manifest_and_before_the_grant(ends, side):
     if side == "sender":
         transfer.cancel()
         fails(transfer, kvwire.TransferCancelled, ErrorCode.CANCELLED)
+        time.sleep(0.3)  # the ABORT is on its way
         ticket = ends.receiver.expect(target.memory, ticket_id=b"x" * 16, deadline_s=0.3)
         fails(ticket, kvwire.TransferTimeout, ErrorCode.DEADLINE_EXCEEDED)
     else:

@@ -273,7 +273,7 @@ def test_stats_count(ends):
     ends.sender.send(ticket.id, source.memory).result(10)
     ticket.result(10)
     stats = ends.receiver.stats()
-    assert stats["connections"] == 2 and stats["links"] == 1 and stats["open_transfers"] == 0
+    assert stats["connections"] == 4 and stats["links"] == 1 and stats["open_transfers"] == 0
     assert stats["bytes_received"] > source.memory.bytes
     assert ends.sender.stats()["bytes_sent"] > source.memory.bytes
     assert REQUEST_LAYER not in ticket.report()

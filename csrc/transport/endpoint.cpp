@@ -26,7 +26,7 @@ private:
 
 size_t thread_count(const EndpointOptions& options) {
     if (options.io_threads) return options.io_threads;
-    return std::clamp<size_t>(std::thread::hardware_concurrency(), 1, IO_THREADS_DEFAULT_MAX);
+    return std::clamp<size_t>(Affinity::cores(), 1, IO_THREADS_DEFAULT_MAX);
 }
 
 uint64_t after(double seconds) { return Loops::now_ns() + uint64_t(seconds * 1e9); }

@@ -259,7 +259,7 @@ bool Lane::write_batch(Lock& lock, size_t* bytes) {
     if (writer_->begin_preparing()) {
         prepare_section(lock);
         if (state_ != State::OPEN) return false;
-        link_->send->commit(own_.lane_index);
+        if (!link_->send->commit(own_.lane_index)) link_->pump(this);
     }
     const iovec* iov;
     const size_t count = writer_->next_iovecs(&iov);

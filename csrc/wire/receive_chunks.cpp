@@ -279,6 +279,7 @@ void ReceiveLink::remember(Id transfer_id, Ended ended) {
     ended_order_.push_back(transfer_id);
     if (ended_order_.size() > limits::ended_transfers_min) {
         ended_.erase(ended_order_.front());
+        overtaken_.erase(ended_order_.front());
         ended_order_.pop_front();
     }
 }

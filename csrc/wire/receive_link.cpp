@@ -124,7 +124,10 @@ void ReceiveLink::on_manifest(const FrameHeader& header, ByteSpan payload) {
                         "transfer " + hex(id) + " is open with another manifest");
         return send_grant(*transfer);
     }
-    if (ended_.count(id)) return say_end(id);
+    if (ended_.count(id)) {
+        say_end(id);
+        return overtaken_.erase(id) ? fail_overtaken(id, payload) : void();
+    }
     const auto waiting = find_waiting(id);
     if (waiting != waiting_.end()) {
         const Bytes& known = waiting->payload;
@@ -146,6 +149,12 @@ void ReceiveLink::on_manifest(const FrameHeader& header, ByteSpan payload) {
     if (tickets_.was_removed(ticket_id))
         throw Error(ErrorCode::TICKET_EXPIRED, "ticket " + hex(ticket_id) + " has ended");
     wait_for_ticket(id, ticket_id, payload);
+}
+
+// The ABORT that came first speaks for the ticket too, as it would have in its own order.
+void ReceiveLink::fail_overtaken(const Id& transfer_id, ByteSpan payload) {
+    if (const auto ticket = tickets_.find(decode_manifest(payload).ticket_id))
+        ticket->fail(ended_.at(transfer_id).error);
 }
 
 void ReceiveLink::wait_for_ticket(const Id& transfer_id, const Id& ticket_id, ByteSpan payload) {
@@ -242,8 +251,8 @@ void ReceiveLink::on_stray(const FrameHeader& header) {
         return refuse(id, Error(ErrorCode::STATE_INVALID,
                                 std::string(frame_type_name(header.type)) + " before the grant"));
     const auto ended = ended_.find(id);
-    if (ended != ended_.end() && ended->second.done) {
-        if (header.type == FrameType::END) say_end(id);
+    if (ended != ended_.end()) {
+        if (!ended->second.done || header.type == FrameType::END) say_end(id);
         return;
     }
     send(FrameType::ABORT, id,
@@ -369,10 +378,13 @@ void ReceiveLink::on_abort(const FrameHeader& header, ByteSpan payload) {
         forget(id);
         return ticket->fail(error);
     }
-    stop_waiting(id);
+    const bool waited = stop_waiting(id);
     const size_t pulled = pulls_.size();
     pull_withdrawn(id);
-    if (pulls_.size() == pulled) return remember(id, {std::nullopt, error});
+    if (pulls_.size() == pulled) {
+        if (!waited && !ended_.count(id)) overtaken_.insert(id);
+        return remember(id, {std::nullopt, error});
+    }
     if (const auto ticket = tickets_.find(id)) ticket->fail(error);
 }
 

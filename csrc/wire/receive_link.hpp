@@ -144,6 +144,7 @@ private:
               std::shared_ptr<Ticket> ticket);
     std::deque<Waiting>::iterator find_waiting(const Id& transfer_id);
     bool stop_waiting(const Id& transfer_id);  // false: it was not
+    void fail_overtaken(const Id& transfer_id, ByteSpan payload);
     void wait_for_ticket(const Id& transfer_id, const Id& ticket_id, ByteSpan payload);
     void on_transfer_frame(uint32_t lane, const FrameHeader& header, ByteSpan payload);
     void on_segment(Transfer& transfer, const FrameHeader& header, ByteSpan payload);
@@ -187,6 +188,7 @@ private:
     uint64_t state_bytes_ = 0;
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
+    std::unordered_set<Id, IdHash> overtaken_;  // of the ended: the MANIFEST never came
     uint64_t verified_bytes_ = 0;
     uint32_t lane_heard_ = 0;  // the latest that spoke: surely the peer still has it
 };

@@ -135,10 +135,15 @@ Codec SendLink::codec_of(const SendTransfer& transfer) const {
     return Codec(permitted >> transfer.codec & 1 ? transfer.codec : 0);
 }
 
-void SendLink::commit(uint32_t lane) {
+bool SendLink::commit(uint32_t lane) {
+    bool all_live = true;
     lanes_.at(lane).writer.commit([&](const FrameHeader& header, void* owner) {
-        return take_checksum(lane, header, *static_cast<SendTransfer::Segment*>(owner));
+        const bool live =
+            take_checksum(lane, header, *static_cast<SendTransfer::Segment*>(owner));
+        all_live = all_live && live;
+        return live;
     });
+    return all_live;
 }
 
 // False: the transfer has failed.

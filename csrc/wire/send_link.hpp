@@ -137,7 +137,8 @@ public:
     // Gives the lane work until its writer holds a batch; true when the writer is not empty. The
     // writer then prepares its chunks, and commit() takes note of their checksums.
     bool load(uint32_t lane);
-    void commit(uint32_t lane);
+    // False: a transfer has failed, and another lane may have to say so.
+    bool commit(uint32_t lane);
     // All three, for one thread; true when there is something to write.
     bool refill(uint32_t lane);
     // How many batches could be loaded now, up to `most`; `*bytes`: how much is in those.
