@@ -137,7 +137,8 @@ ReceiverState receiver_state(const std::string& name, const std::string& script,
 }
 
 std::vector<ReceiverState> receiver_states() {
-    const std::string unknown = "ABORT 208", gone = "ABORT 218", early = "ABORT 111", unannounced = "ABORT 210";
+    const std::string unknown = "ABORT 208", gone = "ABORT 218", early = "ABORT 111",
+                      unannounced = "ABORT 210";
     return {
         receiver_state("never seen", "b", {"GRANT", unknown, unknown, unknown, unknown}),
         receiver_state("ticket gone", "bc", {"ABORT 201", unknown, unknown, unknown, unknown}),
@@ -151,7 +152,7 @@ std::vector<ReceiverState> receiver_states() {
         receiver_state("segment complete", "bms12e", {"GRANT", "", "RECEIPT", "RECEIPT", "DONE"}),
         receiver_state("end heard", "bmsE", {"GRANT", "", "RECEIPT", "", ""}),
         receiver_state("done", "bms12eE", {"DONE", "", "", "", "DONE"}),
-        receiver_state("aborted", "bmsa", {"ABORT 218", unknown, unknown, unknown, unknown}),
+        receiver_state("aborted", "bmsa", {gone, gone, gone, gone, gone}),
         receiver_state("cancelled", "bms1c", {gone, gone, gone, gone, gone}),
     };
 }
