@@ -19,6 +19,7 @@ from pathlib import Path
 from bench.campaign.endurance import endure
 from bench.campaign.plan import Plan, make_cargoes, make_plan
 from bench.campaign.run import Runner
+from bench.campaign.sides import SECURITIES
 from bench.campaign.verdict import Verdict
 from bench.measure import progress
 
@@ -26,7 +27,6 @@ __all__ = ["main"]
 
 JOBS, LARGE_JOBS = 24, 2
 BATCH_RUNS, LARGE_BATCH_RUNS = 1000, 50
-WARM_UP_RUNS = 6
 SETTLING_S = 10.0  # after a batch everything is given back within this time
 RESIDENT_GROWTH_MIB = 64
 BAR_CHARACTERS = 24
@@ -59,8 +59,9 @@ class Campaign:
     async def _warm_up(self, runner: Runner) -> None:
         """Runs without harm: what a process keeps for good after its first runs is no leak."""
         plans = [Plan(-1 - number, "warm-up", make_cargoes(number, self._large),
-                      mode=("push", "pull", "reach")[number % 3], deadline_s=30, must_deliver=True)
-                 for number in range(WARM_UP_RUNS)]
+                      mode=("push", "pull", "reach")[number % 3], security=security,
+                      deadline_s=30, must_deliver=True)
+                 for number, security in enumerate(sorted(3 * list(SECURITIES)))]
         for verdict in await asyncio.gather(*map(runner.run, plans)):
             if verdict.complaints:
                 raise RuntimeError(f"a run without any harm fails: {verdict.complaints}")

@@ -41,11 +41,11 @@ class _Enduring:
 
 class _Source(_Enduring, Sending):
     async def connect(self, address: str) -> None:
-        self.shared = Sender(address)
-        self.shared.connect()
+        self.shared["none"] = Sender(address)
+        self.shared["none"].connect()
 
     async def send(self, tickets: list[str]) -> None:
-        self.sent: list[Transfer] = [self.shared.open(ticket, held.memory)
+        self.sent: list[Transfer] = [self.shared["none"].open(ticket, held.memory)
                                      for ticket, held in zip(tickets, self.held)]
         for transfer in self.sent:
             transfer.push(0)
@@ -63,14 +63,14 @@ class _Sink(_Enduring, Receiving):
     writable = True
 
     async def expect(self) -> list[str]:
-        self.tickets: list[Ticket] = [self.shared.expect(held.memory) for held in self.held]
+        self.tickets: list[Ticket] = [self.shared["none"].expect(held.memory) for held in self.held]
         return [ticket.id for ticket in self.tickets]
 
     async def first_layers(self) -> int:
         """Wait for a layer of each transfer; returns how many are open then."""
         for ticket in self.tickets:
             await ticket.layer(0)
-        return self.shared.stats()["open_transfers"]
+        return self.shared["none"].stats()["open_transfers"]
 
     async def collect(self) -> list[str]:
         """Wait for all; returns what is wrong with any."""
@@ -88,7 +88,7 @@ async def endure(transfers: int) -> dict[str, object]:
     """
     source, sink = Peer(_Source), Peer(_Sink)
     try:
-        await source.call("connect", await sink.call("listen"))
+        await source.call("connect", (await sink.call("listen"))["none"])
         wrong = await _together(source, sink, _SMALL, _AT_ONCE)
         census = [await _census(source, sink)]
         for done in range(_AT_ONCE, transfers, _AT_ONCE):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.campaign.cargo import Cargo
+from kvwire.sender import Sender
 
 __all__ = ["DOWN", "Harm", "Misfortune", "Plan", "UP", "make_cargoes", "make_plan"]
 
@@ -64,6 +66,8 @@ class Plan:
     name: str
     cargoes: list[Cargo]
     mode: str = "push"  # the receiver listens; "pull": the sender does, "reach": likewise, opened
+    security: str = "none"  # or "hmac", "psk"
+    lease_s: float = 1.0
     lanes: int = 2
     codec: str = "raw"
     chunk_bytes: int = 4096
@@ -107,6 +111,8 @@ def make_plan(seed: int, large: bool = False) -> Plan:
     plan.reuse_source = not large and rng.random() < 0.3
     if plan.mode == "push" and rng.random() < 0.2:
         plan.bind_after_s = rng.uniform(0, 0.1)
+    plan.security = rng.choices(("none", "hmac", "psk"), (6, 1, 2))[0]
+    plan.lease_s = rng.choice((0, 0.2, 1.0, 3.0))
     if plan.mode == "push" and rng.random() < 0.2:
         plan.rounds = 2
     FAMILIES[name][1](rng, plan)
@@ -145,7 +151,7 @@ def _place(rng: random.Random, plan: Plan) -> dict[str, object]:
     way = rng.choice((UP, UP, DOWN))
     place = _connection(rng, plan) | {"way": way}
     sending = (way == UP) == (plan.mode == "push")
-    if rng.random() < 0.5:
+    if plan.security == "psk" or rng.random() < 0.5:
         longest = 500
         if sending:
             whole = sum(_payload_bytes(cargo) for cargo in plan.cargoes)
@@ -163,6 +169,7 @@ def _payload_bytes(cargo: Cargo) -> int:
 
 
 def _frame_place(rng: random.Random, plan: Plan) -> dict[str, object]:
+    plan.security = "none"  # frames can be seen
     place = _place(rng, plan)
     return place | {"frame": place.get("frame") or (ANY_FRAME, rng.randrange(20)), "at": 0}
 
@@ -221,6 +228,28 @@ def _cuts(rng: random.Random, plan: Plan) -> None:
     for _ in range(rng.choice((1, 1, 2, plan.lanes))):
         kind = rng.choice(("cut", "cut", "finish", "cut_near", "cut_far", "half_close"))
         plan.harms.append(Harm(kind, **_place(rng, plan)))
+
+
+def _late_place(rng: random.Random, plan: Plan) -> dict[str, object]:
+    """A place behind greetings and handshakes, met once."""
+    plan.must_deliver, plan.lease_s = True, 3.0
+    place = _place(rng, plan)
+    if "frame" not in place:
+        place["at"] += 2000 if plan.security == "psk" else 200
+    return place | {"once": place["connection"] is None}
+
+
+def _lanes_lost(rng: random.Random, plan: Plan) -> None:
+    """Lanes that are cut, each once; they are dialled again, and the transfer carries on."""
+    for _ in range(rng.choice((1, 2, 3, plan.lanes))):
+        plan.harms.append(Harm(rng.choice(("cut", "finish")), **_late_place(rng, plan)))
+
+
+def _lane_stalled(rng: random.Random, plan: Plan) -> None:
+    """One of several lanes passes nothing more, one way; the others carry on."""
+    plan.lanes = rng.choice((2, 3, 4))
+    place = _late_place(rng, plan) | {"connection": rng.randrange(plan.lanes)}
+    plan.harms.append(Harm("blackhole", **place))
 
 
 def _stalls(rng: random.Random, plan: Plan) -> None:
@@ -295,6 +324,8 @@ def _side(rng: random.Random) -> str:
     return rng.choice(("sending", "receiving"))
 
 
+_REDIALS = "lease_s" in inspect.signature(Sender).parameters
+
 FAMILIES: dict[str, tuple[float, Callable[[random.Random, Plan], None]]] = {
     "nothing": (2, _nothing),
     "delays": (6, _delays),
@@ -303,6 +334,8 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random, Plan], None]]] = {
     "frames repeated": (8, _frames_again),
     "frames moved or lost": (10, _frames_elsewhere),
     "cuts": (16, _cuts),
+    "lanes lost": (10 * _REDIALS, _lanes_lost),
+    "a lane stalled": (4 * _REDIALS, _lane_stalled),
     "stalls": (6, _stalls),
     "refused and silent connections": (5, _dials),
     "cancel and close": (8, _ends),

@@ -30,7 +30,7 @@ class Pair:
 
     async def start(self) -> Pair:
         self.sending, self.receiving = Peer(Sending), Peer(Receiving)
-        self.sending_address, self.receiving_address = await asyncio.gather(
+        self.sending_addresses, self.receiving_addresses = await asyncio.gather(
             self.sending.call("listen"), self.receiving.call("listen"))
         return self
 
@@ -160,23 +160,26 @@ class _TransferRun:
     async def _both_ways(self) -> tuple[list | None, list | None]:
         plan, pair = self._plan, self._pair
         if plan.mode == "push":
-            self._address = await self._proxy.call("open", plan, pair.receiving_address)
+            self._address = await self._open_proxy(pair.receiving_addresses)
             return await self._push(plan, self._address)
         if plan.mode == "pull":
             offers = await self._call("sending", "offer", plan)
             if offers is None:
                 return None, None
-            address = await self._proxy.call("open", plan, pair.sending_address)
+            address = await self._open_proxy(pair.sending_addresses)
             return await self._together(self._call("sending", "send", plan, []),
                                         self._call("receiving", "pull", plan, address, offers))
         await self._call("sending", "adopt", plan)
-        address = await self._proxy.call("open", plan, pair.sending_address)
+        address = await self._open_proxy(pair.sending_addresses)
         link = await self._call("receiving", "dial", plan, address)
         if not isinstance(link, str):
             return None, None if link is None else [link] * len(plan.cargoes)
         return await self._together(
             self._call("sending", "send", plan, self._names, link),
             self._call("receiving", "bind_dialled", plan, self._names))
+
+    async def _open_proxy(self, addresses: dict[str, str]) -> str:
+        return await self._proxy.call("open", self._plan, addresses[self._plan.security])
 
     async def _push(self, plan: Plan, address: str, dial: str = "dial"
                     ) -> tuple[list | None, list | None]:
@@ -231,8 +234,9 @@ class _TransferRun:
         else:
             pair.receiving.close()
             pair.receiving = Peer(Receiving)
-            pair.receiving_address = await pair.receiving.call("listen")
-        address = await self._proxy.call("retarget", plan.seed, pair.receiving_address)
+            pair.receiving_addresses = await pair.receiving.call("listen")
+        address = await self._proxy.call("retarget", plan.seed,
+                                         pair.receiving_addresses[plan.security])
         sent, got = await self._push(plan, address, "dial" if side == "sending" else "again")
         verdict = judge(plan, sent, got)
         self._complaints += [f"after the restart: {each}" for each in verdict.complaints]

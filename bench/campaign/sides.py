@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import random
 import resource
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -22,8 +24,17 @@ __all__ = ["Receiving", "SLACK_S", "Sending", "status_kib"]
 
 SLACK_S = 3.0  # a busy machine may end a transfer so much later than its deadline
 _CLOSE_TIMEOUT_S = 5.0
+_KEY = bytes(range(32))
+SECURITIES = {"none": None, "hmac": None, "psk": None}
 _UNLIMITED = resource.RLIM_INFINITY
 _FILES_MAX = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def options(security: str, lease_s: float = 1.0) -> dict[str, object]:
+    """Return what both ends of a link are given."""
+    known = inspect.signature(Receiver).parameters
+    return {name: value for name, value in (("security", SECURITIES[security]),
+                                            ("lease_s", lease_s)) if name in known}
 
 
 class _Side:
@@ -33,7 +44,7 @@ class _Side:
 
     def __init__(self):
         self.runs: dict[int, _Run] = {}
-        self.shared: Sender | Receiver | None = None
+        self.shared: dict[str, Sender | Receiver] = {}
         self._made: list[Held] = []
         self._leaked: list[int] = []
 
@@ -62,19 +73,21 @@ class _Side:
     async def drop(self, seed: int) -> str | None:
         """Close what belongs to the run alone; returns what is wrong with that."""
         run = self.runs.pop(seed, None)
-        if run is None or run.endpoint is self.shared:
+        if run is None or run.endpoint in self.shared.values():
             return None
         return await closes(run.endpoint)
 
     async def census(self) -> dict[str, int]:
         """Count what this process holds, when nothing is going on."""
         gc.collect()
-        stats = {} if self.shared is None else self.shared.stats()
+        stats = Counter()
+        for each in self.shared.values():
+            stats.update(each.stats())
         return {"fds": len(os.listdir("/proc/self/fd")),
                 "native threads": len(os.listdir("/proc/self/task")) - threading.active_count(),
                 "resident MiB": status_kib("VmRSS") >> 10,
-                "open transfers": stats.get("open_transfers", 0),
-                "connections": stats.get("connections", 0)}
+                "open transfers": stats["open_transfers"],
+                "connections": stats["connections"], "links": stats["links"]}
 
     def _begin(self, plan: Plan, endpoint: Sender | Receiver) -> _Run:
         held, self._made = self._made, []
@@ -90,7 +103,7 @@ class _Side:
         harm = run.plan.misfortune
         if harm is None or harm.side != self.name or harm.kind not in ("cancel", "close"):
             return None
-        own = run.endpoint is not self.shared
+        own = run.endpoint not in self.shared.values()
         end = run.endpoint.close if harm.kind == "close" and own else handle.cancel
 
         async def end_it() -> None:
@@ -115,15 +128,16 @@ class _Run:
 class Sending(_Side):
     name = "sending"
 
-    async def listen(self) -> str:
-        """Listen for receivers of all runs; returns the address."""
-        self.shared = Sender(listen="127.0.0.1:0")
-        return self.shared.address
+    async def listen(self) -> dict[str, str]:
+        """Listen for receivers of all runs; returns the address of each security mode."""
+        self.shared = {name: Sender(listen="127.0.0.1:0", **options(name))
+                       for name in SECURITIES}
+        return {name: each.address for name, each in self.shared.items()}
 
     async def offer(self, plan: Plan) -> list[str]:
         """Offer the run's cargoes on the shared sender; returns the offers' ids."""
-        run = self._begin(plan, self.shared)
-        run.handles = [self.shared.offer(held.memory, deadline_s=plan.deadline_s,
+        run = self._begin(plan, self.shared[plan.security])
+        run.handles = [run.endpoint.offer(held.memory, deadline_s=plan.deadline_s,
                                          codec=plan.codec) for held in run.held]
         return [offer.offer_id for offer in run.handles]
 
@@ -133,7 +147,8 @@ class Sending(_Side):
         try:
             self._begin(plan, Sender(address, lanes=plan.lanes, codec=plan.codec,
                                      chunk_bytes=plan.chunk_bytes,
-                                     connect_timeout_s=plan.deadline_s))
+                                     connect_timeout_s=plan.deadline_s,
+                                     **options(plan.security, plan.lease_s)))
         except Exception as error:
             return outcome(plan, error, began)
         return None
@@ -144,7 +159,7 @@ class Sending(_Side):
 
     async def adopt(self, plan: Plan) -> None:
         """Use the link that the run's receiver makes to the shared sender."""
-        self._begin(plan, self.shared)
+        self._begin(plan, self.shared[plan.security])
 
     async def send(self, plan: Plan, tickets: list[str], link: str | None = None
                    ) -> list[dict[str, object]]:
@@ -199,14 +214,14 @@ class Sending(_Side):
 class Receiving(_Side):
     name = "receiving"
 
-    async def listen(self) -> str:
-        """Listen for senders of all runs; returns the address."""
-        self.shared = Receiver()
-        return self.shared.address
+    async def listen(self) -> dict[str, str]:
+        """Listen for senders of all runs; returns the address of each security mode."""
+        self.shared = {name: Receiver(**options(name)) for name in SECURITIES}
+        return {name: each.address for name, each in self.shared.items()}
 
     async def bind(self, plan: Plan, ticket_ids: list[bytes]) -> list[dict[str, object]]:
         """Expect the run's cargoes on the shared receiver; returns how each ticket ended."""
-        run = self._begin(plan, self.shared)
+        run = self._begin(plan, self.shared[plan.security])
         await asyncio.sleep(plan.bind_after_s)
         return await self._expect(run, ticket_ids)
 
@@ -214,7 +229,8 @@ class Receiving(_Side):
         """Make a link to a listening sender; returns its id, or how that failed."""
         began = time.monotonic()
         try:
-            run = self._begin(plan, Receiver(listen=None, connect_timeout_s=plan.deadline_s))
+            run = self._begin(plan, Receiver(listen=None, connect_timeout_s=plan.deadline_s,
+                                             **options(plan.security, plan.lease_s)))
             return await asyncio.to_thread(run.endpoint.dial, address, lanes=plan.lanes)
         except Exception as error:
             return outcome(plan, error, began)
@@ -225,7 +241,8 @@ class Receiving(_Side):
     async def pull(self, plan: Plan, address: str, offers: list[str]) -> list[dict[str, object]]:
         began = time.monotonic()
         try:
-            run = self._begin(plan, Receiver(listen=None, connect_timeout_s=plan.deadline_s))
+            run = self._begin(plan, Receiver(listen=None, connect_timeout_s=plan.deadline_s,
+                                             **options(plan.security, plan.lease_s)))
         except Exception as error:
             return [outcome(plan, error, began) for _ in plan.cargoes]
 
