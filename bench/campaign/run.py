@@ -15,7 +15,7 @@ from bench.campaign.files import Filing
 from bench.campaign.plan import Plan
 from bench.campaign.process import Peer, PeerDied, PeerFailed, PeerHangs
 from bench.campaign.proxy import Proxy
-from bench.campaign.sides import SLACK_S, Receiving, Sending
+from bench.campaign.sides import Receiving, Sending
 from bench.campaign.verdict import Verdict, judge
 
 __all__ = ["Pair", "Runner"]
@@ -23,6 +23,7 @@ __all__ = ["Pair", "Runner"]
 GRACE_S = 0.1  # after the end; what was held back arrives in it
 _FATAL = {"kill", "stop", "memory", "files"}
 _AGAIN_S = 8.0
+_CALL_LIMIT_S = 30.0  # beyond the deadline; who takes longer hangs
 
 
 class Pair:
@@ -130,7 +131,7 @@ class Runner:
 class _TransferRun:
     def __init__(self, plan: Plan, pair: Pair, proxy: Peer):
         self._plan, self._pair, self._proxy = plan, pair, proxy
-        self._limit_s = 3 * (plan.deadline_s + SLACK_S)
+        self._limit_s = _CALL_LIMIT_S + plan.deadline_s
         self._names = [secrets.token_bytes(16) for _ in plan.cargoes]
         self._complaints: list[str] = []
         self._story: list[object] = []
@@ -227,7 +228,7 @@ class _TransferRun:
         plan = replace(self._plan, misfortune=None, harms=[], must_deliver=True, restart=False,
                        deadline_s=_AGAIN_S)
         side, self._killed = self._killed, None
-        pair, self._limit_s = self._pair, 2 * _AGAIN_S
+        pair, self._limit_s = self._pair, _CALL_LIMIT_S + _AGAIN_S
         if side == "sending":
             pair.sending.close()
             pair.sending = Peer(Sending)

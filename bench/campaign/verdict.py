@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from bench.campaign.plan import Plan
-from bench.campaign.sides import SLACK_S
+from bench.campaign.sides import SLACK_S, STARVED_S
 
 __all__ = ["Verdict", "judge"]
 
@@ -67,11 +67,12 @@ def _complaints(plan: Plan, found: dict[str, object]) -> list[str]:
     complaints = []
     if found["hangs"]:
         complaints.append(f"has not ended {SLACK_S} s after its deadline")
-    elif found["took_s"] > plan.deadline_s + SLACK_S:
+    elif found["took_s"] > plan.deadline_s + SLACK_S + 2 * found["late_s"]:
         complaints.append(f"ended after {found['took_s']} s")
     if found["error"] and not found["typed"]:
         complaints.append(f"an error that no run may end with: {found['error']}")
-    elif found["error"] and plan.must_deliver:
+    elif found["error"] and plan.must_deliver and not (
+            found["code"] == "DEADLINE_EXCEEDED" and found["late_s"] > STARVED_S):
         complaints.append(f"nothing here may keep it from arriving, but: {found['error']}")
     if found["wrong"]:
         complaints.append(found["wrong"])
