@@ -75,6 +75,8 @@ py::dict stats_of(Endpoint& endpoint) {
     result["receive_calls"] = stats.receive_calls;
     result["lanes_lost"] = stats.lanes_lost;
     result["internal_errors"] = stats.internal_errors;
+    result["io"] = stats.io;
+    result["io_note"] = stats.io_note;
     return result;
 }
 

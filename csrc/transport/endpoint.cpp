@@ -175,6 +175,8 @@ EndpointStats Endpoint::stats() {
     loops_->call([&] {
         stats = counters_;
         stats.internal_errors = loops_->internal_errors();
+        stats.io = loops_->first().poller_name();
+        stats.io_note = loops_->first().poller_note();
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
             stats.open_transfers +=

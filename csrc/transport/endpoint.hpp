@@ -32,6 +32,8 @@ struct EndpointStats {
     uint64_t receive_calls = 0;
     uint64_t lanes_lost = 0;
     uint64_t internal_errors = 0;  // anything but 0 is a bug: please report it
+    std::string io;                // what the I/O threads wait with: epoll or io_uring
+    std::string io_note;           // why not with what KVWIRE_IO asked for
 };
 
 class Endpoint {

@@ -4,14 +4,11 @@
 #include <sched.h>
 #include <ctime>
 #include <exception>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <system_error>
-#include <unistd.h>
 
 namespace kvwire {
 namespace {
-constexpr int EVENTS_MAX = 64;
 constexpr uint64_t FOR_EVER = ~uint64_t(0);
 
 // After an event of few bytes another is likely to follow at once (a round trip), and a sleeping
@@ -23,17 +20,7 @@ constexpr uint64_t BULK_NS = 2'000'000;
 constexpr int LET_GO_MS = 100;
 }  // namespace
 
-Loop::Loop()
-    : epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-    if (!epoll_ || !wake_) {
-        throw Error(ErrorCode::RESOURCES_EXHAUSTED,
-                    "no epoll or eventfd to be had: " + error_text(errno));
-    }
-    epoll_event event{};
-    event.events = EPOLLIN;
-    event.data.u64 = 0;
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event);
-}
+Loop::Loop() : poller_(make_poller(&poller_note_)) {}
 
 Loop::~Loop() { stop(); }
 
@@ -47,10 +34,7 @@ void Loop::start(std::function<int()> between) {
     }
 }
 
-void Loop::wake() {
-    const uint64_t one = 1;
-    (void)!::write(wake_.get(), &one, sizeof one);
-}
+void Loop::wake() { poller_->wake(); }
 
 void Loop::stop() {
     stopping_ = true;
@@ -72,20 +56,13 @@ void Loop::guarded(const std::function<void()>& step) {
 void Loop::watch(const Fd& fd, uint32_t epoll_events, std::shared_ptr<Handler> handler) {
     std::lock_guard<std::mutex> lock(watches_mutex_);
     Watch& watch = watches_[fd.get()];
-    watch = {++serial_, std::move(handler)};
-    epoll_event event{};
-    event.events = epoll_events;
-    event.data.u64 = watch.serial << 32 | uint32_t(fd.get());
-    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd.get(), &event) != 0)
-        throw Error(ErrorCode::INTERNAL, "epoll_ctl: " + error_text(errno));
+    watch = {++serial_ << 32 | uint32_t(fd.get()), std::move(handler)};
+    poller_->watch(fd.get(), watch.key, epoll_events);
 }
 
 void Loop::modify(const Fd& fd, uint32_t epoll_events) {
     std::lock_guard<std::mutex> lock(watches_mutex_);
-    epoll_event event{};
-    event.events = epoll_events;
-    event.data.u64 = watches_.at(fd.get()).serial << 32 | uint32_t(fd.get());
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd.get(), &event);
+    poller_->modify(fd.get(), watches_.at(fd.get()).key, epoll_events);
 }
 
 void Loop::unwatch(const Fd& fd) {
@@ -94,15 +71,15 @@ void Loop::unwatch(const Fd& fd) {
     const auto found = watches_.find(fd.get());
     if (found == watches_.end()) return;
     gone = std::move(found->second.handler);
+    poller_->unwatch(fd.get(), found->second.key);
     watches_.erase(found);
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd.get(), nullptr);
 }
 
 // Null: an earlier event of the batch has closed it, or another has taken its number.
 std::shared_ptr<Loop::Handler> Loop::find(uint64_t key) {
     std::lock_guard<std::mutex> lock(watches_mutex_);
     const auto found = watches_.find(int(key & 0xFFFFFFFF));
-    if (found == watches_.end() || found->second.serial != key >> 32) return nullptr;
+    if (found == watches_.end() || found->second.key != key) return nullptr;
     return found->second.handler;
 }
 
@@ -113,32 +90,27 @@ void Loop::run(const std::function<int()>& between) {
     ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
     ::prctl(PR_SET_NAME, "kvwire-io");
     (void)std::uncaught_exceptions();  // what throwing needs is had now, not when memory is out
-    epoll_event events[EVENTS_MAX];
+    Poller::Event events[Poller::EVENTS_MAX];
     while (!stopping_) {
-        const int count = wait(events, between());
-        for (int i = 0; i < count; ++i) {
-            if (events[i].data.u64 == 0) {
-                uint64_t ignored;
-                (void)!::read(wake_.get(), &ignored, sizeof ignored);
-            } else if (const auto handler = find(events[i].data.u64)) {
+        const size_t count = wait(events, between());
+        for (size_t i = 0; i < count; ++i)
+            if (const auto handler = find(events[i].key))
                 guarded([&] { handler->on_events(events[i].events); });
-            }
-        }
     }
+    poller_->wait(events, 0);  // lets go of what was unwatched last
 }
 
-int Loop::wait(epoll_event* events, int wait_ms) {
+size_t Loop::wait(Poller::Event* events, int wait_ms) {
     const uint64_t start_ns = Loops::now_ns();
     const size_t moved_bytes = moved_bytes_.exchange(0, std::memory_order_relaxed);
     if (moved_bytes >= BULK_BYTES) polls_from_ns_ = start_ns + BULK_NS;
     const bool polls = moved_bytes > 0 && start_ns >= polls_from_ns_;
     while (polls && Loops::now_ns() - start_ns < POLL_NS) {
-        const int count = ::epoll_wait(epoll_.get(), events, EVENTS_MAX, 0);
-        if (count != 0) return count;
+        if (const size_t count = poller_->wait(events, 0)) return count;
         ::sched_yield();
     }
     if (affinity_.holds(start_ns) && (wait_ms < 0 || wait_ms > LET_GO_MS)) wait_ms = LET_GO_MS;
-    return ::epoll_wait(epoll_.get(), events, EVENTS_MAX, wait_ms);
+    return poller_->wait(events, wait_ms);
 }
 
 void Loop::follow(int core) { affinity_.follow(core, Loops::now_ns()); }

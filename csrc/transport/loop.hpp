@@ -1,6 +1,6 @@
 #pragma once
-// The I/O threads of an endpoint: each an epoll loop that lanes are dealt to, and one lock for all
-// that they share. Timers and posted tasks run on the first of them, with the lock held.
+// The I/O threads of an endpoint: each a loop that lanes are dealt to, and one lock for all that
+// they share. Timers and posted tasks run on the first of them, with the lock held.
 
 #include <atomic>
 #include <cstdint>
@@ -8,13 +8,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <sys/epoll.h>
 #include <sys/types.h>
 #include <thread>
 #include <unistd.h>
 #include <vector>
 
 #include "transport/affinity.hpp"
+#include "transport/poller.hpp"
 #include "transport/socket.hpp"
 
 namespace kvwire {
@@ -75,6 +75,8 @@ public:
     void stop();     // and joins
     void abandon();  // in a forked child, where the thread does not exist
     uint64_t internal_errors() const { return internal_errors_; }
+    const char* poller_name() const { return poller_->name(); }
+    const std::string& poller_note() const { return poller_note_; }
 
     // Runs `step`. An error that reaches this far is a bug of ours, or no memory: the thread, and
     // all other transfers, outlive it.
@@ -82,16 +84,17 @@ public:
 
 private:
     void run(const std::function<int()>& between);
-    int wait(::epoll_event* events, int wait_ms);
+    size_t wait(Poller::Event* events, int wait_ms);
     std::shared_ptr<Handler> find(uint64_t key);
 
-    Fd epoll_, wake_;
+    std::string poller_note_;
+    const std::unique_ptr<Poller> poller_;
     std::atomic<bool> stopping_{false};
     std::atomic<uint64_t> internal_errors_{0};
     std::atomic<size_t> moved_bytes_{0};  // since the last wait
     uint64_t polls_from_ns_ = 0;          // not before: this loop is busy with bulk
     Affinity affinity_;
-    struct Watch { uint64_t serial; std::shared_ptr<Handler> handler; };
+    struct Watch { uint64_t key; std::shared_ptr<Handler> handler; };
     std::mutex watches_mutex_;
     std::map<int, Watch> watches_;
     uint64_t serial_ = 0;
