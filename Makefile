@@ -82,8 +82,12 @@ $(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py
 SANITIZED := .build/sanitized
 SANITIZED_SOURCES := $(filter-out csrc/bind/% csrc/fuzz/%, $(filter csrc/%.cpp, $(SOURCES)))
 SANITIZED_OBJECTS := $(patsubst %.cpp, $(SANITIZED)/%.o, $(SANITIZED_SOURCES))
+HAS_OPENSSL := $(shell printf '\043include <openssl/ssl.h>\nint main() { TLS_method(); }' | \
+    $(CXX) -x c++ - -o /tmp/kvwire-probe.$$$$ -lssl -lcrypto 2>/dev/null && echo 1; \
+    rm -f /tmp/kvwire-probe.*)
+TLS_LIBRARIES := $(if $(HAS_OPENSSL),-lssl -lcrypto)
 CHECKED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
-    -fno-omit-frame-pointer -fno-sanitize-recover=all
+    -DKVWIRE_TLS=$(or $(HAS_OPENSSL),0) -fno-omit-frame-pointer -fno-sanitize-recover=all
 SANITIZED_FLAGS := $(CHECKED_FLAGS) -fsanitize=address,undefined
 
 cpp-test:
@@ -92,7 +96,7 @@ cpp-test:
 	KVWIRE_IO=io_uring $(SANITIZED)/cpp-test transport
 
 $(SANITIZED)/cpp-test: $(SANITIZED_OBJECTS)
-	@$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl
+	@$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl $(TLS_LIBRARIES)
 
 $(SANITIZED)/%.o: %.cpp
 	@mkdir -p $(@D) && echo "sanitized $<"
@@ -100,7 +104,7 @@ $(SANITIZED)/%.o: %.cpp
 
 # Only the transport has threads.
 TSAN := .build/tsan
-TSAN_TESTS := csrc/tests/main.cpp csrc/tests/transport_test.cpp
+TSAN_TESTS := $(addprefix csrc/tests/, main.cpp transport_test.cpp tls_test.cpp)
 TSAN_SOURCES := $(filter-out $(TEST_SOURCES), $(SANITIZED_SOURCES)) $(TSAN_TESTS)
 TSAN_OBJECTS := $(patsubst %.cpp, $(TSAN)/%.o, $(TSAN_SOURCES))
 TSAN_FLAGS := $(CHECKED_FLAGS) -fsanitize=thread
@@ -111,7 +115,7 @@ tsan-test:
 	KVWIRE_IO=io_uring TSAN_OPTIONS=halt_on_error=1 $(TSAN)/tsan-test
 
 $(TSAN)/tsan-test: $(TSAN_OBJECTS)
-	@$(CXX) $(TSAN_FLAGS) $^ -o $@ -ldl
+	@$(CXX) $(TSAN_FLAGS) $^ -o $@ -ldl $(TLS_LIBRARIES)
 
 $(TSAN)/%.o: %.cpp
 	@mkdir -p $(@D) && echo "thread-checked $<"

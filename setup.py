@@ -2,12 +2,16 @@
 
 KVWIRE_CUDA=auto|0|1 decides whether ``kernels/*.cu`` are compiled into the extension:
 ``auto`` does so when nvcc is found, ``1`` insists. Nothing here needs torch or a GPU.
+KVWIRE_TLS=auto|0|1 decides likewise whether TLS is built, with the system's OpenSSL: ``auto``
+does so when a program can be compiled and linked with it. The build says which it was.
 """
 
 import fcntl
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -16,14 +20,36 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CUDA_MODE = os.environ.get("KVWIRE_CUDA", "auto")
+TLS_MODE = os.environ.get("KVWIRE_TLS", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CUDA_SOURCES = sorted(glob("kernels/*.cu"))
 
-if CUDA_MODE not in ("auto", "0", "1"):
-    raise SystemExit(f"KVWIRE_CUDA={CUDA_MODE!r}: expected auto, 0 or 1")
+for name, mode in (("KVWIRE_CUDA", CUDA_MODE), ("KVWIRE_TLS", TLS_MODE)):
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"{name}={mode!r}: expected auto, 0 or 1")
 if CUDA_MODE == "1" and not NVCC:
     raise SystemExit("KVWIRE_CUDA=1 but nvcc is neither on PATH nor in /usr/local/cuda/bin")
 USE_CUDA = bool(CUDA_SOURCES) and CUDA_MODE != "0" and NVCC is not None
+
+OPENSSL_PROBE = """
+#include <openssl/ssl.h>
+int main() { return SSL_CTX_set_ciphersuites(SSL_CTX_new(TLS_method()), "") != TLS1_3_VERSION; }
+"""
+
+
+def has_openssl():
+    """True when a program with OpenSSL 1.1.1 or later compiles and links."""
+    compiler = os.environ.get("CXX", "g++").split()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, "-x", "c++", "-", "-o", f"{folder}/probe", "-lssl", "-lcrypto"]
+        return subprocess.run(command, input=OPENSSL_PROBE.encode(),
+                              stderr=subprocess.DEVNULL).returncode == 0
+
+
+USE_TLS = TLS_MODE != "0" and has_openssl()
+if TLS_MODE == "1" and not USE_TLS:
+    raise SystemExit("KVWIRE_TLS=1 but no program with OpenSSL can be built; on Debian: "
+                     "apt-get install libssl-dev")
 
 
 def is_stale(object_path, source_path):
@@ -42,11 +68,14 @@ class BuildExt(build_ext):
     def finalize_options(self):
         super().finalize_options()
         # One place for editable, in-place and wheel builds, so that none compiles twice.
-        self.build_temp = f".build/{sys.implementation.cache_tag}-cuda{int(USE_CUDA)}"
+        self.build_temp = (f".build/{sys.implementation.cache_tag}-cuda{int(USE_CUDA)}"
+                           f"-tls{int(USE_TLS)}")
 
     def run(self):
         # Two builds at once would write the same objects.
         os.makedirs(self.build_temp, exist_ok=True)
+        print("kvwire: built with TLS" if USE_TLS else "kvwire: built WITHOUT TLS: no OpenSSL "
+              "headers, or KVWIRE_TLS=0", file=sys.stderr)
         with open(f"{self.build_temp}/lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             super().run()
@@ -94,12 +123,13 @@ setup(
             cxx_std=17,
             include_dirs=["csrc"],
             depends=headers,
-            define_macros=[("KVWIRE_CUDA", str(int(USE_CUDA)))],
+            define_macros=[("KVWIRE_CUDA", str(int(USE_CUDA))), ("KVWIRE_TLS", str(int(USE_TLS)))],
             extra_compile_args=[
                 *("-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0", "-MMD", "-pthread"),
             ],
             extra_link_args=["-pthread"],
-            libraries=["dl"] + (["cudart_static", "rt"] if USE_CUDA else []),
+            libraries=["dl"] + (["cudart_static", "rt"] if USE_CUDA else [])
+            + (["ssl", "crypto"] if USE_TLS else []),
             library_dirs=[cuda_library_dir()] if USE_CUDA else [],
         )
     ],

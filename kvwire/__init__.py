@@ -25,6 +25,7 @@ _HOME = {
     "Receiver": "receiver", "Ticket": "receiver", "Progress": "handles",
     "Link": "link", "LinkOptions": "link", "LinkStats": "link", "LaneStats": "link",
     "TransferStats": "link", "CongestionThresholds": "link",
+    "HmacAdmission": "security", "Tls": "security", "TlsPsk": "security",
     "send": "tensors", "receive": "tensors", "tensor_memory": "tensors",
     "save": "files", "load": "files", "inspect": "files",
     "KvwireError": "errors", "UsageError": "errors", "UnsupportedError": "errors",
@@ -40,13 +41,13 @@ __all__ = ["__version__", "backends", *sorted(_HOME)]
 
 
 def backends() -> dict[str, object]:
-    """Say which variants this process uses: checksum, codecs. Forced by environment variables
-    (KVWIRE_CRC32C, KVWIRE_LZ4)."""
+    """Say which variants this process uses: checksum, codecs; and the OpenSSL that TLS was built
+    with, None if it was not. Forced by environment variables (KVWIRE_CRC32C, KVWIRE_LZ4)."""
     native = import_module("kvwire._native")
     codecs = [name for bit, name in enumerate(("raw", "lz4"))
               if native.codecs_available() >> bit & 1]
     return {"crc32c": native.crc32c_active(), "crc32c_variants": native.crc32c_variants(),
-            "codecs": codecs}
+            "codecs": codecs, "tls": native.tls_library()}
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from kvwire.link import LinkOptions
 from kvwire.manifest import decode_metadata
 from kvwire.limits import RANK_COUNT_MAX
 from kvwire.memory import CacheMemory
+from kvwire.security import Security, check_listening, options_of
 from kvwire.structure import Cursor
 
 __all__ = ["Receiver", "Ticket"]
@@ -30,6 +31,9 @@ class Receiver(Endpoint):
         patience_s: how long a manifest may wait for its ticket to be bound.
         link_options: congestion control and mark of what this side sends: its answers.
         io_threads: 0: one for each core that the process may use, up to 4.
+        security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the sender's; None:
+            cleartext, open to all who reach the port.
+        allow_unauthenticated: listen beyond loopback without any security.
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
@@ -37,18 +41,21 @@ class Receiver(Endpoint):
     def __init__(self, listen: str | None = "127.0.0.1:0", *, window_bytes: int = 256 << 20,
                  chunk_bytes_max: int = 1 << 20, transfers_max: int = 1024,
                  patience_s: float = 30.0, connect_timeout_s: float = 10.0,
-                 link_options: LinkOptions = LinkOptions(), io_threads: int = 0):
+                 link_options: LinkOptions = LinkOptions(), io_threads: int = 0,
+                 security: Security | None = None, allow_unauthenticated: bool = False):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
             raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
                              f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
         if window_bytes < chunk_bytes_max or transfers_max < 1:
             raise UsageError("window_bytes must hold a chunk, and transfers_max at least 1")
+        if listen is not None:
+            check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
         super().__init__(_native.ReceiverEndpoint({
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
             "io_threads": io_threads_of(io_threads),
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
-            **link_options.native()}), link_options)
+            **link_options.native(), **options_of(security)}), link_options)
         self._connect_timeout_s = connect_timeout_s
         self._dialled: dict[str, bytes] = {}
         self.address: str | None = None

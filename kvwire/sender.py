@@ -17,6 +17,7 @@ from kvwire.layout import CacheSpec
 from kvwire.link import GBPS, LinkOptions, TransferStats
 from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
+from kvwire.security import Security, check_listening, options_of
 
 __all__ = ["Offer", "Push", "Sender", "Transfer"]
 
@@ -36,6 +37,9 @@ class Sender(Endpoint):
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
         link_options: congestion control, bandwidth limit and mark of the links.
+        security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the receiver's; None:
+            cleartext, open to all who reach the port.
+        allow_unauthenticated: listen beyond loopback without any security.
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
@@ -43,18 +47,21 @@ class Sender(Endpoint):
     def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 4,
                  codec: str = "raw", chunk_bytes: int = 256 << 10,
                  connect_timeout_s: float = 10.0, link_options: LinkOptions = LinkOptions(),
-                 io_threads: int = 0):
+                 io_threads: int = 0, security: Security | None = None,
+                 allow_unauthenticated: bool = False):
         if (address is None) == (listen is None):
             raise UsageError("give a Sender an address to dial or listen=..., one of the two")
         if chunk_bytes % limits.CHUNK_BYTES_MIN or not (
                 limits.CHUNK_BYTES_MIN <= chunk_bytes <= limits.CHUNK_BYTES_MAX):
             raise UsageError(f"chunk_bytes is {chunk_bytes}; it must be a multiple of "
                              f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
+        if listen is not None:
+            check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
             "io_threads": io_threads_of(io_threads),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
-            **link_options.native()}), link_options)
+            **link_options.native(), **options_of(security)}), link_options)
         self._codec = Codec.of(codec)
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None

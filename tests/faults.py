@@ -6,18 +6,20 @@ import random
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import pytest
 
 import kvwire
+from kvwire.admission import Acceptor, Dialler
 from kvwire.layout import Axis
-from kvwire.wire import Frame, FrameReader, Greeting, Role, encode_frame
+from kvwire.wire import FLAG_JOIN, Frame, FrameReader, Greeting, Role, encode_frame
 
 UP, DOWN = "up", "down"  # from the dialler to the listener, and back
 GREETING_BYTES = 64
+ADMISSION_BYTES = 128  # a greeting, a nonce and a proof, either way
 HEADER_BYTES = 64
 POISON = 0xA5
 CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -147,21 +149,20 @@ def abort(writer):
 
 
 class Editor:
-    """Cuts a stream into its greeting and frames, and passes frames through `edit`."""
+    """Cuts a stream into its admission and frames, and passes frames through `edit`."""
 
     def __init__(self, edit, lane, way):
         self._edit, self._place = edit, (lane, way)
         self._reader = FrameReader(Role.RECEIVER if way == UP else Role.SENDER)
-        self._greeted = False
+        self._admission_left = ADMISSION_BYTES
         self._buffer = bytearray()
 
     def __call__(self, data):
         self._buffer += data
-        out = b""
-        if not self._greeted and len(self._buffer) >= GREETING_BYTES:
-            out, self._greeted = bytes(self._buffer[:GREETING_BYTES]), True
-            del self._buffer[:GREETING_BYTES]
-        while self._greeted and len(self._buffer) >= HEADER_BYTES:
+        out = bytes(self._buffer[:self._admission_left])
+        del self._buffer[:len(out)]
+        self._admission_left -= len(out)
+        while not self._admission_left and len(self._buffer) >= HEADER_BYTES:
             size = HEADER_BYTES + int.from_bytes(self._buffer[4:8], "little")
             if len(self._buffer) < size:
                 break
@@ -184,26 +185,40 @@ def on_loop(coroutine):
 
 
 class RawPeer:
-    """A peer that writes what it is told and reads frames by the reference implementation."""
+    """A peer that writes what it is told and reads frames by the reference implementation.
+
+    It dials without proof unless given a `key`, or the `link_key` of a link to join; one that is
+    dialled proves what the dialler does, with `key`.
+    """
 
     def __init__(self, address=None, role=Role.SENDER, sock=None, greet=True, timeout_s=10.0,
-                 **greeting):
+                 key=None, link_key=None, **greeting):
         host, _, port = (address or ":").rpartition(":")
         self.sock = sock or socket.create_connection((host, int(port)), timeout_s)
         self.sock.settimeout(timeout_s)
-        self.frames, self._reader = [], FrameReader(role)
-        self.dialled = sock is None
-        link = greeting.pop("link_id", random.randbytes(16))
-        if greet and self.dialled:
-            self.greeting = Greeting(role, link, **greeting)
+        self.frames, self._reader, self.link_key = [], FrameReader(role), None
+        self.greeting = Greeting(role, greeting.pop("link_id", random.randbytes(16)), **greeting)
+        if not greet:
+            return
+        if sock is not None:
+            self._admit(Acceptor(self.greeting, lambda peer: key or b"", random.randbytes(32)))
+        elif key is None and link_key is None:
             self.write(self.greeting.encode())
             self.read_until(lambda: self._reader.greeting)
-        elif greet:
-            self.read_until(lambda: self._reader.greeting)
-            theirs = self._reader.greeting
-            self.greeting = Greeting(role, theirs.link_id, theirs.lane_index, theirs.lane_count,
-                                     **greeting)
-            self.write(self.greeting.encode())
+        else:
+            joins = FLAG_JOIN if link_key is not None else 0
+            self._admit(Dialler(replace(self.greeting, flags=joins),
+                                key if link_key is None else link_key, random.randbytes(32)))
+
+    def _admit(self, admission):
+        self.write(admission.output)
+        while not admission.done:
+            if not (data := self.sock.recv(1 << 16)):
+                raise EOFError("closed before the lane was admitted")
+            self.write(admission.feed(data))
+        self.greeting, self.link_key = admission.own, admission.link_key
+        self._reader = FrameReader(self.greeting.role, greeting=admission.peer)
+        self.frames += self._reader.feed(admission.rest)
 
     def __enter__(self):
         return self

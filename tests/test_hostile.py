@@ -225,10 +225,10 @@ def test_greetings_that_do_not_fit_are_refused(receiver, role, change, answered)
 
 def test_a_lane_cannot_be_taken_twice(receiver):
     link = random.randbytes(16)
-    opened = Opened(receiver, lane_count=2, link_id=link)
-    with socket.create_connection(receiver.address.rsplit(":", 1), 10) as sock:
-        sock.sendall(Greeting(Role.SENDER, link, 0, 2).encode())
-        assert closed_at_once(sock)
+    opened = Opened(receiver, lane_count=2, link_id=link, key=b"")
+    with pytest.raises(EOFError):
+        RawPeer(receiver.address, lane_count=2, link_id=link,
+                link_key=opened.peer.link_key).read_until(lambda: False)
     opened.announce(items=[Item(9, 0, 0)])  # the first one lives on
     opened.refused(ErrorCode.SEGMENT_INVALID)
 
@@ -237,10 +237,11 @@ def test_answers_come_on_the_lane_that_asked(receiver):
     """The other lane may be dead already, and only the peer knows."""
     link, transfer = random.randbytes(16), random.randbytes(16)
     ticket = receiver.expect(Held(SPEC, TOKENS, 3, writable=True).memory)
-    with RawPeer(receiver.address, lane_count=2, link_id=link) as first:
+    with RawPeer(receiver.address, lane_count=2, link_id=link, key=b"") as first:
         first.send(FrameType.MANIFEST, transfer, manifest(ticket))
         first.expect(FrameType.GRANT)
-        with RawPeer(receiver.address, lane_index=1, lane_count=2, link_id=link) as second:
+        with RawPeer(receiver.address, lane_index=1, lane_count=2, link_id=link,
+                     link_key=first.link_key) as second:
             second.send(FrameType.MANIFEST, transfer, manifest(ticket))
             second.expect(FrameType.GRANT)
             second.send(FrameType.END, b"u" * 16, End(0, 0, 0))

@@ -26,6 +26,7 @@ CpuFeatures detect() {
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return found;
     found.sse42 = ecx & bit_SSE4_2;
     found.pclmul = ecx & bit_PCLMUL;
+    found.aes = ecx & bit_AES;
     // A CPU bit alone is not enough: the kernel must also save the wide registers.
     if (!(ecx & bit_OSXSAVE)) return found;
     constexpr uint64_t kYmmState = 0x06, kZmmState = 0xE6;
@@ -50,6 +51,7 @@ CpuFeatures detect() {
     const unsigned long caps = getauxval(AT_HWCAP);
     found.arm_crc32 = caps & HWCAP_CRC32;
     found.arm_pmull = caps & HWCAP_PMULL;
+    found.aes = caps & HWCAP_AES;
     return found;
 }
 

@@ -6,6 +6,7 @@ namespace kvwire {
 struct CpuFeatures {
     bool sse42 = false;
     bool pclmul = false;
+    bool aes = false;
     bool avx2 = false;
     bool avx512f = false;
     bool avx512bw = false;

@@ -10,6 +10,7 @@
 
 #include "base/sha256.hpp"
 #include "bind/convert.hpp"
+#include "transport/tls.hpp"
 #include "wire/admission.hpp"
 
 namespace py = pybind11;
@@ -75,6 +76,9 @@ Bytes bytes_of(const std::string& text) { return Bytes(text.begin(), text.end())
 }  // namespace
 
 void register_security(py::module_& module) {
+    module.def("tls_library", [] {
+        return tls_library() ? py::object(py::str(tls_library())) : py::none();
+    }, "The OpenSSL that kvwire was built with; None: there is no TLS.");
     module.def("sha256", [](const std::string& data) {
         Sha256 hash;
         hash.update(span_of(data));

@@ -37,6 +37,18 @@ py::object error_to_python(const Error& error) {
                           error.offset, error.remote);
 }
 
+// {"admission_key"} or {"ca", "certificate", "key", "peer_name"} or {"psk_identity", "psk"}
+void secure(EndpointOptions* options, const py::dict& given) {
+    const auto text = [&](const char* name) {
+        return given.contains(name) ? given[name].cast<std::string>() : std::string();
+    };
+    if (given.contains("admission_key")) options->admission_key = bytes_from(text("admission_key"));
+    if (given.contains("ca") || given.contains("psk"))
+        options->tls = make_tls_context({text("ca"), text("certificate"), text("key"),
+                                         text("peer_name"), text("psk_identity"),
+                                         bytes_from(text("psk"))});
+}
+
 EndpointOptions options_from(const py::dict& given) {
     EndpointOptions options;
     const auto take = [&](const char* name, auto& target) {
@@ -45,7 +57,10 @@ EndpointOptions options_from(const py::dict& given) {
     };
     options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
     take("io_threads", options.io_threads);
-    take("connections_max", options.connections_max);
+    take("connections_max", options.door.connections_max);
+    take("connections_per_address_max", options.door.connections_per_address_max);
+    take("links_max", options.links_max);
+    if (given.contains("security")) secure(&options, given["security"]);
     take("connect_timeout_ns", options.connect_timeout_ns);
     take("congestion_control", options.socket.congestion_control);
     take("dscp", options.socket.dscp);

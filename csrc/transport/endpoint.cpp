@@ -43,7 +43,7 @@ Id random_id() {
 Endpoint::Endpoint(Role role, EndpointOptions options)
     : role_(role), options_((check(options.socket), options)),
       loops_(std::make_shared<Loops>(thread_count(options))),
-      notifier_(std::make_shared<Notifier>()) {}
+      notifier_(std::make_shared<Notifier>()), door_(options_.door) {}
 
 Endpoint::~Endpoint() = default;  // the two kinds close themselves
 
@@ -73,20 +73,60 @@ uint16_t Endpoint::listen(const Address& address) {
 
 void Endpoint::accept_some() {
     if (closing_) return;
-    for (;;) {
-        if (counters_.connections >= options_.connections_max) break;
+    while (door_.has_room()) {
         bool would_block = false;
         Fd fd = accept_tcp(listener_, options_.socket, &would_block);
         if (would_block) return;
         if (!fd) break;
-        ++counters_.connections;
-        std::make_shared<Lane>(*this, std::move(fd), false)->start();
+        accept(std::move(fd));
     }
     // Full, or out of descriptors: leave the rest in the backlog for a moment.
     loops_->first().modify(listener_, 0);
     loops_->timer(Loops::now_ns() + ACCEPT_PAUSE_NS, [this] {
         if (listener_) loops_->first().modify(listener_, EPOLLIN);
     });
+}
+
+void Endpoint::accept(Fd fd) {
+    Doorkeeper::Entry entry = door_.enter(network_of(fd));
+    if (!entry) return;  // and the socket is closed
+    ++counters_.connections;
+    std::make_shared<Lane>(*this, wrap(std::move(fd), false), false)->start(std::move(entry));
+}
+
+std::unique_ptr<Stream> Endpoint::wrap(Fd fd, bool dialled) const {
+    if (options_.tls) return options_.tls->wrap(std::move(fd), dialled);
+    return std::make_unique<Stream>(std::move(fd));
+}
+
+Bytes Endpoint::key_of_mode(const Stream::Secrets* secrets) const {
+    return secrets ? Bytes(secrets->key.begin(), secrets->key.end()) : options_.admission_key;
+}
+
+Bytes Endpoint::key_for(const Greeting& dialler, const Stream::Secrets* secrets,
+                        std::shared_ptr<Link>* link) {
+    if (closing_) throw Error(ErrorCode::CLOSED, "this side is closing");
+    const auto known = find_link(dialler.link_id);
+    if (dialler.flags & GREETING_FLAG_JOIN) {
+        if (!known || !known->key())
+            throw Error(ErrorCode::LINK_UNKNOWN,
+                        "this side does not know the link: it has restarted, or given it up");
+        *link = known;
+        return Bytes(known->key()->begin(), known->key()->end());
+    }
+    const auto refuse = [](const char* why) { throw Error(ErrorCode::ADMISSION_REFUSED, why); };
+    if (known && known->had_lanes()) refuse("the link exists: its further lanes must join it");
+    const Bytes key = key_of_mode(secrets);
+    if (!(dialler.flags & GREETING_FLAG_PROOF)) {
+        if (!key.empty()) refuse("this side asks for a key: give both sides the same security");
+        if (known || dialler.lane_count != 1)
+            refuse("a lane without proof must be its link's only one");
+    }
+    if (!known && links_.size() >= options_.links_max)
+        throw Error(ErrorCode::RESOURCES_EXHAUSTED, "this side has as many links as it may",
+                    options_.links_max, links_.size());
+    *link = known ? known : make_link(dialler.link_id);
+    return key;
 }
 
 std::shared_ptr<Link> Endpoint::find_link(const Id& link_id) {
@@ -107,11 +147,6 @@ std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
         link->send = std::make_unique<SendLink>(offers_, options_.send);
     links_.emplace(link_id, link);
     return link;
-}
-
-std::shared_ptr<Link> Endpoint::adopt(const Id& link_id) {
-    const auto link = find_link(link_id);
-    return link ? link : make_link(link_id);
 }
 
 Id Endpoint::dial(const Address& address, uint16_t lanes) {

@@ -8,16 +8,20 @@
 
 #include "transport/handles.hpp"
 #include "transport/link.hpp"
+#include "transport/tls.hpp"
 
 namespace kvwire {
 
 struct EndpointOptions {
     uint32_t io_threads = 0;  // 0: as many as there are cores, up to IO_THREADS_DEFAULT_MAX
-    uint32_t connections_max = 1024;
+    Doorkeeper::Limits door;
     uint64_t connect_timeout_ns = 10'000'000'000;
     uint32_t codecs = 1;
     SocketOptions socket;
     uint64_t bandwidth_max_bytes_per_s = 0;  // of each link; 0: unlimited
+    Bytes admission_key;                    // empty: open to all who reach the port
+    std::shared_ptr<const TlsContext> tls;  // empty: cleartext
+    uint32_t links_max = 1024;              // that were dialled from elsewhere
     SendOptions send;
     ReceiveOptions receive;
 };
@@ -60,15 +64,20 @@ public:
     const EndpointOptions& options() const { return options_; }
     EndpointStats& counters() { return counters_; }
     Greeting greeting() const;
-    std::shared_ptr<Link> adopt(const Id& link_id);  // finds or makes the link of an accepted lane
+    std::unique_ptr<Stream> wrap(Fd fd, bool dialled) const;
+    // What an accepted lane must prove; finds or makes its link. Throws what it is refused with.
+    Bytes key_for(const Greeting& dialler, const Stream::Secrets* secrets,
+                  std::shared_ptr<Link>* link);
+    Bytes key_of_mode(const Stream::Secrets* secrets) const;
     bool closing() const { return closing_; }
     void link_up(const Link& link);
     void link_lost(const Link& link, const Error& why);
     std::vector<Id> link_ids();  // of links with a lane; from any thread
     void accept_some();
 
-protected:
     std::shared_ptr<Link> find_link(const Id& link_id);
+
+protected:
     Error why_lost(const Id& link_id);
     std::shared_ptr<Link> make_link(const Id& link_id);
     virtual void end_all(const Error& why) = 0;  // what no link will end
@@ -85,7 +94,9 @@ private:
         enum State { PENDING, UP, DOWN } state = PENDING;
         Error error;
     };
+    void accept(Fd fd);
     Fd listener_;
+    Doorkeeper door_;
     bool closed_ = false;   // the application's thread
     bool closing_ = false;  // no lane opens any more
     EndpointStats counters_;

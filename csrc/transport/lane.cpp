@@ -43,42 +43,9 @@ private:
 
 }  // namespace
 
-Lane::Lane(Endpoint& endpoint, Fd fd, bool dialled)
+Lane::Lane(Endpoint& endpoint, std::unique_ptr<Stream> stream, bool dialled)
     : endpoint_(endpoint), loops_(endpoint.shared_loops()), loop_(loops_->next()),
-      fd_(std::move(fd)), dialled_(dialled) {}
-
-void Lane::start(std::shared_ptr<Link> link, const Greeting& greeting) {
-    link_ = std::move(link);
-    own_ = greeting;
-    greeting_out_.resize(GREETING_BYTES);
-    encode_greeting(own_, greeting_out_.data());
-    watch();
-}
-
-void Lane::start() {
-    state_ = State::GREETING;
-    watch();
-}
-
-void Lane::watch() {
-    interest_ = state_ == State::CONNECTING ? uint32_t(EPOLLOUT) : uint32_t(EPOLLIN);
-    start_patience();
-    loop_.watch(fd_, interest_, shared_from_this());
-}
-
-void Lane::start_patience() {
-    if (greeting_timer_) loops_->cancel(*greeting_timer_);
-    const uint64_t patience_ns = state_ == State::CONNECTING
-                                     ? endpoint_.options().connect_timeout_ns
-                                     : limits::greeting_timeout_ms * 1'000'000;
-    greeting_timer_ = loops_->timer(
-        Loops::now_ns() + patience_ns, [weak = weak_from_this()] {
-            if (const auto lane = weak.lock()) {
-                lane->greeting_timer_.reset();
-                lane->close(Error(ErrorCode::GREETING_TIMEOUT, "no greeting came in time"), true);
-            }
-        });
-}
+      stream_(std::move(stream)), dialled_(dialled) {}
 
 // Runs a step; what it throws closes the lane.
 void Lane::guarded(Lock& lock, void (Lane::*step)(Lock& lock)) {
@@ -94,15 +61,10 @@ void Lane::guarded(Lock& lock, void (Lane::*step)(Lock& lock)) {
 void Lane::on_events(uint32_t epoll_events) {
     Lock lock(*loops_);
     if (state_ == State::CLOSED) return;
-    if (state_ == State::CONNECTING) {
-        const int error = connect_result(fd_);
-        if (error != 0)
-            return close(Error(ErrorCode::CONNECT_FAILED, "connect: " + error_text(error)), false);
-        state_ = State::GREETING;
-        start_patience();
-    }
     if (epoll_events & EPOLLOUT) blocked_ = false;
-    if (epoll_events & (EPOLLIN | EPOLLHUP | EPOLLERR)) guarded(lock, &Lane::read);
+    if (state_ < State::OPEN) guarded(lock, &Lane::enter);
+    const bool readable = epoll_events & (EPOLLIN | EPOLLHUP | EPOLLERR) || stream_->has_unread();
+    if (state_ == State::OPEN && readable) guarded(lock, &Lane::read);
     if (state_ == State::OPEN) link_->pump(this);
     if (state_ != State::CLOSED) guarded(lock, &Lane::write);
 }
@@ -112,72 +74,29 @@ void Lane::write_now() {
     guarded(lock, &Lane::write);
 }
 
-bool Lane::read_greeting() {
-    const iovec iov{greeting_in_ + greeting_received_, GREETING_BYTES - greeting_received_};
-    const IoResult got = receive(fd_, &iov, 1);
-    if (got.status == IoStatus::WOULD_BLOCK) return false;
-    if (got.status == IoStatus::FAILED)
-        throw Error(ErrorCode::PEER_CLOSED, "receive: " + error_text(got.error));
-    if (got.status == IoStatus::CLOSED)
-        throw Error(greeting_received_ ? ErrorCode::TRUNCATED : ErrorCode::PEER_CLOSED,
-                    "the peer closed before its greeting was complete", GREETING_BYTES,
-                    greeting_received_);
-    greeting_received_ += got.bytes;
-    endpoint_.counters().bytes_received += got.bytes;
-    // Strangers are told so at their first wrong byte, not after 64.
-    const size_t check = std::min(greeting_received_, sizeof GREETING_MAGIC);
-    if (std::memcmp(greeting_in_, GREETING_MAGIC, check) != 0)
-        throw Error(ErrorCode::BAD_MAGIC, "greeting: these are not kvwire's first bytes");
-    if (greeting_received_ < GREETING_BYTES) return false;
-    greeted(decode_greeting(greeting_in_));
-    return true;
-}
-
-void Lane::greeted(const Greeting& peer) {
-    if (endpoint_.closing()) throw Error(ErrorCode::CLOSED, "this side is closing");
-    if (peer.role == endpoint_.role())
-        throw Error(ErrorCode::ROLE_CONFLICT, "both ends have the same role", 0,
-                    uint64_t(peer.role), greeting_at::ROLE);
-    if (peer.role == Role::FILE)
-        throw Error(ErrorCode::FIELD_INVALID, "greeting: a file does not speak TCP", 0,
-                    uint64_t(peer.role), greeting_at::ROLE);
-    if (dialled_) {
-        if (peer.link_id != own_.link_id || peer.lane_index != own_.lane_index ||
-            peer.lane_count != own_.lane_count)
-            throw Error(ErrorCode::FIELD_INVALID, "greeting: the peer does not echo the lane", 0, 0,
-                        greeting_at::LINK_ID);
-    } else {
-        link_ = endpoint_.adopt(peer.link_id);
-        own_ = endpoint_.greeting();
-        own_.link_id = peer.link_id;
-        own_.lane_index = peer.lane_index;
-        own_.lane_count = peer.lane_count;
-        greeting_out_.resize(GREETING_BYTES);
-        encode_greeting(own_, greeting_out_.data());
-    }
-    open(peer);
-}
-
-void Lane::open(const Greeting& peer) {
-    writer_ = &link_->lane_opened(peer.lane_index, shared_from_this(), peer);
+void Lane::open() {
+    if (endpoint_.find_link(link_->id) != link_)
+        throw Error(ErrorCode::LINK_UNKNOWN, "the link ended before this lane was admitted");
+    entry_.admitted();
+    writer_ = &link_->lane_opened(own_.lane_index, shared_from_this(), admission_->peer());
     state_ = State::OPEN;
-    follows_ = is_same_host(fd_) && 2 * own_.lane_count > Affinity::cores();
+    follows_ = is_same_host(stream_->fd()) && 2 * own_.lane_count > Affinity::cores();
     reader_ = std::make_unique<LaneReader>(
-        link_->machine(), peer.lane_index,
+        link_->machine(), own_.lane_index,
         FrameLimits{own_.payload_bytes_max, own_.control_bytes_max});
+    admission_.reset();
     loops_->cancel(*greeting_timer_);
     greeting_timer_.reset();
 }
 
 void Lane::read(Lock& lock) {
-    if (state_ == State::GREETING && !read_greeting()) return;
     if (link_->receive) link_->receive->set_now(Loops::now_ns());
     read_frames(lock);
     if (state_ == State::OPEN) mark();
 }
 
 void Lane::read_frames(Lock& lock) {
-    for (size_t turn = 0; turn < TURN_BYTES;) {
+    for (size_t turn = 0; turn < TURN_BYTES || stream_->has_unread();) {
         if (writer_->queued_control_bytes() > ANSWERS_BYTES_MAX) return;
         const iovec* iov;
         const size_t count = reader_->next_iovecs(&iov);
@@ -186,7 +105,7 @@ void Lane::read_frames(Lock& lock) {
         ++endpoint_.counters().receive_calls;
         if (got.status == IoStatus::WOULD_BLOCK) return;
         if (got.status == IoStatus::FAILED)
-            throw Error(ErrorCode::PEER_CLOSED, "receive: " + error_text(got.error));
+            throw stream_->failure(got, "receive");
         if (got.status == IoStatus::CLOSED) {
             reader_->end_of_stream();
             return close(Error(ErrorCode::PEER_CLOSED, "the peer closed the connection"), false);
@@ -200,10 +119,15 @@ void Lane::read_frames(Lock& lock) {
     }
 }
 
+IoStatus Lane::shake_section(Lock& lock) {
+    const Section section(lock, reading_);
+    return stream_->shake_hands();
+}
+
 IoResult Lane::receive_section(Lock& lock, const iovec* iov, size_t count) {
     reader_->begin_section();
     const Section section(lock, reading_);
-    const IoResult got = receive(fd_, iov, count);
+    const IoResult got = stream_->receive(iov, count);
     if (got.status == IoStatus::OK) reader_->digest(got.bytes);
     reader_->end_section();
     if (follows_) follow(got.bytes);
@@ -214,7 +138,7 @@ void Lane::follow(size_t bytes) {
     unlooked_bytes_ += bytes;
     if (unlooked_bytes_ < LOOK_BYTES) return;
     unlooked_bytes_ = 0;
-    loop_.follow(incoming_core(fd_));
+    loop_.follow(incoming_core(stream_->fd()));
 }
 
 // Inside a chunk there is nothing to do for less than a good part of what is left of it: without
@@ -224,7 +148,7 @@ void Lane::mark() {
     const int wanted = rest >= uint64_t(RECEIVE_MARK_BYTES) ? RECEIVE_MARK_BYTES : 1;
     if (wanted == mark_) return;
     mark_ = wanted;
-    set_receive_mark(fd_, wanted);
+    stream_->set_receive_mark(wanted);
 }
 
 void Lane::write(Lock& lock) {
@@ -234,23 +158,15 @@ void Lane::write(Lock& lock) {
         ~Guard() { flag = false; }
         bool& flag;
     } const guard(being_written_);
-    write_greeting();
+    write_early();
     bool more = state_ == State::OPEN;
+    if (state_ > State::HANDSHAKE && !blocked_ && stream_->has_unsent()) {
+        sent_ = stream_->send(nullptr, 0);
+        check_sent();
+    }
     for (size_t turn = 0; more && state_ == State::OPEN && !blocked_ && turn < TURN_BYTES;)
         more = write_batch(lock, &turn);
     if (state_ != State::CLOSED) update_interest(more);
-}
-
-void Lane::write_greeting() {
-    while (!blocked_ && greeting_sent_ < greeting_out_.size()) {
-        const iovec iov{greeting_out_.data() + greeting_sent_,
-                        greeting_out_.size() - greeting_sent_};
-        const IoResult put = send(fd_, &iov, 1);
-        if (put.status == IoStatus::FAILED)
-            throw Error(ErrorCode::PEER_CLOSED, "send: " + error_text(put.error));
-        blocked_ = put.status == IoStatus::WOULD_BLOCK;
-        greeting_sent_ += put.bytes;
-    }
 }
 
 // False: there is nothing to write, or another thread is at it.
@@ -267,9 +183,7 @@ bool Lane::write_batch(Lock& lock, size_t* bytes) {
     send_section(lock, iov, count);
     if (state_ != State::OPEN) return false;
     ++endpoint_.counters().send_calls;
-    if (sent_.status == IoStatus::FAILED)
-        throw Error(ErrorCode::PEER_CLOSED, "send: " + error_text(sent_.error));
-    blocked_ = sent_.status == IoStatus::WOULD_BLOCK;
+    check_sent();
     endpoint_.counters().bytes_sent += sent_.bytes;
     loop_.moved(sent_.bytes);
     *bytes += sent_.bytes;
@@ -287,8 +201,13 @@ void Lane::prepare_section(Lock& lock) {
 void Lane::send_section(Lock& lock, const iovec* iov, size_t count) {
     writer_->in_section = true;
     const Section section(lock, writing_);
-    sent_ = send(fd_, iov, count);
+    sent_ = stream_->send(iov, count);
     writer_->in_section = false;
+}
+
+void Lane::check_sent() {
+    if (sent_.status == IoStatus::FAILED) throw stream_->failure(sent_, "send");
+    blocked_ = sent_.status == IoStatus::WOULD_BLOCK;
 }
 
 // Takes what a section has sent out of the writer; whoever has the lock first does it.
@@ -300,17 +219,19 @@ void Lane::settle() {
 void Lane::arm() {
     if (interest_ & EPOLLOUT) return;
     interest_ |= EPOLLOUT;
-    loop_.modify(fd_, interest_);
+    loop_.modify(stream_->fd(), interest_);
 }
 
 void Lane::update_interest(bool more) {
     const bool choked = writer_ && writer_->queued_control_bytes() > ANSWERS_BYTES_MAX;
-    const bool wants_to_write = more || blocked_ || greeting_sent_ < greeting_out_.size();
+    // What a stream holds back from a choked lane makes no event of its own.
+    const bool wants_to_write = more || blocked_ || early_sent_ < early_.size() ||
+                                stream_->has_unsent() || (!choked && stream_->has_unread());
     const uint32_t interest =
         (choked ? 0u : uint32_t(EPOLLIN)) | (wants_to_write ? uint32_t(EPOLLOUT) : 0u);
     if (interest == interest_) return;
     interest_ = interest;
-    loop_.modify(fd_, interest);
+    loop_.modify(stream_->fd(), interest);
 }
 
 void Lane::wait_for_sections() {
@@ -325,38 +246,50 @@ void Lane::flush_and_close(const Error& why) {
     if (state_ == State::OPEN) {
         const iovec* iov;
         while (const size_t count = writer_->next_iovecs(&iov)) {
-            const IoResult put = send(fd_, iov, count);
+            const IoResult put = stream_->send(iov, count);
+            if (put.bytes) writer_->advance(put.bytes);
             if (put.status != IoStatus::OK) break;
-            writer_->advance(put.bytes);
         }
     }
     close(why, false);
+}
+
+// As far as the socket takes it at once.
+void Lane::say(const Error& why) {
+    if (state_ == State::OPEN) {
+        writer_->control(FrameType::ABORT, Id{}, 0, encode(why));
+        const iovec* iov;
+        const size_t count = writer_->next_iovecs(&iov);
+        stream_->send(iov, count);
+    } else if (admission_) {
+        admission_->last_words(why);
+        Bytes words = admission_->take_output();
+        const iovec iov[] = {{early_.data() + early_sent_, early_.size() - early_sent_},
+                             {words.data(), words.size()}};
+        stream_->send(iov, 2);
+    }
 }
 
 void Lane::close(const Error& why, bool tell_peer) {
     if (state_ == State::CLOSED) return;
     const auto alive = shared_from_this();
     wait_for_sections();
-    if (tell_peer && writer_) {
-        writer_->control(FrameType::ABORT, Id{}, 0, encode(why));
-        const iovec* iov;
-        const size_t count = writer_->next_iovecs(&iov);
-        send(fd_, iov, count);
-    }
+    if (tell_peer) say(why);
     const bool was_open = state_ == State::OPEN;
     state_ = State::CLOSED;
+    entry_ = {};
     writer_ = nullptr;
     if (greeting_timer_) loops_->cancel(*greeting_timer_);
-    loop_.unwatch(fd_);
-    fd_.reset();
+    loop_.unwatch(stream_->fd());
+    stream_->close();
     --endpoint_.counters().connections;
     const auto link = std::move(link_);
     if (was_open) {
         ++endpoint_.counters().lanes_lost;
         link->lane_closed(own_.lane_index, this, why);
     } else if (dialled_) {
-        link->dial_failed(own_.lane_index, why);
-    } else if (link && !link->alive()) {
+        link->dial_failed(own_.lane_index, this, why);
+    } else if (link && !link->had_lanes()) {
         endpoint_.link_lost(*link, why);
     }
 }

@@ -25,6 +25,7 @@ LaneWriter& Link::lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const
         throw Error(ErrorCode::FIELD_INVALID, "greeting: the link has this lane already", 0, lane,
                     greeting_at::LANE_INDEX);
     if (dialling_ > 0) --dialling_;
+    had_lanes_ = true;
     lanes_[lane] = std::move(socket);
     deal_bandwidth();
     endpoint_.link_up(*this);
@@ -69,23 +70,37 @@ void Link::dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lan
         try {
             const auto socket = std::make_shared<kvwire::Lane>(
                 endpoint_,
-                connect_tcp(addresses[lane % addresses.size()], endpoint_.options().socket), true);
+                endpoint_.wrap(connect_tcp(addresses[lane % addresses.size()],
+                                           endpoint_.options().socket), true),
+                true);
             ++endpoint_.counters().connections;
             socket->start(alive, greeting);
         } catch (const Error& error) {
-            dial_failed(lane, error);
+            dial_failed(lane, nullptr, error);
         }
     }
 }
 
-void Link::dial_failed(uint32_t lane, const Error& why) {
+void Link::dial_failed(uint32_t lane, const Lane* socket, const Error& why) {
     const auto alive = shared_from_this();
     if (dialling_ > 0) --dialling_;
+    // Once may be an accident on the path.
+    refused_ += why.code == ErrorCode::ADMISSION_REFUSED && lanes_.empty();
+    if (!refusal_ && (refused_ > 1 || why.code == ErrorCode::LINK_UNKNOWN)) give_up(why);
+    if (socket && socket == establishing_) {
+        establishing_ = nullptr;
+        while (!refusal_ && !key_ && !establishing_ && !waiting_.empty()) greet_next();
+    }
     if (this->alive()) {
         receive ? receive->lane_lost(lane) : send->lane_lost(lane);
         return pump();
     }
-    lost(Error(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message));
+    Error reason(ErrorCode::CONNECT_FAILED, "no lane could be made: " + why.message);
+    if (why.code == ErrorCode::ADMISSION_REFUSED || why.code == ErrorCode::LINK_UNKNOWN) {
+        reason.code = why.code;
+        reason.remote = why.remote;
+    }
+    lost(reason);
 }
 
 void Link::pump(const Lane* self) {

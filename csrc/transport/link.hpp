@@ -8,8 +8,11 @@
 #include <memory>
 #include <optional>
 
+#include "transport/doorkeeper.hpp"
 #include "transport/link_reading.hpp"
 #include "transport/loop.hpp"
+#include "transport/stream.hpp"
+#include "wire/admission.hpp"
 #include "wire/receive_link.hpp"
 #include "wire/send_link.hpp"
 
@@ -20,10 +23,11 @@ class Link;
 
 class Lane : public Loop::Handler, public std::enable_shared_from_this<Lane> {
 public:
-    Lane(Endpoint& endpoint, Fd fd, bool dialled);
+    Lane(Endpoint& endpoint, std::unique_ptr<Stream> stream, bool dialled);
 
     void start(std::shared_ptr<Link> link, const Greeting& greeting);  // dialled: greets first
-    void start();                                                      // accepted: listens first
+    void start(Doorkeeper::Entry entry);                               // accepted: listens first
+    void greet();  // dialled: its turn has come (Link::may_greet)
     void on_events(uint32_t epoll_events) override;
     void write_now();  // without the lock, from any thread
 
@@ -31,30 +35,37 @@ public:
     bool is_idle() const { return state_ == State::OPEN && !blocked_ && !being_written_; }
     bool has_output() const { return writer_ && !writer_->empty(); }
     LaneReading reading() const;
-    void pace(uint64_t bytes_per_s) { set_pacing_rate(fd_.get(), bytes_per_s); }
+    void pace(uint64_t bytes_per_s) { set_pacing_rate(stream_->fd().get(), bytes_per_s); }
     void arm();  // its own thread will write
     void close(const Error& why, bool tell_peer);
     void flush_and_close(const Error& why);
 
 private:
-    enum class State { CONNECTING, GREETING, OPEN, CLOSED };
+    enum class State { CONNECTING, HANDSHAKE, WAITING, ADMISSION, OPEN, CLOSED };
 
     void watch();
-    void start_patience();  // to connect, then to be greeted
+    void start_patience();  // to connect, then to be admitted
+    void enter(Lock& lock);
+    void shake_hands(Lock& lock);
+    IoStatus shake_section(Lock& lock);
+    void wait_for_turn();
+    AdmissionTerms terms(const Greeting& own) const;
+    void read_admission();
+    void write_early();
+    Error not_admitted(const IoResult& got) const;
     void read(Lock& lock);
     void read_frames(Lock& lock);
-    bool read_greeting();
-    void greeted(const Greeting& peer);
-    void open(const Greeting& peer);
+    void open();
     void mark();
     void follow(size_t bytes);
     void write(Lock& lock);
-    void write_greeting();
     bool write_batch(Lock& lock, size_t* bytes);
     IoResult receive_section(Lock& lock, const iovec* iov, size_t count);
     void send_section(Lock& lock, const iovec* iov, size_t count);
     void prepare_section(Lock& lock);
     void guarded(Lock& lock, void (Lane::*step)(Lock& lock));
+    void check_sent();
+    void say(const Error& why);
     void wait_for_sections();
     void settle();
     void update_interest(bool more);
@@ -62,17 +73,17 @@ private:
     Endpoint& endpoint_;  // gone once CLOSED
     const std::shared_ptr<Loops> loops_;
     Loop& loop_;
-    Fd fd_;
+    const std::unique_ptr<Stream> stream_;
     const bool dialled_;
     static inline std::atomic<uint64_t> lanes_made_{0};
     const uint64_t serial_ = ++lanes_made_;
+    Doorkeeper::Entry entry_;
     State state_ = State::CONNECTING;
     std::shared_ptr<Link> link_;
     Greeting own_;
-    uint8_t greeting_in_[GREETING_BYTES];
-    size_t greeting_received_ = 0;
-    Bytes greeting_out_;
-    size_t greeting_sent_ = 0;
+    std::unique_ptr<Admission> admission_;
+    Bytes early_;  // what is written before the frames
+    size_t early_sent_ = 0;
     std::unique_ptr<LaneReader> reader_;
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
@@ -100,7 +111,13 @@ public:
     LaneWriter& lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const Greeting& peer);
     void lane_closed(uint32_t lane, const Lane* socket, const Error& why);
     void dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count);
-    void dial_failed(uint32_t lane, const Error& why);
+    void dial_failed(uint32_t lane, const Lane* socket, const Error& why);
+
+    // The first lane to be ready establishes the link; others are told to greet() when it has.
+    bool may_greet(const std::shared_ptr<Lane>& socket);
+    void establish(const Digest& key);
+    const std::optional<Digest>& key() const { return key_; }
+    bool had_lanes() const { return had_lanes_; }
 
     // Sees to it that what the machine has to say is written, by lanes that are idle; `self` will
     // write by itself.
@@ -116,10 +133,18 @@ private:
     const uint64_t born_ns_ = Loops::now_ns();
     std::map<uint32_t, std::shared_ptr<Lane>> lanes_;
     uint32_t dialling_ = 0;
+    std::optional<Digest> key_;  // what further lanes prove
+    bool had_lanes_ = false;
+    Error refusal_;  // ends every lane to come
+    int refused_ = 0;
+    const Lane* establishing_ = nullptr;
+    std::vector<std::weak_ptr<Lane>> waiting_;
     std::optional<Loops::TimerKey> expiry_;
     void schedule_expiry();
     void deal_bandwidth();
     void lost(const Error& why);
+    void greet_next();
+    void give_up(const Error& why);
 };
 
 }  // namespace kvwire

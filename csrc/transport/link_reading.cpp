@@ -11,7 +11,7 @@ LaneReading Lane::reading() const {
     reading.index = own_.lane_index;
     reading.serial = serial_;
     reading.queued_bytes = writer_ ? writer_->queued_bytes() : 0;
-    reading.socket = Fd(::fcntl(fd_.get(), F_DUPFD_CLOEXEC, 0));
+    reading.socket = Fd(::fcntl(stream_->fd().get(), F_DUPFD_CLOEXEC, 0));
     return reading;
 }
 

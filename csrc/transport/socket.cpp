@@ -128,6 +128,19 @@ Fd accept_tcp(const Fd& listener, const SocketOptions& options, bool* would_bloc
     return fd;
 }
 
+std::string network_of(const Fd& fd) {
+    sockaddr_storage peer{};
+    socklen_t peer_bytes = sizeof peer;
+    if (::getpeername(fd.get(), reinterpret_cast<sockaddr*>(&peer), &peer_bytes) != 0) return {};
+    const auto text = [](const void* bytes, size_t count) {
+        return std::string(static_cast<const char*>(bytes), count);
+    };
+    if (peer.ss_family == AF_INET)
+        return text(&reinterpret_cast<const sockaddr_in&>(peer).sin_addr, 4);
+    const in6_addr& address = reinterpret_cast<const sockaddr_in6&>(peer).sin6_addr;
+    return IN6_IS_ADDR_V4MAPPED(&address) ? text(&address.s6_addr[12], 4) : text(&address, 8);
+}
+
 Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& options) {
     const auto* name = reinterpret_cast<const sockaddr*>(socket_address.data());
     Fd fd(::socket(name->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));

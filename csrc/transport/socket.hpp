@@ -41,6 +41,8 @@ std::vector<std::vector<uint8_t>> resolve(const Address& address);
 Fd listen_tcp(const Address& address, const SocketOptions& options, uint16_t* port);
 // An empty Fd when there is none.
 Fd accept_tcp(const Fd& listener, const SocketOptions& options, bool* would_block);
+// The peer's address without what it may choose freely: the port, and the lower half of IPv6.
+std::string network_of(const Fd& fd);
 
 // Starts connecting; completion shows as writability.
 Fd connect_tcp(const std::vector<uint8_t>& socket_address, const SocketOptions& options);

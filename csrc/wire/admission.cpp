@@ -8,6 +8,7 @@
 namespace kvwire {
 namespace {
 
+constexpr uint8_t TLS_ALERT = 0x15, TLS_HANDSHAKE = 0x16;
 constexpr size_t DIGEST_BYTES = sizeof(Digest);
 
 // 16 bytes each, zeros included, so that no two MACs are ever of the same text.
@@ -87,8 +88,11 @@ void Admission::advance(size_t bytes) {
     // Strangers are told so at their first wrong byte, not after 64.
     const size_t check = std::min(received_, sizeof GREETING_MAGIC);
     if (state_ == State::GREETING && std::memcmp(in_, GREETING_MAGIC, check) != 0)
-        throw Error(ErrorCode::BAD_MAGIC, "greeting: these are not kvwire's first bytes", 0,
-                    in_[0]);
+        throw Error(ErrorCode::BAD_MAGIC,
+                    in_[0] == TLS_ALERT || in_[0] == TLS_HANDSHAKE
+                        ? "greeting: the peer speaks TLS: give both sides the same security"
+                        : "greeting: these are not kvwire's first bytes",
+                    GREETING_MAGIC[0], in_[0]);
     if (received_ == expected_) step();
 }
 
