@@ -90,7 +90,7 @@ class Receiving(sides.Receiving):
 
     def listen_kvwire(self, host: str) -> str:
         from kvwire.receiver import Receiver
-        self.receiver = Receiver(f"{host}:0")
+        self.receiver = Receiver(f"{host}:0", allow_unauthenticated=True)
         return self.receiver.address
 
     def receive_kvwire(self) -> int:

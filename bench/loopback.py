@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import bare, peers, roundtrip, workloads
+from bench import bare, peers, roundtrip, tls, workloads
 from bench.build import BuildError
 from bench.measure import Sample, alternate, machine, progress
 from bench.sides import Pair, PeerPair
@@ -23,19 +23,26 @@ DEFAULT_LANES = 2
 
 
 def throughput(case: str, rounds: int, shrink: int, have: set[str], peer_names: list[str],
-               corrupt: str | None) -> list[dict[str, object]]:
+               corrupt: str | None, inside_tls: bool = False) -> list[dict[str, object]]:
     """Measure all systems in one case; returns the rows.
 
     Args:
         have: which of "iperf3" and "bare" this machine can run.
         peer_names: which peers run beside them.
         corrupt: a system one byte of whose destination is flipped before it is verified.
+        inside_tls: measure kvwire inside TLS too, and what one core does of its cipher.
     """
     with Pair(case, shrink) as pair, ExitStack() as peer_pairs:
         bench = _Case(pair, workloads.make(case, shrink).payload_bytes, corrupt)
         systems = bench.connect(have)
         for name in peer_names:
             systems[name] = _Peer(name, case, shrink, bench, peer_pairs)
+        if inside_tls:
+            secret = tls.security()
+            inside = _Case(peer_pairs.enter_context(Pair(case, shrink)), bench.payload_bytes,
+                           corrupt)
+            systems["kvwire-tls"] = inside.connect_inside(secret)
+            systems["aes-128-gcm"] = lambda run: tls.cipher(bench.payload_bytes)
         rows = [series.row() for series in alternate(case, systems, rounds)]
         rss = max(bench.growth_mib, default=0.0) / DEFAULT_LANES
     return [*rows, {"case": case, "system": "kvwire", "rss_mib_per_connection": round(rss, 2)}]
@@ -46,7 +53,7 @@ class _Case:
 
     def __init__(self, pair: Pair, payload_bytes: int, corrupt: str | None):
         self._pair = pair
-        self._payload_bytes = payload_bytes
+        self.payload_bytes = payload_bytes
         self._corrupt = corrupt
         self.growth_mib: list[float] = []
 
@@ -74,6 +81,13 @@ class _Case:
         self._pair.both("resident_start")
         return systems
 
+    def connect_inside(self, security: object) -> Callable[[int], Sample]:
+        """Return kvwire with this security, and nothing else, in this pair of processes."""
+        address = self._pair.receiving.call("listen_kvwire", security)
+        self._pair.sending.call("connect_kvwire", None, address, security)
+        self._pair.both("resident_start")
+        return lambda run: self._kvwire("kvwire-tls", None, run)
+
     def _kvwire(self, name: str, lanes: int | None, run: int) -> Sample:
         receiving, sending = self._pair.receiving, self._pair.sending
         self._pair.both("prepare", run)
@@ -94,13 +108,13 @@ class _Case:
     def sample(self, name: str, sent: tuple[int, float], received: tuple[int, float],
                pair: Pair | None = None) -> Sample:
         """Verify what `pair` (None: the case's own) has received."""
-        return Sample((received[0] - sent[0]) / 1e9, sent[1] + received[1], self._payload_bytes,
+        return Sample((received[0] - sent[0]) / 1e9, sent[1] + received[1], self.payload_bytes,
                       self._verified(name, pair or self._pair))
 
     def _copy(self, run: int) -> Sample:
         self._pair.receiving.call("prepare", run)
         seconds, cpu_s = self._pair.receiving.call("copy")
-        return Sample(seconds, cpu_s, self._payload_bytes,
+        return Sample(seconds, cpu_s, self.payload_bytes,
                       self._verified("memcpy", self._pair))
 
     def _iperf3(self, connections: int) -> Sample:
@@ -184,6 +198,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="?", const=",".join(peers.PEERS), metavar="NAMES",
                         help=f"other transports beside it, of: {','.join(peers.PEERS)}; "
                              "without NAMES: all")
+    parser.add_argument("--tls", action="store_true",
+                        help="kvwire inside TLS 1.3 too, and the speed of its cipher")
     # For tests: divide the sizes; flip a byte that this system has delivered.
     parser.add_argument("--shrink", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--corrupt", help=argparse.SUPPRESS)
@@ -210,7 +226,8 @@ def main(given: list[str] | None = None) -> int:
             more, right = roundtrip.measure(options.rounds, options.shrink, "bare" in have, beside)
             good &= right
         else:
-            more = throughput(case, options.rounds, options.shrink, have, beside, options.corrupt)
+            more = throughput(case, options.rounds, options.shrink, have, beside, options.corrupt,
+                              options.tls)
         rows += more
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

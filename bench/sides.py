@@ -180,10 +180,11 @@ class _Common:
 
 
 class Sending(_Common):
-    def connect_kvwire(self, lanes: int | None, address: str) -> None:
+    def connect_kvwire(self, lanes: int | None, address: str, security: object = None) -> None:
         from kvwire.sender import Sender
         links = self.__dict__.setdefault("links", {})
-        links[lanes] = Sender(address) if lanes is None else Sender(address, lanes=lanes)
+        options = {"security": security} | ({} if lanes is None else {"lanes": lanes})
+        links[lanes] = Sender(address, **options)
         links[lanes].connect()
 
     def connect_bare(self, lanes: int, port: int) -> None:
@@ -250,9 +251,9 @@ class Receiving(_Common):
         self.pool = workloads.random_pool(self.workload.pool_bytes)
         self.expected = workloads.random_pool(self.workload.pool_bytes)
 
-    def listen_kvwire(self) -> str:
+    def listen_kvwire(self, security: object = None) -> str:
         from kvwire.receiver import Receiver
-        self.receiver = Receiver()
+        self.receiver = Receiver(security=security)
         return self.receiver.address
 
     def listen_bare(self) -> int:

@@ -2,7 +2,9 @@
 
     receiver side                                   sender side
     -------------                                   -----------
-    receiver = kvwire.Receiver("0.0.0.0:7070")      sender = kvwire.Sender("decode-host:7070")
+    tls = kvwire.Tls(ca, certificate, key)          tls = kvwire.Tls(ca, certificate, key)
+    receiver = kvwire.Receiver("0.0.0.0:7070",      sender = kvwire.Sender("decode-host:7070",
+                               security=tls)                               security=tls)
     ticket = receiver.expect(memory)       -- id →  transfer = sender.open(ticket_id, memory)
     ticket.wait_layer(0) ...                        transfer.push(0) ... transfer.finish()
     ticket.result()                                 transfer.result()

@@ -292,3 +292,85 @@ def test_files_that_do_not_serve_are_told(authority, tmp_path):
         options = {"ca": good.ca, "certificate": good.certificate, "key": good.key} | change
         with pytest.raises(kvwire.UsageError, match="does not serve"):
             kvwire.Receiver(security=Tls(**options))
+
+
+# ---- strangers
+
+def threads_and_rss():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["Threads"]), int(status["VmRSS"].split()[0]) << 10
+
+
+@pytest.mark.parametrize("security", [HmacAdmission(KEY), pytest.param(
+    TlsPsk("decode", KEY), marks=needs_tls)], ids=["hmac", "tls"])
+def test_a_flood_of_strangers_stays_bounded(security):
+    """10,000 connections that send a little and wait: few are held, the others closed at once."""
+    with kvwire.Receiver(security=security) as receiver:
+        host, port = kvwire.handles.split_address(receiver.address)
+        before = threads_and_rss()
+        held, most = [], 0
+        for number in range(10_000):
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.connect((host, port))
+            sock.send(b"KVWIRE\r\n"[:number % 9])
+            held.append(sock)
+            if len(held) == 400:
+                most = max(most, receiver.stats()["connections"])
+                for old in held[:300]:
+                    old.close()
+                del held[:300]
+        assert 0 < most <= 64
+        threads, rss = threads_and_rss()
+        assert threads == before[0] and rss - before[1] < 32 << 20
+        for sock in held:
+            sock.close()
+        assert eventually(lambda: receiver.stats()["connections"] == 0)
+        source, target = Held(SPEC, 10, 1), Held(SPEC, 10, 2, writable=True)
+        ticket = receiver.expect(target.memory)
+        with kvwire.Sender(receiver.address, lanes=3, security=security) as sender:
+            sender.send(ticket.id, source.memory).result(20)
+        ticket.result(20)
+        assert receiver.stats()["internal_errors"] == 0
+
+
+@needs_tls
+def test_slow_handshakes_are_cut_off_after_five_seconds():
+    """A byte a second keeps nobody in: the time runs from the connection, not from the byte."""
+    with kvwire.Receiver(security=TlsPsk("decode", KEY)) as receiver:
+        with socket.create_connection(kvwire.handles.split_address(receiver.address)) as sock:
+            start = time.monotonic()
+            sock.settimeout(1)
+            for byte in b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03":
+                try:
+                    sock.send(bytes((byte,)))
+                    if not sock.recv(1):
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            assert 4 < time.monotonic() - start < 9
+        assert eventually(lambda: receiver.stats()["connections"] == 0)
+
+
+@needs_tls
+@needs_openssl
+def test_another_implementation_of_tls_is_understood(authority):
+    """The records made here are TLS 1.3's: OpenSSL reads and writes the other end of them."""
+    good = authority.tls("prefill")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(good.ca)
+    context.load_cert_chain(good.certificate, good.key)
+    with kvwire.Receiver(security=authority.tls("decode")) as receiver:
+        with socket.create_connection(kvwire.handles.split_address(receiver.address)) as sock, \
+                context.wrap_socket(sock, server_hostname="decode") as wrapped:
+            greeting = Greeting(Role.SENDER, b"L" * 16)
+            wrapped.sendall(greeting.encode())
+            answer = b""
+            while len(answer) < 64 + 64:
+                answer += wrapped.recv(4096)
+            assert Greeting.decode(answer, Role.SENDER).flags == 0  # TLS alone is no proof
+            assert answer[64:67] == b"KW\x09"
+            assert int.from_bytes(answer[128:130], "little") == ErrorCode.ADMISSION_REFUSED
