@@ -10,7 +10,7 @@ import pytest
 
 import kvwire
 from faults import Held, RawPeer, eventually, same_content
-from kvwire import HmacAdmission, Tls, TlsPsk, _native
+from kvwire import HmacAdmission, Tls, TlsPsk, _native, limits
 from kvwire.errors import AdmissionError, ErrorCode
 from kvwire.layout import CacheSpec
 from kvwire.wire import FLAG_JOIN, FLAG_PROOF, FrameType, Greeting, Role
@@ -315,14 +315,15 @@ def test_a_flood_of_strangers_stays_bounded(security):
             sock.connect((host, port))
             sock.send(b"KVWIRE\r\n"[:number % 9])
             held.append(sock)
-            if len(held) == 400:
+            if number % 50 == 49:
                 most = max(most, receiver.stats()["connections"])
+            if len(held) == 400:
                 for old in held[:300]:
                     old.close()
                 del held[:300]
-        assert 0 < most <= 64
+        assert 0 < most <= limits.ADMISSIONS_PER_ADDRESS_MAX
         threads, rss = threads_and_rss()
-        assert threads == before[0] and rss - before[1] < 32 << 20
+        assert threads <= before[0] and rss - before[1] < 32 << 20
         for sock in held:
             sock.close()
         assert eventually(lambda: receiver.stats()["connections"] == 0)

@@ -136,9 +136,11 @@ std::shared_ptr<Link> Endpoint::find_link(const Id& link_id) {
 
 std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
     auto link = std::make_shared<Link>(*this, link_id);
+    ReceiveOptions receive = options_.receive;
+    receive.pool = pool_;
     if (role_ == Role::RECEIVER)
         link->receive = std::make_unique<ReceiveLink>(
-            tickets_, options_.receive, [this, weak = std::weak_ptr<Link>(link)] {
+            tickets_, receive, [this, weak = std::weak_ptr<Link>(link)] {
                 loops_->post([weak] {
                     if (const auto link = weak.lock()) link->pump();
                 });

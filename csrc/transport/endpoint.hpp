@@ -97,6 +97,7 @@ private:
     void accept(Fd fd);
     Fd listener_;
     Doorkeeper door_;
+    const std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
     bool closed_ = false;   // the application's thread
     bool closing_ = false;  // no lane opens any more
     EndpointStats counters_;

@@ -50,7 +50,8 @@ std::vector<std::shared_ptr<Ticket>> TicketBook::all() const {
 }
 
 ReceiveLink::ReceiveLink(TicketBook& tickets, ReceiveOptions options, std::function<void()> wake)
-    : LinkMachine(options.liveness), tickets_(tickets), options_(options), wake_(std::move(wake)) {}
+    : LinkMachine(options.liveness), tickets_(tickets), options_(options), wake_(std::move(wake)),
+      waiting_bytes_(options.pool), state_bytes_(options.pool) {}
 
 ReceiveLink::~ReceiveLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -59,7 +60,7 @@ ReceiveLink::~ReceiveLink() {
 void ReceiveLink::fail_all(const Error& error) {
     while (!transfers_.empty()) fail(Id(transfers_.begin()->first), error);
     waiting_.clear();
-    waiting_bytes_ = 0;
+    waiting_bytes_ -= waiting_bytes_.bytes();
     const auto pulls = std::move(pulls_);
     pulls_.clear();
     for (const auto& [key, pull] : pulls)
@@ -138,7 +139,7 @@ void ReceiveLink::on_manifest(const FrameHeader& header, ByteSpan payload) {
                     "transfer " + hex(id) + " waits with another manifest");
     }
     if (transfers_.size() + waiting_.size() >= options_.transfers_max ||
-        state_bytes_ + MANIFEST_STATE_FACTOR * payload.size > options_.state_bytes_max)
+        !state_bytes_.has_room(MANIFEST_STATE_FACTOR * payload.size, options_.state_bytes_max))
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "too many open transfers on this link",
                     options_.transfers_max, transfers_.size() + waiting_.size());
     auto manifest = std::make_unique<Manifest>(decode_manifest(payload));
@@ -159,7 +160,7 @@ void ReceiveLink::fail_overtaken(const Id& transfer_id, ByteSpan payload) {
 
 void ReceiveLink::wait_for_ticket(const Id& transfer_id, const Id& ticket_id, ByteSpan payload) {
     if (waiting_.size() >= limits::waiting_manifests_max ||
-        waiting_bytes_ + payload.size > options_.waiting_bytes_max)
+        !waiting_bytes_.has_room(payload.size, options_.waiting_bytes_max))
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "too many manifests wait for their tickets",
                     limits::waiting_manifests_max, waiting_.size());
     waiting_.push_back({transfer_id, ticket_id, Bytes(payload.data, payload.data + payload.size),
@@ -305,9 +306,9 @@ void ReceiveLink::on_segment(Transfer& transfer, const FrameHeader& header, Byte
     const uint64_t chunk_count = announcement.chunk_count();
     const uint64_t state_bytes =
         SEGMENT_STATE_BYTES + sizeof(Work) + payload.size + chunk_count * sizeof(Chunk);
-    if (state_bytes_ + state_bytes > options_.state_bytes_max)
+    if (!state_bytes_.has_room(state_bytes, options_.state_bytes_max))
         throw Error(ErrorCode::RESOURCES_EXHAUSTED, "SEGMENT: too much is announced and not sent",
-                    options_.state_bytes_max, state_bytes_ + state_bytes);
+                    options_.state_bytes_max, state_bytes_.bytes() + state_bytes);
     Segment& segment = transfer.segments[header.segment_index];
     segment.announcement_crc = header.payload_crc;
     segment.raw_bytes = announcement.raw_bytes;

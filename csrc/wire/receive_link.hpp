@@ -15,6 +15,7 @@
 
 #include "wire/link_machine.hpp"
 #include "wire/manifest.hpp"
+#include "wire/share.hpp"
 #include "wire/ticket.hpp"
 
 namespace kvwire {
@@ -42,6 +43,7 @@ struct ReceiveOptions {
     uint32_t codecs = 1;
     uint64_t waiting_bytes_max = 2 << 20;  // manifests that wait for their ticket
     uint64_t state_bytes_max = 8 << 20;    // manifests and announcements of open transfers
+    std::shared_ptr<Pool> pool;            // of both, for all links of an endpoint
     uint64_t patience_ns = 30'000'000'000;
     LivenessOptions liveness;
 };
@@ -184,8 +186,7 @@ private:
     std::unordered_map<Id, std::unique_ptr<Transfer>, IdHash> transfers_;
     std::deque<Waiting> waiting_;
     std::map<std::pair<Id, uint16_t>, Pull> pulls_;  // by ticket and source rank
-    uint64_t waiting_bytes_ = 0;
-    uint64_t state_bytes_ = 0;
+    Share waiting_bytes_, state_bytes_;
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
     std::unordered_set<Id, IdHash> overtaken_;  // of the ended: the MANIFEST never came
