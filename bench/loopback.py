@@ -18,8 +18,8 @@ __all__ = ["main"]
 
 ROUNDS = 9
 QUICK_ROUNDS = 2
-KVWIRE_LANES = {"kvwire": None, "kvwire-p1": 1}  # None: the default, two
-DEFAULT_LANES = 2
+KVWIRE_LANES = {"kvwire": None, "kvwire-p1": 1}  # None: the default, four
+DEFAULT_LANES = 4
 
 
 def throughput(case: str, rounds: int, shrink: int, have: set[str], peer_names: list[str],
