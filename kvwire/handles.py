@@ -59,15 +59,22 @@ class Endpoint:
         self._lent: dict[int, tuple[object, object]] = {}  # native handle, memory
         self._lent_lock = threading.RLock()  # a collection may end handles while it is held
         self._close_lock = threading.Lock()
+        self._draining = False
         self._waiters: dict[int, list[tuple[Callable[[], bool], asyncio.Future]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer = weakref.finalize(self, _close, native, self._lent, self._pid)
 
-    def close(self) -> None:
-        """Abort what is open, close all connections, end the I/O thread. Idempotent.
+    def close(self, drain_s: float = 0.0) -> None:
+        """Abort what is open, close all connections, end the I/O threads. Idempotent.
 
         When it returns no array that was lent is read or written any more.
+
+        Args:
+            drain_s: first refuse new transfers or tickets (`UsageError`), and wait for so long, at
+                most, for those that are open to end; pushes onto them go on.
         """
+        if drain_s and os.getpid() == self._pid and self._finalizer.alive:
+            self._drain_open(nanoseconds(drain_s, "drain_s") / 1e9)
         if os.getpid() == self._pid:  # a forked lock may never open
             if self._watch is not None:
                 self._watch.stop()
@@ -82,7 +89,7 @@ class Endpoint:
 
     def stats(self) -> dict[str, int]:
         """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,
-        send_calls, receive_calls (system calls), lanes_lost."""
+        send_calls, receive_calls (system calls), lanes_lost, lanes_redialled."""
         return self._checked().stats()
 
     def links(self) -> list[Link]:
@@ -130,6 +137,23 @@ class Endpoint:
         if not self._finalizer.alive:
             raise UsageError(f"this {type(self).__name__} is closed")
         return self._native
+
+    def _open_checked(self) -> object:
+        """As `_checked`, for calls that open something new."""
+        native = self._checked()
+        if self._draining:
+            raise UsageError(f"this {type(self).__name__} is draining, to be closed")
+        return native
+
+    def _drain_open(self, drain_s: float) -> None:
+        self._draining = True
+        due = time.monotonic() + drain_s
+        with self._lent_lock:
+            open_now = [lent for lent, _ in self._lent.values()]
+        for lent in open_now:
+            while (left := due - time.monotonic()) > 0 and self._finalizer.alive:
+                if lent.wait(min(left, WAIT_SLICE_S)):
+                    break
 
     def _lend(self, native_handle: object, memory: object) -> None:
         with self._lent_lock:

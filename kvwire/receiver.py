@@ -29,6 +29,9 @@ class Receiver(Endpoint):
         chunk_bytes_max: largest chunk that a sender may use, 64 KiB to 4 MiB.
         transfers_max: open transfers per link.
         patience_s: how long a manifest may wait for its ticket to be bound.
+        lease_s: how long a link outlives its last lane, and a silent peer is believed. Until then
+            lost lanes are dialled again, and transfers carry on; afterwards they fail with
+            `PeerClosedError` and their memory is given back. 0: a link ends with its last lane.
         link_options: congestion control and mark of what this side sends: its answers.
         io_threads: 0: one for each core that the process may use, up to 4.
         security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the sender's; None:
@@ -41,6 +44,7 @@ class Receiver(Endpoint):
     def __init__(self, listen: str | None = "127.0.0.1:0", *, window_bytes: int = 256 << 20,
                  chunk_bytes_max: int = 1 << 20, transfers_max: int = 1024,
                  patience_s: float = 30.0, connect_timeout_s: float = 10.0,
+                 lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(), io_threads: int = 0,
                  security: Security | None = None, allow_unauthenticated: bool = False):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
@@ -54,6 +58,7 @@ class Receiver(Endpoint):
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
             "io_threads": io_threads_of(io_threads),
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
+            "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native(), **options_of(security)}), link_options)
         self._connect_timeout_s = connect_timeout_s
@@ -78,7 +83,7 @@ class Receiver(Endpoint):
 
         Returns: a ticket; hand its ``id`` to the sender.
         """
-        native = self._checked()
+        native = self._open_checked()
         if not isinstance(memory, CacheMemory) or not memory.writable:
             raise UsageError("expect() needs a CacheMemory made with writable=True")
         ranks = list(range(source_ranks)) if isinstance(source_ranks, int) else sorted(source_ranks)

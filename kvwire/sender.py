@@ -36,6 +36,9 @@ class Sender(Endpoint):
             that lacks the codec, gets raw bytes.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
+        lease_s: how long a link outlives its last lane, and a silent peer is believed. Until then
+            lost lanes are dialled again, and transfers carry on; afterwards they fail with
+            `PeerClosedError` and their memory is given back. 0: a link ends with its last lane.
         link_options: congestion control, bandwidth limit and mark of the links.
         security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the receiver's; None:
             cleartext, open to all who reach the port.
@@ -46,7 +49,9 @@ class Sender(Endpoint):
 
     def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 4,
                  codec: str = "raw", chunk_bytes: int = 256 << 10,
-                 connect_timeout_s: float = 10.0, link_options: LinkOptions = LinkOptions(),
+                 connect_timeout_s: float = 10.0,
+                 lease_s: float = limits.LEASE_MS / 1000,
+                 link_options: LinkOptions = LinkOptions(),
                  io_threads: int = 0, security: Security | None = None,
                  allow_unauthenticated: bool = False):
         if (address is None) == (listen is None):
@@ -60,6 +65,7 @@ class Sender(Endpoint):
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
             "io_threads": io_threads_of(io_threads),
+            "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native(), **options_of(security)}), link_options)
         self._codec = Codec.of(codec)
@@ -103,7 +109,7 @@ class Sender(Endpoint):
 
         Raises: UsageError. What the network or the peer does shows on the transfer.
         """
-        native = self._checked()
+        native = self._open_checked()
         manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
                                   destination_rank, metadata)
         handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
@@ -121,7 +127,7 @@ class Sender(Endpoint):
         Layers are pushed onto the offer as they are produced, before or after it is pulled.
         `offer_id` lets several ranks offer the parts of one hand-off under one name.
         """
-        native = self._checked()
+        native = self._open_checked()
         name = _native.random_id() if offer_id is None else id_bytes(offer_id, "offer_id")
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
                                   metadata)

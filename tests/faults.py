@@ -27,7 +27,7 @@ CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to byte `at` of one direction of one lane (None: of every lane).
+    """What happens, once, to byte `at` of one direction of one lane (None: of every lane).
 
     flip: it is XORed with `value`. cut: the lane is reset before it. close: both ends see a clean
     end before it. stall: nothing more passes for `value` seconds.
@@ -55,6 +55,7 @@ class Proxy:
         self.passed = {}
         self._target = target.rsplit(":", 1)
         self._writers = {}
+        self._fired = set()
         self._tasks = set()
         self._server = on_loop(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.address = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
@@ -98,7 +99,8 @@ class Proxy:
 
     async def _pump(self, lane, way, reader, writer, data=b""):
         faults = sorted((fault for fault in self.faults if fault.way == way
-                         and fault.lane in (None, lane)), key=lambda fault: fault.at)
+                         and fault.lane in (None, lane) and (fault, lane) not in self._fired),
+                        key=lambda fault: fault.at)
         offset, editor = 0, Editor(self.edit, lane, way) if self.edit else bytes
         data = data or await reader.read(1 << 16)
         while data:
@@ -107,6 +109,7 @@ class Proxy:
             while faults and faults[0].at < offset + len(data):
                 fault, at = faults[0], faults[0].at - offset
                 del faults[0]
+                self._fired.add((fault, lane))
                 if fault.kind == "flip":
                     data[at] ^= int(fault.value)
                     continue

@@ -28,7 +28,8 @@ class Run:
         self.target = Held(spec, tokens, 2, writable=True)
         self.ticket = receiver.expect(self.target.memory)
         self.proxy = Proxy(receiver.address, *faults, **proxy)
-        self.sender = kvwire.Sender(self.proxy.address, lanes=lanes, chunk_bytes=chunk_bytes)
+        self.sender = kvwire.Sender(self.proxy.address, lanes=lanes, chunk_bytes=chunk_bytes,
+                                    lease_s=0)  # what becomes of a link that is not waited for
         self.transfer = self.sender.send(self.ticket.id, self.source.memory, metadata=metadata)
 
     def __enter__(self):
@@ -73,7 +74,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def receiver():
-    with kvwire.Receiver() as made:
+    with kvwire.Receiver(lease_s=0) as made:
         yield made
 
 
@@ -180,7 +181,7 @@ def test_flips_anywhere_in_a_large_transfer_over_many_lanes(receiver, seed):
     with Run(receiver, *faults, spec=BIG, tokens=200, lanes=4, chunk_bytes=1 << 14) as run:
         sent, got = run.settle()
         lost = run.sender.stats()["lanes_lost"]
-        assert (sent, got) == (None, None) or lost == 4
+        assert (sent, got) == (None, None) or lost >= 4
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -203,13 +204,13 @@ def test_lanes_cut_by_hand_while_it_flows(receiver):
             assert eventually(lambda: run.ticket.progress().verified_bytes > before + 200_000)
             run.proxy.cut(lane)
         assert run.settle() == (None, None)
-        assert run.sender.stats()["lanes_lost"] == 2
+        assert run.sender.stats()["lanes_lost"] >= 2
         assert run.transfer.progress().repaired_chunks > 0
 
 
 def test_a_lane_that_wakes_up_late_harms_nothing():
     """It stalls with a leased chunk; the sender gives it up; its bytes come when all is done."""
-    with kvwire.Receiver() as receiver:
+    with kvwire.Receiver(lease_s=0) as receiver:
         stall = Fault(0, UP, 300_000, "stall", 1.5)
         with Run(receiver, stall, spec=BIG, tokens=BIG_TOKENS, lanes=2) as run:
             time.sleep(0.3)
@@ -265,7 +266,7 @@ def test_metadata_is_never_delivered_wrong(receiver):
 
 
 def test_both_ends_may_be_proxied_over_a_slow_path_with_small_windows():
-    with kvwire.Receiver(window_bytes=1 << 16, chunk_bytes_max=1 << 16) as receiver:
+    with kvwire.Receiver(window_bytes=1 << 16, chunk_bytes_max=1 << 16, lease_s=0) as receiver:
         faults = [Fault(lane, UP, at, "flip", 4) for lane in range(2)
                   for at in range(500, 2_000_000, 100_003)]
         with Run(receiver, *faults, spec=BIG, tokens=100, lanes=2) as run:

@@ -22,7 +22,7 @@ def refusing():
     """A raw receiver that listens, a Sender that dials it, and its transfer of one cache."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = "127.0.0.1:%d" % listener.getsockname()[1]
-        with kvwire.Sender(address, lanes=1) as sender:
+        with kvwire.Sender(address, lanes=1, lease_s=0) as sender:
             sock, _ = listener.accept()
             with RawPeer(role=Role.RECEIVER, sock=sock) as peer:
                 transfer = sender.send(b"T" * 16, Held(SPEC, TOKENS, 1).memory)

@@ -447,7 +447,8 @@ def spawned(role, *arguments):
 
 
 def test_a_killed_sender_is_noticed_within_two_seconds():
-    with kvwire.Receiver() as receiver, Proxy(receiver.address, bytes_per_s=2_000_000) as proxy:
+    with kvwire.Receiver(lease_s=0.5) as receiver, \
+            Proxy(receiver.address, bytes_per_s=2_000_000) as proxy:
         target = np.zeros(1 << 24, np.uint8)
         ticket = kvwire.receive(receiver, {"a": target})
         process = spawned("sender", proxy.address, ticket.id)
@@ -464,7 +465,8 @@ def test_a_killed_sender_is_noticed_within_two_seconds():
 def test_a_killed_receiver_is_noticed_within_two_seconds():
     process = spawned("receiver")
     address = process.stdout.readline().strip()
-    with Proxy(address, bytes_per_s=2_000_000) as proxy, kvwire.Sender(proxy.address) as sender:
+    with Proxy(address, bytes_per_s=2_000_000) as proxy, \
+            kvwire.Sender(proxy.address, lease_s=0.5) as sender:
         source = np.ones(1 << 24, np.uint8)
         transfer = sender.send(b"t" * 16, kvwire.tensor_memory({"a": source}))
         assert eventually(lambda: transfer.progress().wire_bytes, 20)

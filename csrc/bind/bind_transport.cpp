@@ -71,6 +71,8 @@ EndpointOptions options_from(const py::dict& given) {
     take("chunk_bytes_max", options.receive.chunk_bytes_max);
     take("transfers_max", options.receive.transfers_max);
     take("patience_ns", options.receive.patience_ns);
+    take("lease_ns", options.send.liveness.lease_ns);
+    options.receive.liveness = options.send.liveness;
     return options;
 }
 
@@ -89,6 +91,7 @@ py::dict stats_of(Endpoint& endpoint) {
     result["send_calls"] = stats.send_calls;
     result["receive_calls"] = stats.receive_calls;
     result["lanes_lost"] = stats.lanes_lost;
+    result["lanes_redialled"] = stats.lanes_redialled;
     result["internal_errors"] = stats.internal_errors;
     result["io"] = stats.io;
     result["io_note"] = stats.io_note;

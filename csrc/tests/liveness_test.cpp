@@ -98,14 +98,14 @@ TEST(liveness_a_lane_that_stays_still_is_closed) {
 
 TEST(liveness_bytes_that_the_kernel_gets_rid_of_are_progress) {
     Watched watched(10'000, 2);
-    uint64_t written = 1 << 20;
+    uint64_t acked = 0;
     for (; watched.ms < 5'000; watched.ms += 50) {  // lane 1 drains slowly, its PONGs far away
-        watched.liveness.sent(1, written += 4096, 1 << 20, watched.now());
+        watched.liveness.sent(1, acked += 4096, true, watched.now());
         CHECK(watched.look(true).stalled.empty());
         watched.answer(0);
     }
     for (; watched.ms < 5'500; watched.ms += 50) {
-        watched.liveness.sent(1, written, 1 << 20, watched.now());
+        watched.liveness.sent(1, acked, true, watched.now());
         watched.look(true);
         watched.answer(0);
     }
@@ -131,7 +131,7 @@ TEST(liveness_without_a_better_lane_one_at_a_time_is_closed) {
     Watched watched(60'000, 3);
     watched.run(1'500, {0, 1, 2}, true);
     const uint64_t start_ms = watched.ms;
-    const Upkeep upkeep = watched.run(start_ms + 5'000, {}, true);
+    const Upkeep upkeep = watched.run(start_ms + 12'000, {}, true);
     CHECK(upkeep.stalled.empty());
     CHECK(upkeep.dead == (Lanes{0, 1}));
 }

@@ -24,6 +24,8 @@ struct EndpointOptions {
     uint32_t links_max = 1024;              // that were dialled from elsewhere
     SendOptions send;
     ReceiveOptions receive;
+
+    const LivenessOptions& liveness() const { return send.liveness; }  // of both the same
 };
 
 struct EndpointStats {
@@ -35,6 +37,7 @@ struct EndpointStats {
     uint64_t send_calls = 0;
     uint64_t receive_calls = 0;
     uint64_t lanes_lost = 0;
+    uint64_t lanes_redialled = 0;
     uint64_t internal_errors = 0;  // anything but 0 is a bug: please report it
     std::string io;                // what the I/O threads wait with: epoll or io_uring
     std::string io_note;           // why not with what KVWIRE_IO asked for

@@ -5,6 +5,7 @@
 
 #include "transport/endpoint.hpp"
 #include "transport/link.hpp"
+#include "transport/tcp_info.hpp"
 
 namespace kvwire {
 namespace {
@@ -81,6 +82,8 @@ void Lane::open() {
     writer_ = &link_->lane_opened(own_.lane_index, shared_from_this(), admission_->peer());
     state_ = State::OPEN;
     follows_ = is_same_host(stream_->fd()) && 2 * own_.lane_count > Affinity::cores();
+    opened_ns_ = Loops::now_ns();
+    set_patience(stream_->fd(), endpoint_.options().liveness().lease_ns / 1'000'000);
     reader_ = std::make_unique<LaneReader>(
         link_->machine(), own_.lane_index,
         FrameLimits{own_.payload_bytes_max, own_.control_bytes_max});
@@ -90,9 +93,11 @@ void Lane::open() {
 }
 
 void Lane::read(Lock& lock) {
-    if (link_->receive) link_->receive->set_now(Loops::now_ns());
     read_frames(lock);
-    if (state_ == State::OPEN) mark();
+    if (state_ != State::OPEN) return;
+    mark();
+    // No answer will carry its acknowledgement, and a late one looks like a long round trip.
+    if (link_->machine().take_pong()) acknowledge_now(stream_->fd());
 }
 
 void Lane::read_frames(Lock& lock) {
@@ -113,6 +118,7 @@ void Lane::read_frames(Lock& lock) {
         endpoint_.counters().bytes_received += got.bytes;
         loop_.moved(got.bytes);
         const bool drained = got.bytes < total(iov, count);
+        link_->machine().heard(own_.lane_index, Loops::now_ns());
         reader_->advance(got.bytes);
         if (drained) return;
         turn += got.bytes;
@@ -214,6 +220,13 @@ void Lane::check_sent() {
 void Lane::settle() {
     if (sent_.bytes && writer_) writer_->advance(sent_.bytes);
     sent_.bytes = 0;
+}
+
+void Lane::report(Liveness& liveness) const {
+    if (state_ != State::OPEN) return;
+    if (const auto info = tcp_info(stream_->fd().get()))
+        liveness.sent(own_.lane_index, info->acked_bytes,
+                      info->in_flight_segments > 0 || info->unsent_bytes > 0, Loops::now_ns());
 }
 
 void Lane::arm() {

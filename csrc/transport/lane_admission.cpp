@@ -3,8 +3,6 @@
 #include <sys/epoll.h>
 #include <sys/random.h>
 
-#include <utility>
-
 #include "transport/endpoint.hpp"
 #include "transport/link.hpp"
 
@@ -41,7 +39,7 @@ void Lane::watch() {
 void Lane::start_patience() {
     if (greeting_timer_) loops_->cancel(*greeting_timer_);
     const uint64_t patience_ns = state_ == State::CONNECTING
-                                     ? endpoint_.options().connect_timeout_ns
+                                     ? link_->connect_patience_ns()
                                      : limits::greeting_timeout_ms * 1'000'000;
     greeting_timer_ = loops_->timer(
         Loops::now_ns() + patience_ns, [weak = weak_from_this()] {
@@ -152,7 +150,7 @@ void Lane::write_early() {
 // ---- the lanes of a dialled link, one after another
 
 bool Link::may_greet(const std::shared_ptr<Lane>& socket) {
-    if (refusal_) throw refusal_;
+    if (ended_) throw Error(ErrorCode::LINK_LOST, "the link has ended");
     if (key_) return true;
     if (establishing_) {
         waiting_.push_back(socket);
@@ -164,6 +162,7 @@ bool Link::may_greet(const std::shared_ptr<Lane>& socket) {
 
 void Link::establish(const Digest& key) {
     key_ = key;
+    establishing_ = nullptr;
     while (!waiting_.empty()) greet_next();
 }
 
@@ -171,15 +170,6 @@ void Link::greet_next() {
     const auto next = waiting_.back().lock();
     waiting_.pop_back();
     if (next) next->greet();
-}
-
-// No further lane will fare better.
-void Link::give_up(const Error& why) {
-    refusal_ = why;
-    for (const auto& weak : std::exchange(waiting_, {}))
-        if (const auto waiting = weak.lock()) waiting->close(why, false);
-    const auto lanes = lanes_;
-    for (const auto& [index, socket] : lanes) socket->close(why, false);
 }
 
 }  // namespace kvwire

@@ -39,6 +39,8 @@ public:
     void arm();  // its own thread will write
     void close(const Error& why, bool tell_peer);
     void flush_and_close(const Error& why);
+    uint64_t opened_ns() const { return opened_ns_; }
+    void report(Liveness& liveness) const;  // what the kernel knows of its progress
 
 private:
     enum class State { CONNECTING, HANDSHAKE, WAITING, ADMISSION, OPEN, CLOSED };
@@ -87,6 +89,7 @@ private:
     std::unique_ptr<LaneReader> reader_;
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
+    uint64_t opened_ns_ = 0;
     uint32_t interest_ = 0;
     bool follows_ = false;       // its thread goes where its bytes come in
     size_t unlooked_bytes_ = 0;  // since it looked where; its own thread's
@@ -99,6 +102,8 @@ private:
 
 class Link : public std::enable_shared_from_this<Link> {
 public:
+    static constexpr uint64_t BRISK_NS = 50'000'000;  // between two looks at a busy link
+
     Link(Endpoint& endpoint, const Id& id);
     ~Link();
 
@@ -106,8 +111,8 @@ public:
     std::unique_ptr<ReceiveLink> receive;  // exactly one of the two
     std::unique_ptr<SendLink> send;
 
-    FrameHandler& machine();
-    // Throws FIELD_INVALID when the lane is there already.
+    LinkMachine& machine();
+    // Takes the place of a lane of the same number, which its peer has lost.
     LaneWriter& lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const Greeting& peer);
     void lane_closed(uint32_t lane, const Lane* socket, const Error& why);
     void dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count);
@@ -123,7 +128,9 @@ public:
     // write by itself.
     void pump(const Lane* self = nullptr);
     bool load(uint32_t lane);
-    bool alive() const { return !lanes_.empty() || dialling_ > 0; }
+    // From its first dial, or its first lane, to the end of its lease.
+    bool alive() const { return !ended_; }
+    uint64_t connect_patience_ns() const;
     size_t lane_count() const { return lanes_.size(); }
     void close(const Error& why);
     LinkReading reading() const;  // all but what the kernel knows
@@ -132,19 +139,44 @@ private:
     Endpoint& endpoint_;
     const uint64_t born_ns_ = Loops::now_ns();
     std::map<uint32_t, std::shared_ptr<Lane>> lanes_;
+    bool had_lanes_ = false;
+    bool ended_ = false;
+    bool replacing_ = false;
+    std::vector<std::vector<uint8_t>> addresses_;  // to dial; none: the peer dials
+    uint16_t lanes_wanted_ = 0;
     uint32_t dialling_ = 0;
     std::optional<Digest> key_;  // what further lanes prove
-    bool had_lanes_ = false;
-    Error refusal_;  // ends every lane to come
     int refused_ = 0;
     const Lane* establishing_ = nullptr;
     std::vector<std::weak_ptr<Lane>> waiting_;
-    std::optional<Loops::TimerKey> expiry_;
-    void schedule_expiry();
     void deal_bandwidth();
+    // A lane that is not there, and its next dial.
+    struct Redial {
+        uint32_t failures = 0;
+        std::optional<Loops::TimerKey> timer;
+    };
+    std::map<uint32_t, Redial> redials_;
+    uint64_t dials_failed_ = 0;
+    Error last_trouble_;
+    uint64_t verified_seen_ = 0;
+    uint64_t trouble_since_ns_ = 0;  // lanes have been lost since then, and nothing was verified
+    std::optional<Loops::TimerKey> upkeep_;
+    bool brisk_ = false;  // the next upkeep comes soon
+
+    void dial_lane(uint32_t lane);
+    void redial_later(uint32_t lane);
+    bool is_futile(const Lane& lane, uint64_t now_ns);
+    void schedule_upkeep(uint64_t due_ns, bool brisk);
+    void keep_up();
+    uint64_t lease_ns() const;
+    bool is_forsaken() const;
+    Error last_lane_lost() const;
+    Error lease_over(uint64_t now_ns);
     void lost(const Error& why);
+    void stop_timers();
     void greet_next();
-    void give_up(const Error& why);
+    bool may_establish_again();
+    void no_lane(const Error& why);
 };
 
 }  // namespace kvwire

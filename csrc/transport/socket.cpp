@@ -1,7 +1,9 @@
 #include "transport/socket.hpp"
 
 #include <arpa/inet.h>
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <fcntl.h>
 #include <netdb.h>
@@ -14,6 +16,7 @@ namespace kvwire {
 namespace {
 
 constexpr int BACKLOG = 512;
+constexpr int KEEPALIVE_IDLE_S = 30;
 constexpr int LOOPBACK_SEND_BUFFER_BYTES = 256 << 10;
 constexpr uint32_t UNSENT_BYTES_MAX = 256 << 10;
 
@@ -183,6 +186,21 @@ bool is_same_host(const Fd& fd) {
     socklen_t bytes = sizeof peer;
     auto* name = reinterpret_cast<sockaddr*>(&peer);
     return ::getpeername(fd.get(), name, &bytes) == 0 && is_loopback(name);
+}
+
+void set_patience(const Fd& fd, uint64_t ms) {
+    const auto set = [&](int level, int option, int value) {
+        ::setsockopt(fd.get(), level, option, &value, sizeof value);
+    };
+    set(IPPROTO_TCP, TCP_USER_TIMEOUT, int(std::min<uint64_t>(ms, INT_MAX)));
+    set(SOL_SOCKET, SO_KEEPALIVE, 1);
+    set(IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_S);
+    set(IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_IDLE_S);
+}
+
+void acknowledge_now(const Fd& fd) {
+    const int one = 1;
+    ::setsockopt(fd.get(), IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
 }
 
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count) {

@@ -62,6 +62,11 @@ int incoming_core(const Fd& fd);
 bool is_same_host(const Fd& fd);  // as far as the peer's address tells
 IoResult send(const Fd& fd, const iovec* iov, size_t iov_count);
 
+// A second line behind PING: the kernel gives a connection up when its bytes find no answer for so
+// long, or the host is gone. 0: as it likes.
+void set_patience(const Fd& fd, uint64_t ms);
+void acknowledge_now(const Fd& fd);
+
 std::string error_text(int error);
 
 }  // namespace kvwire

@@ -4,6 +4,7 @@ namespace kvwire {
 
 void LinkMachine::heard(uint32_t lane, uint64_t now_ns) {
     now_ns_ = now_ns;
+    was_heard_ = true;
     liveness_.heard(lane, now_ns);
 }
 
@@ -16,6 +17,7 @@ bool LinkMachine::on_link_frame(uint32_t lane, const FrameHeader& header, ByteSp
             return true;
         case FrameType::PONG:
             liveness_.pong(lane, load_le<uint64_t>(payload.data));
+            pong_came_ = true;
             return true;
         case FrameType::CLOSE:
             peer_left_ = true;

@@ -2,6 +2,8 @@
 // What both ends of a link have in common: lanes that come, stall and go, and a peer that is
 // believed for a while.
 
+#include <utility>
+
 #include "wire/lane_reader.hpp"
 #include "wire/lane_writer.hpp"
 #include "wire/liveness.hpp"
@@ -17,6 +19,8 @@ public:
     virtual void fail_all(const Error& error) = 0;
     virtual void send_close() = 0;
     virtual size_t open_transfers() const = 0;
+    virtual uint64_t verified_bytes() const = 0;  // raw, of all transfers so far
+    virtual bool is_idle() const = 0;  // nothing is open, or waits to be opened
 
     // The time of all that happens until the next call.
     void set_now(uint64_t now_ns) { now_ns_ = now_ns; }
@@ -27,6 +31,9 @@ public:
     // caller's to close; with `expired` all is over, for the reason that lease_over() gives.
     Upkeep upkeep(uint64_t now_ns);
     Liveness& liveness() { return liveness_; }
+    bool was_heard() const { return was_heard_; }
+    // Whether a PONG came in since the last call.
+    bool take_pong() { return std::exchange(pong_came_, false); }
     // It said CLOSE: it will not come back, and need not be waited for.
     bool peer_left() const { return peer_left_; }
 
@@ -44,6 +51,8 @@ protected:
 
 private:
     bool peer_left_ = false;
+    bool was_heard_ = false;
+    bool pong_came_ = false;
 };
 
 }  // namespace kvwire

@@ -5,10 +5,11 @@
 namespace kvwire {
 namespace {
 
-constexpr uint64_t IDLE_PING_NS = 2'500'000'000;      // at most; else a quarter of the lease
-constexpr uint64_t FIRST_RTT_NS = 1'000'000'000 / 4;  // until the first PONG tells
-constexpr uint64_t ROUND_TRIPS = 4;                   // without progress are a stall
+constexpr uint64_t IDLE_PING_NS = 2'500'000'000;  // at most; else a quarter of the lease
+constexpr uint64_t FIRST_RTT_NS = 250'000'000;    // until the first PONG tells
+constexpr uint64_t ROUND_TRIPS = 4;               // without progress are a stall
 constexpr uint64_t STALLS_TO_DEATH = 10;
+constexpr uint64_t PINGS_TO_DEATH = 2;            // of the peer's own, that should have come
 
 std::string seconds(uint64_t ns) {
     const uint64_t tenths = (ns + 50'000'000) / 100'000'000;
@@ -19,7 +20,7 @@ std::string seconds(uint64_t ns) {
 
 void Liveness::lane_opened(uint32_t lane, uint64_t now_ns) {
     Lane fresh;
-    fresh.progress_ns = fresh.heard_ns = heard_ns_ = now_ns;
+    fresh.progress_ns = progress_ns_ = now_ns;
     lanes_[lane] = fresh;
 }
 
@@ -28,7 +29,7 @@ void Liveness::lane_lost(uint32_t lane, uint64_t now_ns) {
 }
 
 void Liveness::progressed(Lane& lane, uint64_t now_ns) {
-    lane.progress_ns = now_ns;
+    lane.progress_ns = progress_ns_ = now_ns;
     if (lane.waiting_since_ns) lane.waiting_since_ns = now_ns;
 }
 
@@ -42,22 +43,18 @@ void Liveness::settle(Lane& lane) {
 
 void Liveness::heard(uint32_t lane, uint64_t now_ns) {
     const auto found = lanes_.find(lane);
-    if (found == lanes_.end()) return;
-    progressed(found->second, now_ns);
-    found->second.heard_ns = heard_ns_ = now_ns;
+    if (found != lanes_.end()) progressed(found->second, now_ns);
 }
 
-void Liveness::sent(uint32_t lane_index, uint64_t written_bytes, uint64_t unacked_bytes,
-                    uint64_t now_ns) {
+void Liveness::sent(uint32_t lane_index, uint64_t acked_bytes, bool unacked, uint64_t now_ns) {
     const auto found = lanes_.find(lane_index);
     if (found == lanes_.end()) return;
     Lane& lane = found->second;
-    const uint64_t acked_bytes = written_bytes - std::min(written_bytes, unacked_bytes);
     if (acked_bytes > lane.acked_bytes) {
         lane.acked_bytes = acked_bytes;
         progressed(lane, now_ns);
     }
-    lane.unacked = unacked_bytes > 0;
+    lane.unacked = unacked;
     lane.unacked ? wait(lane, now_ns) : settle(lane);
 }
 
@@ -65,7 +62,7 @@ void Liveness::peer_pings() {
     if (peer_pings_) return;
     peer_pings_ = true;
     for (auto& [index, lane] : lanes_)
-        if (lane.ping_number) wait(lane, heard_ns_);
+        if (lane.ping_number) wait(lane, progress_ns_);
 }
 
 uint64_t Liveness::ping(uint32_t lane_index, uint64_t now_ns) {
@@ -81,7 +78,7 @@ void Liveness::pong(uint32_t lane_index, uint64_t number) {
     const auto found = lanes_.find(lane_index);
     if (found == lanes_.end() || !number || found->second.ping_number != number) return;
     Lane& lane = found->second;
-    const uint64_t sample = std::max<uint64_t>(lane.heard_ns - lane.pinged_ns, 1);
+    const uint64_t sample = std::max<uint64_t>(lane.progress_ns - lane.pinged_ns, 1);
     lane.rtt_ns = lane.rtt_ns ? (7 * lane.rtt_ns + sample) / 8 : sample;
     lane.ping_number = 0;
     settle(lane);
@@ -110,16 +107,20 @@ uint64_t Liveness::idle_ns() const {
     return options_.lease_ns ? std::min(options_.lease_ns / 4, IDLE_PING_NS) : IDLE_PING_NS;
 }
 
+uint64_t Liveness::dead_after_ns(const Lane& lane) const {
+    return std::max(STALLS_TO_DEATH * stall_after_ns(lane), PINGS_TO_DEATH * idle_ns());
+}
+
 bool Liveness::ping_is_due(const Lane& lane, uint64_t now_ns, bool busy) const {
     if (lane.ping_number && peer_pings_) return false;  // one at a time
     if (!lane.pinged_ns) return true;
     if (busy && peer_pings_)
         return now_ns >= lane.pinged_ns + std::max(options_.stall_ns / 2, lane.rtt_ns);
-    return now_ns >= std::max(lane.heard_ns, lane.pinged_ns) + idle_ns();
+    return now_ns >= lane.pinged_ns + idle_ns();
 }
 
 uint64_t Liveness::silent_ns(uint64_t now_ns) const {
-    const uint64_t since = peer_pings_ || !lanes_.empty() ? heard_ns_ : no_lane_since_ns_;
+    const uint64_t since = peer_pings_ || !lanes_.empty() ? progress_ns_ : no_lane_since_ns_;
     return now_ns - std::min(now_ns, since);
 }
 
@@ -150,7 +151,7 @@ void Liveness::judge(Upkeep& upkeep, uint64_t now_ns) {
         if (lane.aside && !still) upkeep.resumed.push_back(index);
         if (!lane.aside && still && any_moves) upkeep.stalled.push_back(index);
         lane.aside = still && (lane.aside || any_moves);
-        const uint64_t patience_ns = STALLS_TO_DEATH * stall_after_ns(lane);
+        const uint64_t patience_ns = dead_after_ns(lane);
         if (quiet_ns(lane, now_ns) < patience_ns) continue;
         if (!any_moves && now_ns - given_up_ns_ < patience_ns) continue;
         if (!any_moves) given_up_ns_ = now_ns;
@@ -163,7 +164,7 @@ uint64_t Liveness::next_look_ns(uint64_t now_ns, bool busy) const {
     uint64_t due_ns = UINT64_MAX;
     for (const auto& [index, lane] : lanes_) {
         busy = busy || lane.waiting_since_ns || !lane.pinged_ns;
-        due_ns = std::min(due_ns, std::max(lane.heard_ns, lane.pinged_ns) + idle_ns());
+        due_ns = std::min(due_ns, lane.pinged_ns + idle_ns());
     }
     return busy ? now_ns + options_.stall_ns / 4 : due_ns;
 }

@@ -36,8 +36,8 @@ public:
 
     // Bytes came in on a lane.
     void heard(uint32_t lane, uint64_t now_ns);
-    // Of all bytes written to a lane so far, these have not reached the peer's machine.
-    void sent(uint32_t lane, uint64_t written_bytes, uint64_t unacked_bytes, uint64_t now_ns);
+    // So many of its bytes has the peer's machine acknowledged; `unacked`: others not yet.
+    void sent(uint32_t lane, uint64_t acked_bytes, bool unacked, uint64_t now_ns);
     void peer_pings();  // it wrote PING or PONG: its silence means something
     // The number that a PING on this lane carries.
     uint64_t ping(uint32_t lane, uint64_t now_ns);
@@ -54,8 +54,7 @@ public:
 
 private:
     struct Lane {
-        uint64_t progress_ns = 0;  // of bytes in either direction
-        uint64_t heard_ns = 0;
+        uint64_t progress_ns = 0;
         uint64_t acked_bytes = 0;
         bool unacked = false;
         uint64_t waiting_since_ns = 0;  // for the kernel's or the peer's answer; 0: for nothing
@@ -72,6 +71,7 @@ private:
     uint64_t stall_after_ns(const Lane& lane) const;
     uint64_t quiet_ns(const Lane& lane, uint64_t now_ns) const;
     uint64_t idle_ns() const;
+    uint64_t dead_after_ns(const Lane& lane) const;
     bool ping_is_due(const Lane& lane, uint64_t now_ns, bool busy) const;
     void judge(Upkeep& upkeep, uint64_t now_ns);
     uint64_t next_look_ns(uint64_t now_ns, bool busy) const;
@@ -79,7 +79,7 @@ private:
     const LivenessOptions options_;
     std::map<uint32_t, Lane> lanes_;
     bool peer_pings_ = false;
-    uint64_t heard_ns_ = 0;           // on any lane
+    uint64_t progress_ns_ = 0;        // on any lane
     uint64_t no_lane_since_ns_ = 0;
     uint64_t given_up_ns_ = 0;        // when a lane was closed although no other was better
     uint64_t next_number_ = 1;

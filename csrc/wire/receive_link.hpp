@@ -76,7 +76,10 @@ public:
     void send_close() override;
     bool has_output(uint32_t lane) const { return !lanes_.at(lane).writer.empty(); }
     size_t open_transfers() const override { return transfers_.size(); }
-    uint64_t verified_bytes() const { return verified_bytes_; }  // raw
+    uint64_t verified_bytes() const override { return verified_bytes_; }
+    bool is_idle() const override {
+        return transfers_.empty() && waiting_.empty() && pulls_.empty();
+    }
 
 private:
     static constexpr uint64_t SEGMENT_STATE_BYTES = 96;  // a Segment and its place in the map

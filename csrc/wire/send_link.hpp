@@ -146,8 +146,9 @@ public:
 
     void send_close() override;
     size_t open_transfers() const override { return order_.size(); }
-    uint64_t verified_bytes() const { return verified_bytes_; }
+    uint64_t verified_bytes() const override { return verified_bytes_; }
     uint64_t backlog_bytes() const;  // pushed, of open transfers, and not verified
+    bool is_idle() const override { return order_.empty(); }
 
 private:
     struct Lane {
