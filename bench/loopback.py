@@ -210,6 +210,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     options.peers = options.peers.split(",") if options.peers else []
     if unknown := set(options.peers) - set(peers.PEERS):
         parser.error(f"unknown peers: {', '.join(sorted(unknown))}")
+    if options.tls and (lacks := tls.missing()):
+        parser.error(f"--tls: {lacks}")
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     return options
 

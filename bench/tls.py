@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 import subprocess
 
 from bench.measure import Sample
 
-__all__ = ["cipher", "security"]
+__all__ = ["cipher", "missing", "security"]
 
 RECORD_BYTES = 16384
+
+
+def missing() -> str:
+    """Return what these rows lack here, or ''."""
+    import kvwire
+    if kvwire.backends()["tls"] is None:
+        return "kvwire was built without OpenSSL"
+    return "" if shutil.which("openssl") else "there is no openssl command"
 
 
 def security() -> object:
