@@ -176,8 +176,8 @@ def test_flips_anywhere_in_a_large_transfer_over_many_lanes(receiver, seed):
     """Chunks, repairs, receipts and lost lanes of all kinds at once."""
     rng = random.Random(seed)
     faults = [Fault(rng.randrange(4), *rng.choice((
-        (UP, rng.randrange(64, 1_000_000)), (DOWN, rng.randrange(64, 2_000)))), "flip",
-        1 << rng.randrange(8)) for _ in range(rng.randint(1, 12))]
+        (UP, rng.randrange(128, 1_000_000)), (DOWN, rng.randrange(128, 2_000)))), "flip",
+        1 << rng.randrange(8)) for _ in range(rng.randint(1, 12))]  # once lanes are admitted
     with Run(receiver, *faults, spec=BIG, tokens=200, lanes=4, chunk_bytes=1 << 14) as run:
         sent, got = run.settle()
         lost = run.sender.stats()["lanes_lost"]
