@@ -350,10 +350,12 @@ def ranks_of(value: tuple[int, int] | int, what: str) -> tuple[int, int]:
     return rank, count
 
 
-def lane_count(value: int) -> int:
-    """Take a number of lanes."""
+def lane_count(value: int | str) -> int:
+    """Take a number of lanes; "auto" becomes 0."""
+    if value == "auto":
+        return 0
     if not isinstance(value, int) or not 1 <= value <= LANE_COUNT_MAX:
-        raise UsageError(f"lanes is {value!r}; it must be 1 to {LANE_COUNT_MAX}")
+        raise UsageError(f"lanes is {value!r}; it must be 'auto' or 1 to {LANE_COUNT_MAX}")
     return value
 
 

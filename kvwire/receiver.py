@@ -100,7 +100,8 @@ class Receiver(Endpoint):
         self._lend(ticket._native, memory)
         return ticket
 
-    def dial(self, address: str, *, lanes: int = 4, timeout_s: float | None = None) -> str:
+    def dial(self, address: str, *, lanes: int | str = "auto",
+             timeout_s: float | None = None) -> str:
         """Make a link to a listening `Sender`; returns its id. Raises what went wrong."""
         native = self._checked()
         link = native.dial(*split_address(address), lane_count(lanes))
@@ -110,7 +111,7 @@ class Receiver(Endpoint):
 
     def pull(self, address: str, offer: str | bytes, memory: CacheMemory, *,
              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
-             deadline_s: float | None = None, lanes: int = 4) -> Ticket:
+             deadline_s: float | None = None, lanes: int | str = "auto") -> Ticket:
         """Fetch an offer of the Sender that listens at `address` into `memory`.
 
         Only the tokens of `memory` travel; states travel whole. Further source ranks: `expect`
@@ -129,7 +130,7 @@ class Receiver(Endpoint):
 
     def pull_into(self, ticket: Ticket, address: str, offer: str | bytes, *,
                   source_rank: int = 0, destination_rank: tuple[int, int] | int = 0,
-                  lanes: int = 4) -> None:
+                  lanes: int | str = "auto") -> None:
         """Ask one source rank for its part of `ticket`."""
         native = self._checked()
         link = self._dialled.get(address)

@@ -30,7 +30,8 @@ class Sender(Endpoint):
             and made again when a later `open` finds it lost.
         listen: "host:port" to listen on instead (port 0: any; see `.address`), for decoders
             that may only dial out.
-        lanes: TCP connections of the link, 1 to 64.
+        lanes: TCP connections of the link, 1 to 64; "auto": 4, and more on a long link, up to 32,
+            as the bandwidth measured times the round trip asks for.
         io_threads: 0: one for each core that the process may use, up to 4.
         codec: "raw" or "lz4", the default of transfers. A chunk that does not shrink, or a peer
             that lacks the codec, gets raw bytes.
@@ -47,8 +48,8 @@ class Sender(Endpoint):
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
 
-    def __init__(self, address: str | None = None, *, listen: str | None = None, lanes: int = 4,
-                 codec: str = "raw", chunk_bytes: int = 256 << 10,
+    def __init__(self, address: str | None = None, *, listen: str | None = None,
+                 lanes: int | str = "auto", codec: str = "raw", chunk_bytes: int = 256 << 10,
                  connect_timeout_s: float = 10.0,
                  lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(),
@@ -78,7 +79,7 @@ class Sender(Endpoint):
             self.address = join_address(host, self._native.listen(host, port))
         else:
             self.address = address
-            self._link = self._native.dial(*self._peer, lanes)
+            self._link = self._native.dial(*self._peer, self._lanes)
 
     def connect(self, timeout_s: float | None = None) -> None:
         """Wait until the link has a lane; raises what went wrong. Not needed before `open`."""

@@ -45,6 +45,34 @@ TEST(transport_large_transfer_on_several_lanes) {
     }
 }
 
+TEST(transport_links_are_read_while_lanes_come_and_go) {
+    Pair pair(4);
+    std::atomic<bool> gone{false};
+    std::atomic<uint64_t> looks{0};
+    std::thread reader([&] {
+        try {
+            for (uint64_t verified = 0;; ++looks) {
+                const LinkReading reading = pair.sender->read_link(pair.link);
+                CHECK(reading.lanes.size() <= 4 && reading.verified_bytes >= verified);
+                verified = reading.verified_bytes;
+            }
+        } catch (const Error& error) {
+            CHECK_EQ(error.code, ErrorCode::USAGE);
+            gone = true;
+        }
+    });
+    for (uint64_t i = 0; i < 8; ++i) {
+        HandOff each(flat(256), i);
+        each.bind(*pair.receiver);
+        each.open(*pair.sender, pair.link);
+        each.push_all();
+        each.check_delivered();
+    }
+    pair.sender->close();
+    reader.join();
+    CHECK(gone && looks > 0);
+}
+
 TEST(transport_receiver_dials_and_pulls) {
     ReceiverEndpoint receiver{EndpointOptions{}};
     SenderEndpoint sender{EndpointOptions{}};

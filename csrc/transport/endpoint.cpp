@@ -152,8 +152,8 @@ std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
 }
 
 Id Endpoint::dial(const Address& address, uint16_t lanes) {
-    if (lanes < 1 || lanes > limits::lane_count_max)
-        throw Error(ErrorCode::USAGE, "lanes must be 1 to 64", limits::lane_count_max, lanes);
+    if (lanes > limits::lane_count_max)
+        throw Error(ErrorCode::USAGE, "lanes must be at most 64", limits::lane_count_max, lanes);
     const auto addresses = resolve(address);
     const Id link_id = random_id();
     {

@@ -49,7 +49,8 @@ public:
     virtual ~Endpoint();
 
     uint16_t listen(const Address& address);
-    // Opens a link of `lanes` lanes; returns its id at once. Failure shows on its transfers.
+    // Opens a link of `lanes` lanes (Link::LANES_AUTO: as many as suit it); returns its id at once.
+    // Failure shows on its transfers.
     Id dial(const Address& address, uint16_t lanes);
     // Waits until a link dialled from here has a lane; throws what went wrong.
     void wait_connected(const Id& link_id, double timeout_s);

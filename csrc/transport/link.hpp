@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "transport/doorkeeper.hpp"
+#include "transport/lane_plan.hpp"
 #include "transport/link_reading.hpp"
 #include "transport/loop.hpp"
 #include "transport/stream.hpp"
@@ -35,6 +36,7 @@ public:
     bool is_idle() const { return state_ == State::OPEN && !blocked_ && !being_written_; }
     bool has_output() const { return writer_ && !writer_->empty(); }
     LaneReading reading() const;
+    uint32_t rtt_min_us() const;
     void pace(uint64_t bytes_per_s) { set_pacing_rate(stream_->fd().get(), bytes_per_s); }
     void arm();  // its own thread will write
     void close(const Error& why, bool tell_peer);
@@ -102,6 +104,7 @@ private:
 
 class Link : public std::enable_shared_from_this<Link> {
 public:
+    static constexpr uint16_t LANES_AUTO = 0;  // as many as suit the link
     static constexpr uint64_t BRISK_NS = 50'000'000;  // between two looks at a busy link
 
     Link(Endpoint& endpoint, const Id& id);
@@ -144,6 +147,7 @@ private:
     bool replacing_ = false;
     std::vector<std::vector<uint8_t>> addresses_;  // to dial; none: the peer dials
     uint16_t lanes_wanted_ = 0;
+    std::optional<LanePlan> plan_;  // for as many lanes as suit the link
     uint32_t dialling_ = 0;
     std::optional<Digest> key_;  // what further lanes prove
     int refused_ = 0;
@@ -171,6 +175,7 @@ private:
     uint64_t lease_ns() const;
     bool is_forsaken() const;
     Error last_lane_lost() const;
+    void grow(uint64_t now_ns);
     Error lease_over(uint64_t now_ns);
     void lost(const Error& why);
     void stop_timers();

@@ -15,6 +15,10 @@ LaneReading Lane::reading() const {
     return reading;
 }
 
+uint32_t Lane::rtt_min_us() const {
+    return tcp_info(stream_->fd().get()).value_or(TcpInfo{}).rtt_min_us;
+}
+
 LinkReading Link::reading() const {
     LinkReading reading;
     reading.born_ns = born_ns_;

@@ -112,8 +112,22 @@ void Link::stop_timers() {
 void Link::dial(const std::vector<std::vector<uint8_t>>& addresses, uint16_t lane_count) {
     const auto alive = shared_from_this();
     addresses_ = addresses;
-    lanes_wanted_ = dialling_ = lane_count;
-    for (uint16_t lane = 0; lane < lane_count && !ended_; ++lane) dial_lane(lane);
+    if (lane_count == LANES_AUTO)
+        plan_.emplace(endpoint_.options().bandwidth_max_bytes_per_s, send_buffer_bytes_max());
+    lanes_wanted_ = dialling_ = plan_ ? LanePlan::LANES_MIN : lane_count;
+    for (uint16_t lane = 0; lane < lanes_wanted_ && !ended_; ++lane) dial_lane(lane);
+}
+
+void Link::grow(uint64_t now_ns) {
+    if (!plan_ || lanes_.empty() || ended_) return;
+    const uint32_t rtt_us = lanes_.begin()->second->rtt_min_us();
+    const uint16_t wanted = plan_->lanes(now_ns, machine().verified_bytes(), rtt_us);
+    uint32_t lane = lanes_wanted_;
+    lanes_wanted_ = wanted;
+    for (; lane < wanted && !ended_; ++lane) {
+        ++dialling_;
+        dial_lane(lane);
+    }
 }
 
 void Link::dial_lane(uint32_t lane) {
@@ -226,6 +240,7 @@ void Link::keep_up() {
     for (const uint32_t lane : upkeep.dead)
         lanes.at(lane)->close(Error(ErrorCode::PEER_CLOSED, "no progress on the lane for too long"),
                               false);
+    grow(now_ns);
     if (!ended_) pump();
 }
 
