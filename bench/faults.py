@@ -60,7 +60,7 @@ class Campaign:
         """Runs without harm: what a process keeps for good after its first runs is no leak."""
         plans = [Plan(-1 - number, "warm-up", make_cargoes(number, self._large),
                       mode=("push", "pull", "reach")[number % 3], security=security,
-                      deadline_s=30, must_deliver=True)
+                      deadline_s=120, must_deliver=True)
                  for number, security in enumerate(sorted(3 * list(SECURITIES)))]
         for verdict in await asyncio.gather(*map(runner.run, plans)):
             if verdict.complaints:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import kvwire
 from bench.campaign.cargo import Cargo
-from kvwire.sender import Sender
 
 __all__ = ["DOWN", "Harm", "Misfortune", "Plan", "UP", "make_cargoes", "make_plan"]
 
@@ -112,6 +111,8 @@ def make_plan(seed: int, large: bool = False) -> Plan:
     if plan.mode == "push" and rng.random() < 0.2:
         plan.bind_after_s = rng.uniform(0, 0.1)
     plan.security = rng.choices(("none", "hmac", "psk"), (6, 1, 2))[0]
+    if plan.security == "psk" and not kvwire.backends()["tls"]:
+        plan.security = "hmac"
     plan.lease_s = rng.choice((0, 0.2, 1.0, 3.0))
     if plan.mode == "push" and rng.random() < 0.2:
         plan.rounds = 2
@@ -324,8 +325,6 @@ def _side(rng: random.Random) -> str:
     return rng.choice(("sending", "receiving"))
 
 
-_REDIALS = "lease_s" in inspect.signature(Sender).parameters
-
 FAMILIES: dict[str, tuple[float, Callable[[random.Random, Plan], None]]] = {
     "nothing": (2, _nothing),
     "delays": (6, _delays),
@@ -334,8 +333,8 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random, Plan], None]]] = {
     "frames repeated": (8, _frames_again),
     "frames moved or lost": (10, _frames_elsewhere),
     "cuts": (16, _cuts),
-    "lanes lost": (10 * _REDIALS, _lanes_lost),
-    "a lane stalled": (4 * _REDIALS, _lane_stalled),
+    "lanes lost": (10, _lanes_lost),
+    "a lane stalled": (4, _lane_stalled),
     "stalls": (6, _stalls),
     "refused and silent connections": (5, _dials),
     "cancel and close": (8, _ends),

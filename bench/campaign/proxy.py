@@ -279,7 +279,10 @@ class _Stream:
         moved = bytes(self._inbox)
         self._inbox.clear()
         if moved and not self._silent:
-            self._far.write(moved)
+            try:
+                self._far.write(moved)
+            except RuntimeError:  # this stream has been ended; the frame is lost
+                return
             await self._far.drain()
 
     async def _frame(self, count: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import os
 import random
 import resource
@@ -14,10 +13,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import kvwire
 from bench.campaign.cargo import SPENT, Cargo, Held
 from bench.campaign.plan import Plan
 from kvwire.errors import ErrorCode, KvwireError, UsageError
 from kvwire.receiver import Receiver, Ticket
+from kvwire.security import HmacAdmission, TlsPsk
 from kvwire.sender import Sender, Transfer
 
 __all__ = ["Receiving", "SLACK_S", "Sending", "status_kib"]
@@ -27,16 +28,16 @@ STARVED_S = 0.5  # .. process got no processor; beyond this a run need not arriv
 _TICK_S = 0.05
 _TINY = Cargo(seed=0, layers=1, tokens=1, heads=1, head_dim=8)
 _KEY = bytes(range(32))
-SECURITIES = {"none": None, "hmac": None, "psk": None}
+SECURITIES = {"none": None, "hmac": HmacAdmission(_KEY)}
+if kvwire.backends()["tls"]:
+    SECURITIES["psk"] = TlsPsk("campaign", _KEY)
 _UNLIMITED = resource.RLIM_INFINITY
 _FILES_MAX = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def options(security: str, lease_s: float = 1.0) -> dict[str, object]:
     """Return what both ends of a link are given."""
-    known = inspect.signature(Receiver).parameters
-    return {name: value for name, value in (("security", SECURITIES[security]),
-                                            ("lease_s", lease_s)) if name in known}
+    return {"security": SECURITIES[security], "lease_s": lease_s}
 
 
 class _Side:

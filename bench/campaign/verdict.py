@@ -71,8 +71,7 @@ def _complaints(plan: Plan, found: dict[str, object]) -> list[str]:
         complaints.append(f"ended after {found['took_s']} s")
     if found["error"] and not found["typed"]:
         complaints.append(f"an error that no run may end with: {found['error']}")
-    elif found["error"] and plan.must_deliver and not (
-            found["code"] == "DEADLINE_EXCEEDED" and found["late_s"] > STARVED_S):
+    elif found["error"] and plan.must_deliver and found["late_s"] < STARVED_S:
         complaints.append(f"nothing here may keep it from arriving, but: {found['error']}")
     if found["wrong"]:
         complaints.append(found["wrong"])
