@@ -377,7 +377,6 @@ def test_cancelling_a_ticket_withdraws_its_pull(listening):
     assert target.is_poison()
 
 
-@pytest.mark.xfail(reason="a link ends with its last lane, while others join")
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("way", [UP, DOWN])
 @pytest.mark.timeout(120)
