@@ -169,7 +169,9 @@ void Link::establish(const Digest& key) {
 void Link::greet_next() {
     const auto next = waiting_.back().lock();
     waiting_.pop_back();
-    if (next) next->greet();
+    if (!next || !next->waits()) return;
+    if (!key_) establishing_ = next.get();
+    next->greet();
 }
 
 }  // namespace kvwire

@@ -28,6 +28,7 @@ public:
 
     void start(std::shared_ptr<Link> link, const Greeting& greeting);  // dialled: greets first
     void start(Doorkeeper::Entry entry);                               // accepted: listens first
+    bool waits() const { return state_ == State::WAITING; }
     void greet();  // dialled: its turn has come (Link::may_greet)
     void on_events(uint32_t epoll_events) override;
     void write_now();  // without the lock, from any thread
