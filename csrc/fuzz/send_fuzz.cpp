@@ -47,6 +47,12 @@ public:
         }
     }
 
+    // As an owner must not while it is lent.
+    void spoil() {
+        uint8_t* const at = memory.map->begin()->second.base;
+        if (!ended && !__asan_address_is_poisoned(at)) ++*at;
+    }
+
     // What the machine says of itself.
     void check() const {
         if (ended || !transfer->grant) return;
@@ -162,6 +168,7 @@ private:
             case 6: return cancel(source);
             case 7: case 8: return write(lane);
             case 9: return tick(lane);
+            case 10: return source.spoil();
             default: return hear(lane, answer(source).bytes());
         }
     }

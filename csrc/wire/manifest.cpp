@@ -164,13 +164,14 @@ std::set<std::string> leaf_names(const GroupDesc& group) {
 
 void check_leaves(FieldReader& in, const std::vector<GroupDesc>& groups) {
     uint64_t count = 0;
+    std::vector<std::set<std::string>> names;  // of each group, made once: a peer may send many
     for (size_t i = 0; i < groups.size(); ++i) {
-        const std::set<std::string> names = leaf_names(groups[i]);
-        count += names.size() * groups[i].layers.size();
+        names.push_back(leaf_names(groups[i]));
+        count += names[i].size() * groups[i].layers.size();
         for (size_t k = 0; k < i; ++k) {
             if (groups[k].kind != groups[i].kind || !share_a_layer(groups[i], groups[k])) continue;
-            for (const std::string& name : leaf_names(groups[k]))
-                if (names.count(name))
+            for (const std::string& name : names[k])
+                if (names[i].count(name))
                     in.fail(ErrorCode::FIELD_INVALID, "a leaf occurs in two groups", 1, 2);
         }
     }
