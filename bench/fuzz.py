@@ -81,7 +81,26 @@ def seeds(stream: bytes) -> Iterator[tuple[str, bytes]]:
             yield "manifest", bytes([LITERAL_MANIFEST]) + payload
 
 
+def conversations() -> Iterator[tuple[str, bytes]]:
+    """Yield (target, input) for hand-offs that succeed, as the two machines' targets decode them:
+    by chance they would be found late."""
+    for kind in range(3):  # raw, coded, in blocks
+        for lanes in (1, 2):
+            said = [byte for turn in range(60) for byte in (turn % lanes, 13, 1, 1)]
+            yield "receive", bytes([kind, 0, 0, 1, 0, 0, 2, kind % 2, 0, 3, 0, *said])
+    grant, segment_receipt, done = [0, 0, 0, 3, 1], [0, 0, 1], [0, 0, 5]
+    for codec, blocks, chunk in ((0, 0, 0), (1, 0, 1), (0, 1, 0)):
+        answers = [[0, 0, 11, *answer, 1, 1] for answer in (grant, segment_receipt, done)]
+        written = [0, 0, 7, 6] * 24
+        yield "send", bytes([codec, blocks, chunk, 0, 0, 0, 0, 0, 2, 0, 0, 3, 3, 0, 0, 0, 5,
+                             *answers[0], *written, *answers[1], *written, *answers[2]])
+
+
 def write_corpora() -> None:
+    for number, (target, data) in enumerate(conversations()):
+        folder = BUILD / "corpus" / target
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"conversation-{number}").write_bytes(data)
     for name in TARGETS:
         (BUILD / "corpus" / name).mkdir(parents=True, exist_ok=True)
     for path in sorted(VECTORS.glob("*valid/*.bin")):
