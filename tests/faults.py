@@ -75,7 +75,8 @@ class Proxy:
             abort(writer)
 
     async def _close(self):
-        self._server.close()
+        if self._server.is_serving():
+            self._server.close()
         for task in list(self._tasks):
             task.cancel()
         for lane in self._writers:

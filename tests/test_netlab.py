@@ -151,11 +151,11 @@ def test_five_gigabits_over_forty_milliseconds_pass(make_link):
 
 def test_round_trip_takes_what_was_set(make_link):
     link = make_link(rate_gbit=1, rtt_ms=40)
-    assert statistics.median(round_trips_ms(link, 15)) == pytest.approx(40, abs=2)
+    assert min(round_trips_ms(link, 15)) == pytest.approx(40, abs=2)
     link.set(rtt_ms=10)
-    assert statistics.median(round_trips_ms(link, 15)) == pytest.approx(10, abs=2)
+    assert min(round_trips_ms(link, 15)) == pytest.approx(10, abs=2)
     link.set(rtt_ms=0)
-    assert statistics.median(round_trips_ms(link, 15)) < 2
+    assert min(round_trips_ms(link, 15)) < 2
 
 
 def test_jitter_spreads_the_round_trips_and_no_more(make_link):
@@ -196,7 +196,7 @@ def test_queue_holds_what_was_set_and_drops_the_rest(make_link):
     count = link.stats()["left"]
     assert count["segments"] == 10 * held
     assert count["delivered"] + count["queue_dropped"] == count["segments"]
-    assert held <= count["delivered"] <= held + 10  # it drains while it is filled
+    assert held <= count["delivered"] <= 2 * held  # it drains while it is filled
 
 
 def captured(link, size):

@@ -106,7 +106,7 @@ def test_an_idle_link_is_repaired_and_stays_one_link():
         assert pair.delivered()
         for lane in range(3):
             pair.proxy.cut(lane)
-        assert eventually(lambda: pair.sender.stats()["lanes_lost"] == 3)
+        assert eventually(lambda: pair.sender.stats()["lanes_lost"] >= 3)
         assert eventually(lambda: pair.sender.stats()["connections"] == 3)
         assert pair.sender.stats()["links"] == pair.receiver.stats()["links"] == 1
         assert pair.start().delivered()
