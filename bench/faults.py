@@ -21,7 +21,7 @@ from bench.campaign.plan import Plan, make_cargoes, make_plan
 from bench.campaign.run import Runner
 from bench.campaign.sides import SECURITIES
 from bench.campaign.verdict import Verdict
-from bench.measure import progress
+from bench.measure import machine, progress
 
 __all__ = ["main"]
 
@@ -165,7 +165,9 @@ def main(given: list[str] | None = None) -> int:
     """Run the campaign; returns 1 when there was a violation."""
     options = arguments(given)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would be counted as leaks
+    about = machine()
     report = asyncio.run(_endured(options) if options.endurance else _campaigned(options))
+    report["machine"] = about
     progress("")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
