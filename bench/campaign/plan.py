@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import kvwire
 from bench.campaign.cargo import Cargo
 
-__all__ = ["DOWN", "Harm", "Misfortune", "Plan", "UP", "make_cargoes", "make_plan"]
+__all__ = ["DOWN", "Harm", "LEASE_S", "Misfortune", "Plan", "UP", "make_cargoes", "make_plan"]
 
 UP, DOWN = "up", "down"  # from the dialler to the listener, and back
 ANY_FRAME = 0
 MANIFEST, GRANT, SEGMENT, CHUNK, SEGMENT_END, END, RECEIPT, REPAIR = range(1, 9)
 DONE, CLOSE = 0x0B, 0x0E
+LEASE_S = 3.0  # of the shared endpoints, too
 _PATIENT_S = 8.0  # where a run must deliver, for the sake of a busy machine
 
 
@@ -66,7 +67,7 @@ class Plan:
     cargoes: list[Cargo]
     mode: str = "push"  # the receiver listens; "pull": the sender does, "reach": likewise, opened
     security: str = "none"  # or "hmac", "psk"
-    lease_s: float = 1.0
+    lease_s: float = LEASE_S
     lanes: int = 2
     codec: str = "raw"
     chunk_bytes: int = 4096
@@ -120,7 +121,7 @@ def make_plan(seed: int, large: bool = False) -> Plan:
     if plan.misfortune:
         plan.rounds = 1
     if plan.must_deliver:
-        plan.deadline_s = _PATIENT_S
+        plan.deadline_s, plan.lease_s = _PATIENT_S, LEASE_S
     return plan
 
 
@@ -233,7 +234,7 @@ def _cuts(rng: random.Random, plan: Plan) -> None:
 
 def _late_place(rng: random.Random, plan: Plan) -> dict[str, object]:
     """A place behind greetings and handshakes, met once."""
-    plan.must_deliver, plan.lease_s = True, 3.0
+    plan.must_deliver = True
     place = _place(rng, plan)
     if "frame" not in place:
         place["at"] += 2000 if plan.security == "psk" else 200

@@ -7,13 +7,33 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 
-__all__ = ["Peer", "PeerDied", "PeerFailed", "PeerHangs"]
+__all__ = ["Lateness", "Peer", "PeerDied", "PeerFailed", "PeerHangs"]
 
 _CALL_TIMEOUT_S = 60.0
+_TICK_S = 0.05
 _END_TIMEOUT_S = 1.0  # from the end of a pipe to the end of its process
 _PRELOADED = ["bench.campaign.sides", "bench.campaign.proxy", "bench.campaign.endurance"]
+
+
+class Lateness:
+    """Sums up by how much this process runs late: on a busy machine it is not kvwire's fault.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._ticking = asyncio.get_running_loop().create_task(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(_TICK_S)
+            self.seconds += time.monotonic() - began - _TICK_S
 
 
 class PeerDied(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.campaign.files import Filing
 from bench.campaign.plan import Plan
-from bench.campaign.process import Peer, PeerDied, PeerFailed, PeerHangs
+from bench.campaign.process import Lateness, Peer, PeerDied, PeerFailed, PeerHangs
 from bench.campaign.proxy import Proxy
 from bench.campaign.sides import Receiving, Sending
 from bench.campaign.verdict import Verdict, judge
@@ -61,6 +61,7 @@ class Runner:
         self.pair: Pair | None = None
 
     async def __aenter__(self) -> Runner:
+        self._lateness = Lateness()
         self._proxy = Peer(Proxy)
         self._filing = Peer(Filing)
         self.pair = await Pair().start()
@@ -76,7 +77,7 @@ class Runner:
             return await self._file_run(plan)
         fatal = plan.misfortune is not None and plan.misfortune.kind in _FATAL
         async with self._pair_for(fatal) as pair:
-            return await _TransferRun(plan, pair, self._proxy).carry_out()
+            return await _TransferRun(plan, pair, self._proxy, self._lateness).carry_out()
 
     @asynccontextmanager
     async def _pair_for(self, fatal: bool):
@@ -129,8 +130,9 @@ class Runner:
 
 
 class _TransferRun:
-    def __init__(self, plan: Plan, pair: Pair, proxy: Peer):
+    def __init__(self, plan: Plan, pair: Pair, proxy: Peer, lateness: Lateness):
         self._plan, self._pair, self._proxy = plan, pair, proxy
+        self._lateness, self._late_s = lateness, lateness.seconds
         self._limit_s = _CALL_LIMIT_S + plan.deadline_s
         self._names = [secrets.token_bytes(16) for _ in plan.cargoes]
         self._complaints: list[str] = []
@@ -144,11 +146,11 @@ class _TransferRun:
         fate = asyncio.create_task(self._befall())
         sent, got = await self._both_ways()
         await fate
-        verdict = judge(plan, sent, got)
+        verdict = self._judge(plan, sent, got)
         if plan.rounds > 1 and not verdict.complaints:
             self._names = [secrets.token_bytes(16) for _ in plan.cargoes]
             verdict = verdict.followed_by(
-                judge(plan, *await self._push(plan, self._address, "again")))
+                self._judge(plan, *await self._push(plan, self._address, "again")))
         if self._killed and plan.restart and plan.mode == "push":
             verdict.story.append({"again": await self._again()})
         log = await self._clean_up()
@@ -157,6 +159,9 @@ class _TransferRun:
         verdict.complaints += self._complaints
         verdict.story += self._story
         return verdict
+
+    def _judge(self, plan: Plan, sent: list | None, got: list | None) -> Verdict:
+        return judge(plan, sent, got, self._lateness.seconds - self._late_s)
 
     async def _both_ways(self) -> tuple[list | None, list | None]:
         plan, pair = self._plan, self._pair
@@ -240,11 +245,11 @@ class _TransferRun:
                                          pair.receiving_addresses[plan.security])
         first = replace(plan, must_deliver=False)  # the old link's end may be news to it
         sent, got = await self._push(first, address, "dial" if side == "sending" else "again")
-        verdict = judge(first, sent, got)
+        verdict = self._judge(first, sent, got)
         if not verdict.delivered and not verdict.complaints:
             self._names = [secrets.token_bytes(16) for _ in plan.cargoes]
             sent, got = await self._push(plan, address, "again")
-            verdict = verdict.followed_by(judge(plan, sent, got))
+            verdict = verdict.followed_by(self._judge(plan, sent, got))
         self._complaints += [f"after the restart: {each}" for each in verdict.complaints]
         return verdict.story
 

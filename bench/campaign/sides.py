@@ -15,7 +15,8 @@ from pathlib import Path
 
 import kvwire
 from bench.campaign.cargo import SPENT, Cargo, Held
-from bench.campaign.plan import Plan
+from bench.campaign.plan import LEASE_S, Plan
+from bench.campaign.process import Lateness
 from kvwire.errors import ErrorCode, KvwireError, UsageError
 from kvwire.receiver import Receiver, Ticket
 from kvwire.security import HmacAdmission, TlsPsk
@@ -25,7 +26,6 @@ __all__ = ["Receiving", "SLACK_S", "Sending", "status_kib"]
 
 SLACK_S = 3.0  # a transfer may end so much later than its deadline, and by as much as this ..
 STARVED_S = 0.5  # .. process got no processor; beyond this a run need not arrive in time
-_TICK_S = 0.05
 _TINY = Cargo(seed=0, layers=1, tokens=1, heads=1, head_dim=8)
 _KEY = bytes(range(32))
 SECURITIES = {"none": None, "hmac": HmacAdmission(_KEY)}
@@ -35,7 +35,7 @@ _UNLIMITED = resource.RLIM_INFINITY
 _FILES_MAX = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
-def options(security: str, lease_s: float = 1.0) -> dict[str, object]:
+def options(security: str, lease_s: float = LEASE_S) -> dict[str, object]:
     """Return what both ends of a link are given."""
     return {"security": SECURITIES[security], "lease_s": lease_s}
 
@@ -49,8 +49,7 @@ class _Side:
         self.runs: dict[int, _Run] = {}
         self.shared: dict[str, Sender | Receiver] = {}
         self._made: list[Held] = []
-        self.late_s = 0.0
-        self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        self.lateness = Lateness()
         self._leaked: list[int] = []
 
     async def limit(self, plan: Plan) -> None:
@@ -94,13 +93,6 @@ class _Side:
                 "open transfers": stats["open_transfers"],
                 "connections": stats["connections"], "links": stats["links"]}
 
-    async def _tick(self) -> None:
-        """Sum up by how much this process runs late: on a busy machine it is not kvwire's fault."""
-        while True:
-            began = time.monotonic()
-            await asyncio.sleep(_TICK_S)
-            self.late_s += time.monotonic() - began - _TICK_S
-
     async def _open_for_asyncio(self, handle: Transfer | Ticket) -> None:
         """Make the descriptor that the first wait makes, so that it counts as no leak."""
         waiting = asyncio.create_task(_awaited(handle))
@@ -135,7 +127,7 @@ class _Side:
 class _Run:
     def __init__(self, side: _Side, plan: Plan, endpoint: Sender | Receiver, held: list[Held]):
         self.plan, self.endpoint, self.held = plan, endpoint, held
-        self._side, self._late_s = side, side.late_s
+        self._lateness, self._late_s = side.lateness, side.lateness.seconds
         self.handles: list[Transfer | Ticket] = []
         self.spent: list[Held] = []
         self.began = time.monotonic()
@@ -143,7 +135,7 @@ class _Run:
     @property
     def late_s(self) -> float:
         """How much later than it should this process has run since the run began."""
-        return self._side.late_s - self._late_s
+        return self._lateness.seconds - self._late_s
 
     def spend(self, held: Held) -> None:
         """Its transfer has ended: spoil it; nobody may write it any more."""

@@ -44,13 +44,19 @@ class Verdict:
 Outcomes = list[dict[str, object]]
 
 
-def judge(plan: Plan, sent: Outcomes | None, got: Outcomes | None) -> Verdict:
-    """Weigh what the two sides report of each transfer; None: that side was killed."""
+def judge(plan: Plan, sent: Outcomes | None, got: Outcomes | None, late_s: float = 0.0
+          ) -> Verdict:
+    """Weigh what the two sides report of each transfer; None: that side was killed.
+
+    Args:
+        late_s: by how much the campaign's own process ran late meanwhile.
+    """
+    late_s = max([late_s, *(found["late_s"] for found in [*(sent or ()), *(got or ())])])
     verdict = Verdict(plan, story=[{"sent": sent}, {"got": got}])
     for side, outcomes in (("sender", sent), ("receiver", got)):
         for number, found in enumerate(outcomes or ()):
             verdict.complaints += [f"transfer {number}, {side}: {complaint}"
-                                   for complaint in _complaints(plan, found)]
+                                   for complaint in _complaints(plan, found, late_s)]
             verdict.codes |= {found["code"]} - {""}
     for number, (there, here) in enumerate(zip(sent or (), got or ())):
         if here["error"] and not there["error"] and not there["hangs"]:
@@ -63,7 +69,7 @@ def judge(plan: Plan, sent: Outcomes | None, got: Outcomes | None) -> Verdict:
     return verdict
 
 
-def _complaints(plan: Plan, found: dict[str, object]) -> list[str]:
+def _complaints(plan: Plan, found: dict[str, object], late_s: float) -> list[str]:
     complaints = []
     if found["hangs"]:
         complaints.append(f"has not ended {SLACK_S} s after its deadline")
@@ -71,7 +77,7 @@ def _complaints(plan: Plan, found: dict[str, object]) -> list[str]:
         complaints.append(f"ended after {found['took_s']} s")
     if found["error"] and not found["typed"]:
         complaints.append(f"an error that no run may end with: {found['error']}")
-    elif found["error"] and plan.must_deliver and found["late_s"] < STARVED_S:
+    elif found["error"] and plan.must_deliver and late_s < STARVED_S:
         complaints.append(f"nothing here may keep it from arriving, but: {found['error']}")
     if found["wrong"]:
         complaints.append(found["wrong"])
