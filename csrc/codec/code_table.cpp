@@ -1,0 +1,188 @@
+#include "codec/code_table.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/bytes.hpp"
+
+namespace kvwire {
+namespace {
+
+// Longer patterns are worked out strip by strip instead: a copy of them would crowd the cache.
+constexpr uint64_t UNROLLED_PERIOD_MAX = 32 << 10;
+
+constexpr ElementFormat FORMATS[] = {
+    {4, 8, 24}, {2, 5, 11}, {2, 8, 8}, {1, 4, 4}, {1, 5, 3},  // FP32, FP16, BF16, E4M3, E5M2
+};
+
+uint64_t product(const BasePattern& pattern, uint8_t axes) {
+    uint64_t count = 1;
+    for (int axis = 0; axis < BasePattern::AXES; ++axis) {
+        if (!(axes >> axis & 1)) continue;
+        count *= pattern.extents[size_t(axis)];
+        if (count > CodeTable::PERIOD_MAX) return CodeTable::PERIOD_MAX + 1;
+    }
+    return count;
+}
+
+bool is_below(const uint8_t* values, size_t count, unsigned stop) {
+    return std::all_of(values, values + count, [stop](uint8_t value) { return value < stop; });
+}
+
+bool is_zero(const uint8_t* values, size_t count) { return is_below(values, count, 1); }
+
+size_t padded(size_t bytes) {
+    return (bytes + CodeTable::ALIGNMENT - 1) / CodeTable::ALIGNMENT * CodeTable::ALIGNMENT;
+}
+
+}  // namespace
+
+const ElementFormat* element_format(uint8_t dtype) {
+    return dtype >= 1 && dtype <= std::size(FORMATS) ? &FORMATS[dtype - 1] : nullptr;
+}
+
+uint64_t BasePattern::period() const { return product(*this, 0x0F); }
+uint64_t BasePattern::row_count() const { return product(*this, row_axes); }
+uint64_t BasePattern::column_count() const {
+    return column_axes ? product(*this, column_axes) : 0;
+}
+
+std::shared_ptr<const CodeTable> CodeTable::parse(const uint8_t* bytes, size_t count,
+                                                  size_t* taken) {
+    if (count < FIXED_BYTES) return nullptr;
+    const uint64_t bases = uint64_t(load_le<uint32_t>(bytes + 40)) + load_le<uint32_t>(bytes + 44);
+    if (bases > BASES_MAX) return nullptr;
+    *taken = padded(FIXED_BYTES + size_t(bases));
+    if (*taken > count) return nullptr;
+    std::shared_ptr<CodeTable> table(new CodeTable);
+    table->bytes_.assign(bytes, bytes + *taken);
+    return table->set_up() ? table : nullptr;
+}
+
+std::shared_ptr<const CodeTable> CodeTable::make(uint8_t dtype,
+                                                 const std::vector<uint8_t>& tier_bits,
+                                                 const std::vector<uint8_t>& offsets,
+                                                 const BasePattern& pattern,
+                                                 const std::vector<uint8_t>& bases) {
+    if (tier_bits.size() > TIERS_MAX || offsets.size() > RANKS_MAX || bases.size() > BASES_MAX)
+        return nullptr;
+    std::vector<uint8_t> bytes(padded(FIXED_BYTES + bases.size()));
+    bytes[0] = dtype;
+    bytes[1] = uint8_t(tier_bits.size());
+    std::copy(tier_bits.begin(), tier_bits.end(), bytes.begin() + 2);
+    bytes[6] = pattern.row_axes;
+    bytes[7] = pattern.column_axes;
+    std::copy(offsets.begin(), offsets.end(), bytes.begin() + 8);
+    for (size_t axis = 0; axis < BasePattern::AXES; ++axis)
+        store_le<uint32_t>(bytes.data() + 24 + 4 * axis, pattern.extents[axis]);
+    const uint64_t columns = pattern.column_count();
+    if (pattern.row_count() + columns != bases.size()) return nullptr;
+    store_le<uint32_t>(bytes.data() + 40, uint32_t(bases.size() - columns));
+    store_le<uint32_t>(bytes.data() + 44, uint32_t(columns));
+    std::copy(bases.begin(), bases.end(), bytes.begin() + FIXED_BYTES);
+    size_t taken;
+    return parse(bytes.data(), bytes.size(), &taken);
+}
+
+// False when bytes_, whose length is right, break another rule.
+bool CodeTable::set_up() {
+    const uint8_t* bytes = bytes_.data();
+    format_ = element_format(bytes[0]);
+    tier_count_ = bytes[1];
+    if (!format_ || tier_count_ < 1 || tier_count_ > TIERS_MAX) return false;
+    int digit_bits = 0;
+    for (int tier = 0; tier < TIERS_MAX; ++tier) {
+        const int bits = tier_bits(tier);
+        if (tier < tier_count_ ? bits < 1 || bits > TIER_BITS_MAX : bits != 0) return false;
+        digit_bits += bits;
+        rank_count_ += (1 << bits) - 1;
+    }
+    if (digit_bits > DIGIT_BITS_MAX || rank_count_ > RANKS_MAX) return false;
+    const unsigned symbols = 1u << format_->exponent_bits;
+    const size_t ranks = size_t(rank_count_);
+    if (!is_below(bytes + 8, ranks, symbols) || !is_zero(bytes + 8 + ranks, RANKS_MAX - ranks))
+        return false;
+    for (size_t axis = 0; axis < BasePattern::AXES; ++axis)
+        pattern_.extents[axis] = load_le<uint32_t>(bytes + 24 + 4 * axis);
+    pattern_.row_axes = bytes[6];
+    pattern_.column_axes = bytes[7];
+    const uint64_t period = pattern_.period();
+    if (bytes[6] > 15 || bytes[7] > 15 || period < 1 || period > PERIOD_MAX) return false;
+    period_ = uint32_t(period);
+    const uint32_t rows = load_le<uint32_t>(bytes + 40), columns = load_le<uint32_t>(bytes + 44);
+    if (rows != pattern_.row_count() || columns != pattern_.column_count()) return false;
+    const size_t bases = size_t(rows) + columns;
+    if (!is_below(bytes + FIXED_BYTES, bases, symbols) ||
+        !is_zero(bytes + FIXED_BYTES + bases, bytes_.size() - FIXED_BYTES - bases))
+        return false;
+    digits_.fill(uint8_t((1 << digit_bits) - 1));
+    std::array<bool, 256> seen{};
+    int rank = 0;
+    for (int tier = 0, shift = 0; tier < tier_count_; shift += tier_bits(tier++)) {
+        const int stop = (1 << tier_bits(tier)) - 1;
+        for (int digit = 0; digit < stop; ++digit, ++rank) {
+            const uint8_t distance = offset(rank);
+            if (seen[distance]) return false;
+            seen[distance] = true;
+            digits_[distance] = uint8_t(digit << shift | ((1 << shift) - 1));
+            offset_stop_ = std::max(offset_stop_, distance + 1);
+        }
+    }
+    unroll();
+    return true;
+}
+
+void CodeTable::unroll() {
+    if (period_ > UNROLLED_PERIOD_MAX) return;
+    unrolled_.resize(period_ + STRIP_ELEMENTS + OVERREAD_BYTES);
+    size_t done = 0;
+    while (done < period_)
+        done += fill_line(uint32_t(done), period_ - done, unrolled_.data() + done);
+    for (; done < unrolled_.size(); ++done) unrolled_[done] = unrolled_[done - period_];
+}
+
+// Writes the bases from `position` to the end of its line, the innermost axis, at most
+// `count_max`; returns how many.
+size_t CodeTable::fill_line(uint32_t position, size_t count_max, uint8_t* out) const {
+    constexpr int inner = BasePattern::AXES - 1;
+    uint32_t row = 0, column = 0, rest = position, stride = period_;
+    for (int axis = 0; axis < BasePattern::AXES; ++axis) {
+        const uint32_t extent = pattern_.extents[size_t(axis)];
+        stride /= extent;
+        const uint32_t at = rest / stride;
+        rest %= stride;
+        if (pattern_.row_axes >> axis & 1) row = row * extent + at;
+        if (pattern_.column_axes >> axis & 1) column = column * extent + at;
+    }
+    const uint32_t length = pattern_.extents[inner];
+    const size_t count = std::min<size_t>(count_max, length - position % length);
+    const uint8_t mask = uint8_t((1u << format_->exponent_bits) - 1);
+    const uint8_t* rows = bytes_.data() + FIXED_BYTES + row;
+    const uint8_t* columns =
+        bytes_.data() + FIXED_BYTES + load_le<uint32_t>(bytes_.data() + 40) + column;
+    const size_t row_step = pattern_.row_axes >> inner & 1;
+    const size_t column_step = pattern_.column_axes >> inner & 1;
+    if (!pattern_.column_axes) {
+        if (row_step) std::memcpy(out, rows, count);
+        else std::memset(out, rows[0], count);
+    } else if (row_step == 0 && column_step == 1) {
+        const uint8_t base = rows[0];
+        for (size_t i = 0; i < count; ++i) out[i] = uint8_t(base + columns[i]) & mask;
+    } else {
+        for (size_t i = 0; i < count; ++i)
+            out[i] = uint8_t(rows[i * row_step] + columns[i * column_step]) & mask;
+    }
+    return count;
+}
+
+const uint8_t* CodeTable::bases(uint32_t position, size_t count, uint8_t* scratch) const {
+    if (!unrolled_.empty()) return unrolled_.data() + position;
+    for (size_t done = 0; done < count;) {
+        const size_t filled = fill_line(position, count - done, scratch + done);
+        done += filled;
+        position = uint32_t((uint64_t(position) + filled) % period_);
+    }
+    return scratch;
+}
+
+}  // namespace kvwire
