@@ -3,8 +3,8 @@
 `Handle`s outlive their endpoint. Whoever lends memory keeps it alive: nothing here holds an array.
 """
 
-from collections.abc import Buffer, Sequence
-from typing import TypeAlias
+from collections.abc import Buffer, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,19 @@ def codec_encode(
 def codec_decode(codec: int, coded: bytes, item_bytes: int, raw_bytes: int) -> bytes | None: ...
 def split_planes(raw: bytes, item_bytes: int) -> bytes: ...
 def join_planes(planes: bytes, item_bytes: int) -> bytes: ...
+def tiered_encode(
+    raw: bytes, parts: Sequence[tuple[int, bytes | None, int, int]], variant: str | None = None,
+    out_max: int | None = None
+) -> bytes | None: ...
+def tiered_decode(
+    payload: bytes, raw_bytes: int, tables: Mapping[int, bytes] = ..., variant: str | None = None
+) -> bytes: ...
+def tiered_variants() -> list[str]: ...
+def tiered_active() -> str: ...
+def tiered_bench(
+    raw: Buffer, table: bytes | None, chunk_bytes: int, passes: int = 1, rounds: int = 5,
+    variant: str | None = None
+) -> dict[str, Any]: ...
 def place(groups: Sequence[_Group], items: Sequence[_Item], memory: MemoryMap) -> Placement: ...
 def zero_missing_columns(
     groups: Sequence[_Group], items: Sequence[_Item], memory: MemoryMap

@@ -323,8 +323,25 @@ def encode_tiered(raw: bytes, parts: Sequence[Part]) -> bytes:
     return b"".join(coded)
 
 
-def _decode_part(data: bytes, raw_bytes: int, position: int, table: CodeTable | None) -> bytes:
-    """Decode index, bodies and tails, which `data` is, to the end of the part."""
+@dataclass(frozen=True)
+class _Strip:
+    """A strip of a payload whose index holds, its planes not looked at yet."""
+
+    form: StripForm
+    body: bytes
+    tail: bytes
+    count: int
+    position: int
+    table: CodeTable | None
+
+    def decode(self) -> bytes:
+        if self.form == StripForm.TIERED:
+            return _decode_strip(self.body, self.tail, self.count, self.table, self.position)
+        return self.tail * self.count if self.form == StripForm.CONSTANT else self.body
+
+
+def _strips(data: bytes, raw_bytes: int, position: int, table: CodeTable | None) -> list[_Strip]:
+    """Cut index, bodies and tails, which `data` is, to the end of the part."""
     item_bytes = table.format.item_bytes if table else 1
     _require(raw_bytes % item_bytes == 0, "part: raw_bytes cuts an element")
     elements = raw_bytes // item_bytes
@@ -343,27 +360,23 @@ def _decode_part(data: bytes, raw_bytes: int, position: int, table: CodeTable | 
         _require(constant or form == StripForm.EXACT, f"strip: its form is {form}")
         _require(tail == (item_bytes if constant else 0), f"strip: a tail of {tail} bytes")
         bodies.append(b"" if constant else rest.take(count * item_bytes))
-    strips = []
-    for form, body, tail, count in zip(forms, bodies, map(rest.take, tail_bytes), counts):
-        if form == StripForm.TIERED:
-            strips.append(_decode_strip(body, tail, count, table, position))
-        else:
-            strips.append(tail * count if form == StripForm.CONSTANT else body)
-        position += count
-    used = sum(map(len, bodies)) + sum(tail_bytes)
-    _require(not any(rest.take(_padding(used))), "part: its padding is not 0")
+    tails = [rest.take(count) for count in tail_bytes]
+    _require(not any(rest.take(_padding(sum(map(len, bodies + tails))))),
+             "part: its padding is not 0")
     rest.finish()
-    return b"".join(strips)
+    starts = range(position, position + elements, STRIP_ELEMENTS)
+    return [_Strip(StripForm(form), body, tail, count, start, table)
+            for form, body, tail, count, start in zip(forms, bodies, tails, counts, starts)]
 
 
 def decode_tiered(payload: bytes, raw_bytes: int,
                   table_of: Callable[[int], CodeTable | None] = lambda index: None) -> bytes:
-    """Return the `raw_bytes` raw bytes.
+    """Return the `raw_bytes` raw bytes. All parts are checked before the planes of any strip.
 
     Args:
         table_of: the link's table of an index; None: TABLE_UNKNOWN.
     """
-    parts, at, left = [], 0, raw_bytes
+    strips, at, left = [], 0, raw_bytes
     _require(len(payload) > 0, "payload: there is no part")
     while at < len(payload):
         _require(len(payload) - at >= PART.bytes, "part: the bytes end inside its header")
@@ -382,9 +395,9 @@ def decode_tiered(payload: bytes, raw_bytes: int,
         if table is not None:
             period = table.period
         _require(header["position"] < period, f"part: position is {header['position']}")
-        parts.append(_decode_part(data, header["raw_bytes"], header["position"], table))
+        strips += _strips(data, header["raw_bytes"], header["position"], table)
         at += coded_bytes
         left -= header["raw_bytes"]
     _require(left == 0, "payload: the parts do not cover the chunk", expected=raw_bytes,
              actual=raw_bytes - left)
-    return b"".join(parts)
+    return b"".join(strip.decode() for strip in strips)

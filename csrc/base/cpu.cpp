@@ -27,11 +27,13 @@ CpuFeatures detect() {
     found.sse42 = ecx & bit_SSE4_2;
     found.pclmul = ecx & bit_PCLMUL;
     found.aes = ecx & bit_AES;
+    found.popcnt = ecx & bit_POPCNT;
     // A CPU bit alone is not enough: the kernel must also save the wide registers.
     if (!(ecx & bit_OSXSAVE)) return found;
     constexpr uint64_t kYmmState = 0x06, kZmmState = 0xE6;
     const uint64_t saved = read_xcr0();
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return found;
+    found.bmi2 = ebx & bit_BMI2;
     if ((saved & kYmmState) == kYmmState) {
         found.avx2 = ebx & bit_AVX2;
         found.vpclmulqdq = ecx & bit_VPCLMULQDQ;
@@ -40,6 +42,9 @@ CpuFeatures detect() {
         found.avx512f = ebx & bit_AVX512F;
         found.avx512bw = ebx & bit_AVX512BW;
         found.avx512vl = ebx & bit_AVX512VL;
+        found.avx512vbmi = ecx & bit_AVX512VBMI;
+        found.avx512vbmi2 = ecx & bit_AVX512VBMI2;
+        found.avx512vpopcntdq = ecx & bit_AVX512VPOPCNTDQ;
     }
     return found;
 }

@@ -5,6 +5,7 @@ namespace kvwire {
 void register_errors(pybind11::module_& module);
 void register_checksum(pybind11::module_& module);
 void register_codec(pybind11::module_& module);
+void register_tiered(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_wire(pybind11::module_& module);
 void register_probes(pybind11::module_& module);
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_native, module) {
     kvwire::register_errors(module);
     kvwire::register_checksum(module);
     kvwire::register_codec(module);
+    kvwire::register_tiered(module);
     kvwire::register_plan(module);
     kvwire::register_wire(module);
     kvwire::register_probes(module);

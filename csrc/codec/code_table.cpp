@@ -48,7 +48,7 @@ uint64_t BasePattern::column_count() const {
 }
 
 std::shared_ptr<const CodeTable> CodeTable::parse(const uint8_t* bytes, size_t count,
-                                                  size_t* taken) {
+                                                  size_t* taken, uint64_t elements) {
     if (count < FIXED_BYTES) return nullptr;
     const uint64_t bases = uint64_t(load_le<uint32_t>(bytes + 40)) + load_le<uint32_t>(bytes + 44);
     if (bases > BASES_MAX) return nullptr;
@@ -56,7 +56,7 @@ std::shared_ptr<const CodeTable> CodeTable::parse(const uint8_t* bytes, size_t c
     if (*taken > count) return nullptr;
     std::shared_ptr<CodeTable> table(new CodeTable);
     table->bytes_.assign(bytes, bytes + *taken);
-    return table->set_up() ? table : nullptr;
+    return table->set_up(elements) ? table : nullptr;
 }
 
 std::shared_ptr<const CodeTable> CodeTable::make(uint8_t dtype,
@@ -85,7 +85,7 @@ std::shared_ptr<const CodeTable> CodeTable::make(uint8_t dtype,
 }
 
 // False when bytes_, whose length is right, break another rule.
-bool CodeTable::set_up() {
+bool CodeTable::set_up(uint64_t elements) {
     const uint8_t* bytes = bytes_.data();
     format_ = element_format(bytes[0]);
     tier_count_ = bytes[1];
@@ -128,17 +128,20 @@ bool CodeTable::set_up() {
             offset_stop_ = std::max(offset_stop_, distance + 1);
         }
     }
-    unroll();
+    if (period_ <= std::min(elements, UNROLLED_PERIOD_MAX)) unroll();
     return true;
 }
 
 void CodeTable::unroll() {
-    if (period_ > UNROLLED_PERIOD_MAX) return;
     unrolled_.resize(period_ + STRIP_ELEMENTS + OVERREAD_BYTES);
     size_t done = 0;
     while (done < period_)
         done += fill_line(uint32_t(done), period_ - done, unrolled_.data() + done);
-    for (; done < unrolled_.size(); ++done) unrolled_[done] = unrolled_[done - period_];
+    while (done < unrolled_.size()) {  // whole periods, twice as many each time
+        const size_t count = std::min(done, unrolled_.size() - done);
+        std::memcpy(unrolled_.data() + done, unrolled_.data(), count);
+        done += count;
+    }
 }
 
 // Writes the bases from `position` to the end of its line, the innermost axis, at most

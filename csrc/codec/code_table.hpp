@@ -47,8 +47,10 @@ public:
     static constexpr size_t BYTES_MAX = FIXED_BYTES + BASES_MAX;
 
     // The table that `bytes` begin with, `*taken` bytes long; nullptr when it breaks a rule.
+    // `elements` that it will serve: few do not pay for spreading out the pattern, nor may a peer
+    // make us do it for nothing.
     static std::shared_ptr<const CodeTable> parse(const uint8_t* bytes, size_t count,
-                                                  size_t* taken);
+                                                  size_t* taken, uint64_t elements = UINT64_MAX);
 
     // `bases`: row_count() row bases, then column_count() column bases. nullptr as above.
     static std::shared_ptr<const CodeTable> make(uint8_t dtype,
@@ -63,7 +65,8 @@ public:
     int tier_count() const { return tier_count_; }
     int tier_bits(int tier) const { return bytes_[2 + size_t(tier)]; }
     int rank_count() const { return rank_count_; }
-    uint8_t offset(int rank) const { return bytes_[8 + size_t(rank)]; }
+    uint8_t offset(int rank) const { return offsets()[rank]; }
+    const uint8_t* offsets() const { return bytes_.data() + 8; }  // 2 x RANKS_MAX are readable
     const BasePattern& pattern() const { return pattern_; }
     uint32_t period() const { return period_; }
 
@@ -81,7 +84,7 @@ public:
 
 private:
     CodeTable() = default;
-    bool set_up();
+    bool set_up(uint64_t elements);
     void unroll();
     size_t fill_line(uint32_t position, size_t count_max, uint8_t* out) const;
 
