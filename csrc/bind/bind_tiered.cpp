@@ -250,10 +250,10 @@ void register_tiered(py::module_& module) {
     module.def("tiered_bench", &bench, py::arg("raw"), py::arg("table"), py::arg("chunk_bytes"),
                py::arg("passes") = 1, py::arg("rounds") = 5, py::arg("variant") = py::none(),
                "Times memcpy, encoding and decoding of a C-contiguous buffer by one thread, in "
-               "turn, ``rounds`` times; the seconds that the thread ran for one pass over it, which "
-               "other work on the machine does not lengthen. The payloads lie one after "
+               "turn, ``rounds`` times; the seconds that the thread ran for one pass over it, "
+               "which other work on the machine does not lengthen. The payloads lie one after "
                "another, without tables inside; each chunk begins where the one before it ended "
-               " in the table's pattern. ``passes`` over few bytes stay in cache.");
+               "in the table's pattern. ``passes`` over few bytes stay in cache.");
 }
 
 }  // namespace kvwire

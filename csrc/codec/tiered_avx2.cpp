@@ -275,26 +275,46 @@ KVWIRE_TARGET size_t count_on(const uint8_t* planes, size_t count, int width) {
     return size_t(on);
 }
 
-// The distances of 64 digits: those of `offsets`; where a digit says to go on, the next of
-// `lower`. Returns the place behind those that were taken.
+// Where 8 bytes come from that a mask deposits: the next one each, or (top bit) a zero.
+constexpr std::array<std::array<uint8_t, 8>, 256> make_orders() {
+    std::array<std::array<uint8_t, 8>, 256> orders{};
+    for (size_t mask = 0; mask < orders.size(); ++mask) {
+        uint8_t next = 0;
+        for (size_t i = 0; i < 8; ++i) orders[mask][i] = mask >> i & 1 ? next++ : 0x80;
+    }
+    return orders;
+}
+alignas(64) constexpr std::array<std::array<uint8_t, 8>, 256> ORDERS = make_orders();
+
+// The next bytes of `lower` in the 16 places that `on` names, elsewhere 0.
+KVWIRE_TARGET inline __m128i expand16(const uint8_t* lower, uint64_t on) {
+    const auto* const first = reinterpret_cast<const __m128i*>(ORDERS[on & 0xFF].data());
+    const auto* const second = reinterpret_cast<const __m128i*>(ORDERS[on >> 8 & 0xFF].data());
+    const __m128i behind = _mm_set_epi64x(
+        int64_t(uint64_t(_mm_popcnt_u64(on & 0xFF)) * 0x0101010101010101), 0);
+    const __m128i order = _mm_unpacklo_epi64(_mm_loadl_epi64(first), _mm_loadl_epi64(second));
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lower)),
+                            _mm_add_epi8(order, behind));
+}
+
+// The distances of 64 digits, whose planes are 8 bytes each: those of `offsets`; where a digit
+// says to go on, the next of `lower`. Returns the place behind those that were taken.
 template <int WIDTH>
-KVWIRE_TARGET inline const uint8_t* get64(__m256i offsets, const uint64_t* planes,
+KVWIRE_TARGET inline const uint8_t* get64(__m256i offsets, const uint8_t* planes, size_t stride,
                                           const uint8_t* lower, uint8_t* distances) {
     uint64_t on = ~uint64_t(0);
-    for (int bit = 0; bit < WIDTH; ++bit) on &= planes[bit];
-    alignas(HALF) uint8_t here[BLOCK];
-    for (size_t half = 0; half < 2; ++half) {
+    for (int bit = 0; bit < WIDTH; ++bit)
+        on &= load_le<uint64_t>(planes + size_t(bit) * stride);
+    for (size_t half = 0; half < 2; ++half, on >>= HALF) {
         __m256i digits = _mm256_setzero_si256();
         for (int bit = 0; bit < WIDTH; ++bit)
-            digits = _mm256_or_si256(
-                digits, _mm256_and_si256(bytes_of(uint32_t(planes[bit] >> half * HALF)),
-                                         _mm256_set1_epi8(char(1 << bit))));
-        store(here + half * HALF, _mm256_shuffle_epi8(offsets, digits));
-    }
-    for (size_t i = 0; i < BLOCK; i += 8, on >>= 8) {
-        const uint64_t moved = _pdep_u64(load_le<uint64_t>(lower), eight_bytes_of(on));
-        store_le(distances + i, load_le<uint64_t>(here + i) | moved);
-        lower += _mm_popcnt_u64(on & 0xFF);
+            digits = add_plane(digits, planes + size_t(bit) * stride + 4 * half, 1 << bit);
+        const size_t behind = size_t(_mm_popcnt_u64(on & 0xFFFF));
+        const __m256i moved = _mm256_set_m128i(expand16(lower + behind, on >> 16),
+                                               expand16(lower, on));
+        store(distances + half * HALF,
+              _mm256_or_si256(_mm256_shuffle_epi8(offsets, digits), moved));
+        lower += _mm_popcnt_u64(on & 0xFFFFFFFF);
     }
     return lower;
 }
@@ -306,16 +326,14 @@ KVWIRE_TARGET void get_tier(const uint8_t* offsets, const uint8_t* planes, size_
     std::memcpy(here, offsets, (1 << WIDTH) - 1);
     const __m256i table = load_twice(here);
     const size_t stride = plane_bytes(count), stop = count / BLOCK * BLOCK;
-    uint64_t bits[WIDTH];
-    for (size_t i = 0; i < stop; i += BLOCK) {
-        for (int bit = 0; bit < WIDTH; ++bit)
-            bits[bit] = load_le<uint64_t>(planes + size_t(bit) * stride + i / 8);
-        lower = get64<WIDTH>(table, bits, lower, distances + i);
-    }
+    for (size_t i = 0; i < stop; i += BLOCK)
+        lower = get64<WIDTH>(table, planes + i / 8, stride, lower, distances + i);
     if (stop < count) {
+        uint8_t last[8 * WIDTH];
         for (int bit = 0; bit < WIDTH; ++bit)
-            bits[bit] = load_last_bits(planes + size_t(bit) * stride, stride, stop > 0);
-        get64<WIDTH>(table, bits, lower, distances + stop);
+            store_le(last + 8 * bit,
+                     load_last_bits(planes + size_t(bit) * stride, stride, stop > 0));
+        get64<WIDTH>(table, last, 8, lower, distances + stop);
     }
 }
 

@@ -46,10 +46,9 @@ KVWIRE_TARGET inline __m512i split64(const uint8_t* raw, uint8_t* whole, uint8_t
                                      size_t stride) {
     if constexpr (Cut::BYTES == 2) {
         const __m512i a = load(raw), b = load(raw + LANES);
-        const __m512i a_rotated = _mm512_shldi_epi16(a, a, 1), b_rotated = _mm512_shldi_epi16(b, b, 1);
-        store(whole, _mm512_permutex2var_epi8(a_rotated, load(every_second<0>), b_rotated));
-        const __m512i upper =
-            _mm512_permutex2var_epi8(a_rotated, load(every_second<1>), b_rotated);
+        const __m512i c = _mm512_shldi_epi16(a, a, 1), d = _mm512_shldi_epi16(b, b, 1);
+        store(whole, _mm512_permutex2var_epi8(c, load(every_second<0>), d));
+        const __m512i upper = _mm512_permutex2var_epi8(c, load(every_second<1>), d);
         for (size_t bit = 0; bit < Cut::REST; ++bit)
             store_le<uint64_t>(planes + bit * stride,
                                _mm512_test_epi8_mask(upper, _mm512_set1_epi8(char(1 << bit))));
@@ -78,10 +77,11 @@ KVWIRE_TARGET inline __m512i split64(const uint8_t* raw, uint8_t* whole, uint8_t
     } else {
         // Not rotated: the sign, which is bit 0 of the verbatim value, is the top bit.
         const __m512i items = load(raw);
-        for (size_t bit = 0; bit < Cut::REST; ++bit)
+        for (size_t bit = 0; bit < Cut::REST; ++bit) {
+            const char in_item = char(bit ? 1 << (bit - 1) : 0x80);
             store_le<uint64_t>(planes + bit * stride,
-                               _mm512_test_epi8_mask(items, _mm512_set1_epi8(char(
-                                                                bit ? 1 << (bit - 1) : 0x80))));
+                               _mm512_test_epi8_mask(items, _mm512_set1_epi8(in_item)));
+        }
         return _mm512_and_si512(_mm512_srli_epi16(items, Cut::REST - 1),
                                 _mm512_set1_epi8(Cut::EXPONENT_MASK));
     }
@@ -89,7 +89,8 @@ KVWIRE_TARGET inline __m512i split64(const uint8_t* raw, uint8_t* whole, uint8_t
 
 // Sets `bit` in the bytes that a plane says, where it is 0.
 KVWIRE_TARGET inline __m512i add_plane(__m512i bytes, const uint8_t* plane, int bit) {
-    return _mm512_mask_add_epi8(bytes, load_le<uint64_t>(plane), bytes, _mm512_set1_epi8(char(bit)));
+    const __mmask64 is_set = load_le<uint64_t>(plane);
+    return _mm512_mask_add_epi8(bytes, is_set, bytes, _mm512_set1_epi8(char(bit)));
 }
 
 template <int HALF>
@@ -111,7 +112,8 @@ KVWIRE_TARGET inline void join64(__m512i exponents, const uint8_t* whole, const 
         store(raw + LANES, _mm512_shrdi_epi16(b, b, 1));
     } else if constexpr (Cut::BYTES == 4) {
         static constexpr auto spread = bytes_by_lane([](size_t k) { return k / 4 * 3 + k % 4; });
-        static constexpr auto last_spread = bytes_by_lane([](size_t k) { return k / 4 * 3 + k % 4 + 16; });
+        static constexpr auto last_spread =
+            bytes_by_lane([](size_t k) { return k / 4 * 3 + k % 4 + 16; });
         static constexpr auto tops = bytes_by_lane([](size_t k) { return k / 4; });
         constexpr __mmask64 top_bytes = 0x8888888888888888;
         for (int quarter = 0; quarter < 4; ++quarter) {
