@@ -21,16 +21,16 @@ size_t put_tier(const CodeTable& table, int shift, int width, uint8_t* distances
     const int last = (1 << width) - 1;
     size_t on = 0;
     for (size_t i = 0; i < count; i += 8) {
-        uint8_t bits[CodeTable::TIER_BITS_MAX] = {};
+        uint64_t eight = 0;
         for (size_t k = 0; k < 8 && i + k < count; ++k) {
             const uint8_t distance = distances[i + k];
             const int digit = digits[distance] >> shift & last;
-            for (int bit = 0; bit < width; ++bit) bits[bit] |= uint8_t((digit >> bit & 1) << k);
+            eight |= uint64_t(digit) << 8 * k;
             distances[on] = distance;  // on <= i + k
             on += digit == last;
         }
         for (int bit = 0; bit < width; ++bit)
-            planes[size_t(bit) * plane_bytes(count) + i / 8] = bits[bit];
+            planes[size_t(bit) * plane_bytes(count) + i / 8] = gather_plane(eight, size_t(bit));
     }
     return on;
 }
@@ -50,12 +50,16 @@ size_t count_on(const uint8_t* planes, size_t count, int width) {
 void get_tier(const uint8_t* offsets, int width, const uint8_t* planes, size_t count,
               const uint8_t* lower, uint8_t* distances) {
     const int last = (1 << width) - 1;
-    for (size_t i = 0; i < count; ++i) {
-        int digit = 0;
+    for (size_t i = 0; i < count; i += 8) {
+        uint64_t eight = 0;
         for (int bit = 0; bit < width; ++bit)
-            digit |= (planes[size_t(bit) * plane_bytes(count) + i / 8] >> i % 8 & 1) << bit;
-        distances[i] = digit == last ? *lower : offsets[digit];
-        lower += digit == last;
+            eight |= spread_plane(planes[size_t(bit) * plane_bytes(count) + i / 8]) << bit;
+        for (size_t k = 0; k < 8; ++k, eight >>= 8) {  // there is room behind the last
+            const int digit = eight & 0x0F, on = digit == last;
+            const uint8_t here = offsets[digit];
+            distances[i + k] = uint8_t(here ^ ((here ^ *lower) & -on));  // nobody can predict it
+            lower += on;
+        }
     }
 }
 

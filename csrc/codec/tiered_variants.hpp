@@ -101,6 +101,16 @@ inline void store_last_bits(uint8_t* plane, size_t bytes, bool behind_words, uin
     store_le(plane + bytes - 8, before | bits << 8 * (8 - left));
 }
 
+// Bit `bit` of 8 bytes as a byte of a plane, and back: 1 in the bytes that the plane's byte names.
+inline uint8_t gather_plane(uint64_t bytes, size_t bit) {
+    return uint8_t((bytes >> bit & 0x0101010101010101) * 0x0102040810204080 >> 56);
+}
+
+inline uint64_t spread_plane(uint8_t plane) {
+    const uint64_t single = plane * uint64_t(0x0101010101010101) & 0x8040201008040201;
+    return (single + 0x7F7F7F7F7F7F7F7F) >> 7 & 0x0101010101010101;
+}
+
 // ---- portable kernels from one element on: also for what is left behind the whole registers.
 // `first` is a multiple of 8; pointers and counts are those of the strip.
 
@@ -110,19 +120,19 @@ void split_from(size_t first, const uint8_t* raw, const uint8_t* bases, size_t c
     using Item = typename Cut::Item;
     uint8_t* const planes = body + count * Cut::WHOLE;
     for (size_t i = first; i < count; i += 8) {
-        uint8_t bits[Cut::REST + 1] = {};
+        uint64_t rest = 0;  // what goes into planes, a byte for each element
         for (size_t k = 0; k < 8 && i + k < count; ++k) {
             const Item item = load_le<Item>(raw + (i + k) * Cut::BYTES);
             const Item rotated = Item(item << 1 | item >> (Cut::BITS - 1));
             for (size_t byte = 0; byte < Cut::WHOLE; ++byte)
                 body[(i + k) * Cut::WHOLE + byte] = uint8_t(rotated >> 8 * byte);
-            for (size_t bit = 0; bit < Cut::REST; ++bit)
-                bits[bit] |= uint8_t((rotated >> (8 * Cut::WHOLE + bit) & 1) << k);
+            if constexpr (Cut::REST > 0)
+                rest |= uint64_t(uint8_t(rotated >> 8 * Cut::WHOLE)) << 8 * k;
             distances[i + k] =
                 uint8_t((rotated >> Cut::VERBATIM_BITS) - bases[i + k]) & Cut::EXPONENT_MASK;
         }
         for (size_t bit = 0; bit < Cut::REST; ++bit)
-            planes[bit * plane_bytes(count) + i / 8] = bits[bit];
+            planes[bit * plane_bytes(count) + i / 8] = gather_plane(rest, bit);
     }
 }
 
@@ -131,16 +141,20 @@ void join_from(size_t first, const uint8_t* body, const uint8_t* bases, const ui
                size_t count, uint8_t* raw) {
     using Item = typename Cut::Item;
     const uint8_t* const planes = body + count * Cut::WHOLE;
-    for (size_t i = first; i < count; ++i) {
-        const Item exponent = Item((distances[i] + bases[i]) & Cut::EXPONENT_MASK);
-        Item rotated = Item(exponent << Cut::VERBATIM_BITS);
-        for (size_t byte = 0; byte < Cut::WHOLE; ++byte)
-            rotated |= Item(Item(body[i * Cut::WHOLE + byte]) << 8 * byte);
-        for (size_t bit = 0; bit < Cut::REST; ++bit) {
-            const uint8_t plane = planes[bit * plane_bytes(count) + i / 8];
-            rotated |= Item(Item(plane >> i % 8 & 1) << (8 * Cut::WHOLE + bit));
+    for (size_t i = first; i < count; i += 8) {
+        uint64_t rest = 0;
+        for (size_t bit = 0; bit < Cut::REST; ++bit)
+            rest |= spread_plane(planes[bit * plane_bytes(count) + i / 8]) << bit;
+        for (size_t k = 0; k < 8 && i + k < count; ++k) {
+            const Item exponent = Item((distances[i + k] + bases[i + k]) & Cut::EXPONENT_MASK);
+            Item rotated = Item(exponent << Cut::VERBATIM_BITS);
+            for (size_t byte = 0; byte < Cut::WHOLE; ++byte)
+                rotated |= Item(Item(body[(i + k) * Cut::WHOLE + byte]) << 8 * byte);
+            if constexpr (Cut::REST > 0)
+                rotated |= Item(Item(uint8_t(rest >> 8 * k)) << 8 * Cut::WHOLE);
+            store_le<Item>(raw + (i + k) * Cut::BYTES,
+                           Item(rotated >> 1 | rotated << (Cut::BITS - 1)));
         }
-        store_le<Item>(raw + i * Cut::BYTES, Item(rotated >> 1 | rotated << (Cut::BITS - 1)));
     }
 }
 
