@@ -15,8 +15,9 @@ settings.register_profile(
 )
 settings.load_profile("kvwire")
 
-# A forced checksum variant would make the parity tests compare it with itself.
+# A forced variant would make the parity tests compare it with itself.
 os.environ.pop("KVWIRE_CRC32C", None)
+os.environ.pop("KVWIRE_TIERED", None)
 
 
 def pytest_collection_modifyitems(items):
