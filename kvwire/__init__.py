@@ -46,7 +46,7 @@ def backends() -> dict[str, object]:
     """Say which variants this process uses: checksum, codecs; and the OpenSSL that TLS was built
     with, None if it was not. Forced by environment variables (KVWIRE_CRC32C, KVWIRE_LZ4)."""
     native = import_module("kvwire._native")
-    codecs = [name for bit, name in enumerate(("raw", "lz4"))
+    codecs = [name for bit, name in enumerate(("raw", "lz4", "tiered"))
               if native.codecs_available() >> bit & 1]
     return {"crc32c": native.crc32c_active(), "crc32c_variants": native.crc32c_variants(),
             "codecs": codecs, "tls": native.tls_library()}

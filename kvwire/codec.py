@@ -13,7 +13,7 @@ __all__ = ["Codec", "decode_chunk", "encode_chunk", "join_planes", "split_planes
 
 
 class Codec(IntEnum):
-    """How a chunk's payload is made of its raw bytes. TIERED is reserved."""
+    """How a chunk's payload is made of its raw bytes."""
 
     RAW = 0
     LZ4 = 1
@@ -21,10 +21,10 @@ class Codec(IntEnum):
 
     @classmethod
     def of(cls, codec: object) -> Codec:
-        """Return the `Codec` of a `Codec` or a name ("raw", "lz4")."""
+        """Return the `Codec` of a `Codec` or a name ("raw", "lz4", "tiered")."""
         found = cls.__members__.get(codec.upper()) if isinstance(codec, str) else codec
-        if found not in (cls.RAW, cls.LZ4):
-            raise UsageError(f"codec is {codec!r}; it must be 'raw' or 'lz4'")
+        if found not in tuple(cls):
+            raise UsageError(f"codec is {codec!r}; it must be 'raw', 'lz4' or 'tiered'")
         return cls(found)
 
 

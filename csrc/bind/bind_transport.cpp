@@ -66,6 +66,7 @@ EndpointOptions options_from(const py::dict& given) {
     take("dscp", options.socket.dscp);
     take("bandwidth_max_bytes_per_s", options.bandwidth_max_bytes_per_s);
     take("chunk_bytes", options.send.chunk_bytes);
+    take("code_book", options.send.code_book);
     take("send_transfers_max", options.send.transfers_max);
     take("window_bytes", options.receive.window_bytes);
     take("chunk_bytes_max", options.receive.chunk_bytes_max);

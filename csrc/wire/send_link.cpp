@@ -259,6 +259,13 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     announcement.chunk_bytes =
         uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
     announcement.items = std::move(items);
+    if (codec_of(transfer) == Codec::TIERED) {
+        const Manifest& manifest = transfer.manifest;
+        segment->coding =
+            std::make_unique<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
+        for (const Item& item : announcement.items)
+            segment->coding->append(manifest.model, manifest.groups[item.group], item);
+    }
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
@@ -378,6 +385,7 @@ void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& s
     detach(segment);
     segment.chunks = {};
     segment.placement = {};
+    segment.coding.reset();
     segment.announcement.items = {};
     segment.announcement_payload = {};
     if (--transfer.pushes[segment.push].open_segments == 0)

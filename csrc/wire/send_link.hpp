@@ -35,6 +35,7 @@ struct SendOptions {
     uint32_t chunk_bytes = 256 << 10;
     uint32_t transfers_max = 1024;
     uint32_t codecs = 1;
+    std::shared_ptr<CodeBook> code_book = std::make_shared<CodeBook>();
     LivenessOptions liveness;
 };
 
@@ -62,6 +63,7 @@ public:
         Bytes announcement_payload;
         Placement placement;
         uint32_t item_bytes = 1;
+        std::unique_ptr<SegmentCoding> coding;  // null: without the tiered code
         std::vector<Chunk> chunks;
         uint32_t next_unsent = 0;
         uint32_t crcs_known = 0;
