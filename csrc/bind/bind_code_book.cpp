@@ -10,6 +10,7 @@
 #include "bind/convert.hpp"
 #include "codec/code_book.hpp"
 #include "wire/chunk_coder.hpp"
+#include "wire/segment_coding.hpp"
 
 namespace py = pybind11;
 

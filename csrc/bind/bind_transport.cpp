@@ -6,6 +6,7 @@
 
 #include "bind/bind_plan.hpp"
 #include "bind/convert.hpp"
+#include "codec/code_book.hpp"
 #include "codec/codec.hpp"
 #include "transport/endpoint.hpp"
 
@@ -55,6 +56,7 @@ EndpointOptions options_from(const py::dict& given) {
         if (given.contains(name))
             target = given[name].cast<std::remove_reference_t<decltype(target)>>();
     };
+    options.send.code_book = std::make_shared<CodeBook>();
     options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
     take("io_threads", options.io_threads);
     take("connections_max", options.door.connections_max);

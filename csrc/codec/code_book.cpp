@@ -23,39 +23,36 @@ int token_axis_of(const CodeKey& key) {
 CodeEntry::CodeEntry(const CodeKey& key)
     : token_axis_(token_axis_of(key)), patience_(PATIENCE_MIN) {}
 
-std::shared_ptr<const CodeTable> CodeEntry::table(uint32_t tokens) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!table_ || token_axis_ < 0) return table_;
-    std::shared_ptr<const CodeTable>& found = of_tokens_[tokens];
-    if (found) return found;
-    const std::shared_ptr<const CodeTable> made = with_extent(*table_, token_axis_, tokens);
-    if (of_tokens_.size() > EXTENTS_KEPT) {
-        of_tokens_.clear();
-        of_tokens_[tokens] = made;
-    } else {
-        found = made;
+CodeEntry::Table CodeEntry::table(uint32_t tokens, const std::function<Table()>& make) {
+    if (wants_calibration()) {
+        const std::lock_guard<std::mutex> lock(calibration_);
+        if (wants_calibration())
+            if (Table made = make()) put(std::move(made));
     }
-    return made;
+    return with_tokens(tokens);
 }
 
-void CodeEntry::put(std::shared_ptr<const CodeTable> table) {
+bool CodeEntry::wants_calibration() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return !table_ || has_drifted_;
+}
+
+CodeEntry::Table CodeEntry::with_tokens(uint32_t tokens) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!table_ || token_axis_ < 0) return table_;
+    const auto found = of_tokens_.find(tokens);
+    if (found != of_tokens_.end()) return found->second;
+    if (of_tokens_.size() >= EXTENTS_KEPT) of_tokens_.clear();
+    return of_tokens_[tokens] = with_extent(*table_, token_axis_, tokens);
+}
+
+void CodeEntry::put(Table table) {
     const std::lock_guard<std::mutex> lock(mutex_);
     table_ = std::move(table);
     of_tokens_.clear();
-    calibrating_ = has_drifted_ = false;
+    has_drifted_ = false;
     usual_bits_ = 0;
     elements_ = 0;
-}
-
-bool CodeEntry::wants_calibration() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (calibrating_ || (table_ && !has_drifted_)) return false;
-    return calibrating_ = true;
-}
-
-void CodeEntry::calibration_failed() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    calibrating_ = false;
 }
 
 // A table that did not become better by being made again is left alone for ever longer: some
@@ -74,7 +71,7 @@ void CodeEntry::coded(double coded_bits, uint64_t elements) {
     drifted_bits_ = coded_bits;
 }
 
-std::shared_ptr<const CodeTable> CodeEntry::canonical() const {
+CodeEntry::Table CodeEntry::canonical() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return table_;
 }

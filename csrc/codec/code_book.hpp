@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -36,30 +37,32 @@ class CodeEntry {
 public:
     explicit CodeEntry(const CodeKey& key);
 
+    using Table = std::shared_ptr<const CodeTable>;
+
     // For `tokens` as extent of the token axis (without effect where there is none); null: there
-    // is none yet.
-    std::shared_ptr<const CodeTable> table(uint32_t tokens);
+    // is none. Where there is none yet, or it has become worse than it was, `make` is asked for
+    // another first, and who comes meanwhile waits; null: it cannot tell.
+    Table table(uint32_t tokens, const std::function<Table()>& make);
 
     // With any extent of the token axis, which must not count in any base.
-    void put(std::shared_ptr<const CodeTable> table);
-
-    // True for one caller at a time: there is no table, or it has become worse than it was. To be
-    // followed by put() or by calibration_failed().
-    bool wants_calibration();
-    void calibration_failed();
+    void put(Table table);
 
     // `coded_bits` per element is what a part of a chunk came to with the table.
     void coded(double coded_bits, uint64_t elements);
 
     // As it was put; null: none.
-    std::shared_ptr<const CodeTable> canonical() const;
+    Table canonical() const;
 
 private:
+    Table with_tokens(uint32_t tokens);
+    bool wants_calibration() const;
+
     const int token_axis_;  // -1: none
-    mutable std::mutex mutex_;
-    std::shared_ptr<const CodeTable> table_;
-    std::map<uint32_t, std::shared_ptr<const CodeTable>> of_tokens_;
-    bool calibrating_ = false, has_drifted_ = false;
+    std::mutex calibration_;
+    mutable std::mutex mutex_;  // of what follows
+    Table table_;
+    std::map<uint32_t, Table> of_tokens_;
+    bool has_drifted_ = false;
     double usual_bits_ = 0;   // of the first data that the table coded; 0: none yet
     double drifted_bits_ = 0; // what made it be made again
     uint64_t elements_ = 0;   // coded since it was made

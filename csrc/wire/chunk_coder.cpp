@@ -5,6 +5,7 @@
 #include "base/bytes.hpp"
 #include "checksum/crc32c.hpp"
 #include "plan/run_cursor.hpp"
+#include "wire/segment_coding.hpp"
 
 namespace kvwire {
 namespace {

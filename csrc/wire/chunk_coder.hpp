@@ -13,9 +13,11 @@
 #include "plan/placement.hpp"
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
-#include "wire/segment_coding.hpp"
 
 namespace kvwire {
+
+class CodeEntry;
+class SegmentCoding;
 
 class ChunkEncoder {
 public:

@@ -79,8 +79,8 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     const uint64_t first = (from - run.offset + width - 1) / width;
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
-    if (run.entry->wants_calibration()) calibrate(placement, run);
-    std::shared_ptr<const CodeTable> table = run.entry->table(run.tokens);
+    std::shared_ptr<const CodeTable> table =
+        run.entry->table(run.tokens, [&] { return calibrated(placement, run); });
     if (!table) return append_opaque(to - from, parts, entries);
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);
@@ -98,11 +98,12 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     append_opaque(to - (run.offset + last * width), parts, entries);
 }
 
-void SegmentCoding::calibrate(const Placement& placement, const Run& run) const {
+std::shared_ptr<const CodeTable> SegmentCoding::calibrated(const Placement& placement,
+                                                           const Run& run) const {
     const Tensor& tensor = tensors_[run.tensor];
     const uint64_t width = item_bytes(tensor.dtype);
     const uint64_t elements = (run.bytes - run.skipped_bytes) / width;
-    if (elements < SAMPLE_ELEMENTS_MIN) return run.entry->calibration_failed();
+    if (elements < SAMPLE_ELEMENTS_MIN) return nullptr;
     StreamPattern pattern = tensor.pattern;
     if (pattern.token_axis >= 0) pattern.extents[size_t(pattern.token_axis)] = run.tokens;
     std::vector<BaseAxes> candidates;
@@ -126,7 +127,7 @@ void SegmentCoding::calibrate(const Placement& placement, const Run& run) const 
         placement.gather(run.offset + at * width, raw.size(), raw.data());
         calibrator.add(at % period, raw.data(), sample.elements);
     }
-    run.entry->put(calibrator.finish().table);
+    return calibrator.finish().table;
 }
 
 }  // namespace kvwire

@@ -46,7 +46,7 @@ private:
     size_t tensor_of(const GroupDesc& group, const Item& item);
     void append_part(const Placement& placement, const Run& run, uint64_t from, uint64_t to,
                      std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
-    void calibrate(const Placement& placement, const Run& run) const;
+    std::shared_ptr<const CodeTable> calibrated(const Placement& placement, const Run& run) const;
 
     const std::shared_ptr<CodeBook> book_;
     const uint32_t chunk_bytes_;

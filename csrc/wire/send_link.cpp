@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "wire/segment_coding.hpp"
+
 namespace kvwire {
 namespace {
 
@@ -10,7 +12,9 @@ constexpr size_t RECENT_ABORTS_KEPT = 64;
 }  // namespace
 
 SendLink::SendLink(OfferBook& offers, SendOptions options)
-    : LinkMachine(options.liveness), offers_(offers), options_(options) {}
+    : LinkMachine(options.liveness), offers_(offers), options_(std::move(options)) {
+    if (!options_.code_book) options_.code_book = std::make_shared<CodeBook>();
+}
 
 SendLink::~SendLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -261,10 +265,11 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     announcement.items = std::move(items);
     if (codec_of(transfer) == Codec::TIERED) {
         const Manifest& manifest = transfer.manifest;
-        segment->coding =
-            std::make_unique<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
+        const auto coding =
+            std::make_shared<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
         for (const Item& item : announcement.items)
-            segment->coding->append(manifest.model, manifest.groups[item.group], item);
+            coding->append(manifest.model, manifest.groups[item.group], item);
+        segment->coding = coding;
     }
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
