@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--list", action="store_true", help="list the models and leave")
     demo.add_argument("--lanes", type=_lanes, default=2, metavar="N",
                       help=f"TCP connections, 1 to {LANE_COUNT_MAX} (default 2)")
-    demo.add_argument("--codec", choices=("raw", "lz4", "tiered"), default="raw", help="(default raw)")
+    demo.add_argument("--codec", choices=("raw", "lz4", "tiered"), default="raw",
+                      help="(default raw)")
     demo.set_defaults(run=_demo)
 
     backends = commands.add_parser("backends", help="show which variants this machine uses")

@@ -8,7 +8,7 @@ namespace kvwire {
 namespace {
 
 constexpr double DRIFT = 1.02, GAIN = 0.99;
-constexpr uint64_t PATIENCE_MIN = uint64_t{1} << 18, PATIENCE_MAX = uint64_t{1} << 30;
+constexpr uint64_t PATIENCE_MIN = uint64_t{1} << 16, PATIENCE_MAX = uint64_t{1} << 30;
 constexpr size_t EXTENTS_KEPT = 32;
 constexpr size_t EXTENTS_AT = 24;  // in a code table
 

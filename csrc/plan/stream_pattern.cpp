@@ -104,7 +104,8 @@ StreamPattern stream_pattern(GroupKind kind, const TensorDesc& tensor) {
             bases.column_axes ? product(axes, &Counted::column, choice) : 0;
         const bool known = std::find(pattern.choices.begin(), pattern.choices.end(), bases) !=
                            pattern.choices.end();
-        if (rows <= StreamPattern::BASES_MAX && columns <= StreamPattern::BASES_MAX - rows && !known)
+        if (!known && rows <= StreamPattern::BASES_MAX &&
+            columns <= StreamPattern::BASES_MAX - rows)
             pattern.choices.push_back(bases);
     }
     return pattern;

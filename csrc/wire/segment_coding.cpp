@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint64_t SAMPLE_ELEMENTS_MIN = 2048;      // fewer make no table
 constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled as a whole
-constexpr uint64_t SINK_TOKENS = 64;                // attention's first tokens are unlike the others
+constexpr uint64_t SINK_TOKENS = 64;                // attention's first tokens are unlike others
 constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
 constexpr uint64_t TABLE_SHARE_MIN = 4;             // ... and must be so much smaller than the part
 
@@ -80,7 +80,7 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
     std::shared_ptr<const CodeTable> table =
-        run.entry->table(run.tokens, [&] { return calibrated(placement, run); });
+        run.entry->table(run.tokens, [&] { return calibrated(placement, best_sample(run)); });
     if (!table) return append_opaque(to - from, parts, entries);
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);
@@ -96,6 +96,14 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     parts->push_back(std::move(part));
     entries->push_back(run.entry.get());
     append_opaque(to - (run.offset + last * width), parts, entries);
+}
+
+// The longest run that the same table is for: not a partial block.
+const SegmentCoding::Run& SegmentCoding::best_sample(const Run& run) const {
+    const Run* best = &run;
+    for (const Run& other : runs_)
+        if (other.entry == run.entry && other.bytes > best->bytes) best = &other;
+    return *best;
 }
 
 std::shared_ptr<const CodeTable> SegmentCoding::calibrated(const Placement& placement,

@@ -46,6 +46,7 @@ private:
     size_t tensor_of(const GroupDesc& group, const Item& item);
     void append_part(const Placement& placement, const Run& run, uint64_t from, uint64_t to,
                      std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
+    const Run& best_sample(const Run& run) const;
     std::shared_ptr<const CodeTable> calibrated(const Placement& placement, const Run& run) const;
 
     const std::shared_ptr<CodeBook> book_;
