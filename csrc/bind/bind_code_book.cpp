@@ -3,6 +3,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -48,8 +49,10 @@ class SegmentCoder {
 public:
     SegmentCoder(std::shared_ptr<CodeBook> book, const std::string& model,
                  const py::handle& groups, const py::handle& items,
-                 std::shared_ptr<const Placement> placement, uint32_t chunk_bytes)
-        : placement_(std::move(placement)), coding_(std::move(book), chunk_bytes) {
+                 std::shared_ptr<const Placement> placement, uint32_t chunk_bytes,
+                 uint64_t skipped_tokens)
+        : placement_(std::move(placement)),
+          coding_(std::move(book), chunk_bytes, skipped_tokens) {
         const std::vector<GroupDesc> descs = groups_from_python(groups);
         for (const Item& item : items_from_python(items))
             coding_.append(model, descs.at(item.group), item);
@@ -69,6 +72,12 @@ public:
         return py::make_tuple(py::bytes(reinterpret_cast<const char*>(body_.data()),
                                         header.payload_bytes),
                               header.raw_crc);
+    }
+
+    std::optional<double> calibrate() {
+        const py::gil_scoped_release release;
+        const std::optional<Calibration> made = coding_.calibrate(*placement_);
+        return made ? std::optional(made->exponent_bits) : std::nullopt;
     }
 
 private:
@@ -99,11 +108,16 @@ void register_code_book(py::module_& module) {
         .def("tables", &tables, "(key, bytes of the table) of all that there are.");
     py::class_<SegmentCoder>(module, "SegmentCoder")
         .def(py::init<std::shared_ptr<CodeBook>, const std::string&, const py::handle&,
-                      const py::handle&, std::shared_ptr<const Placement>, uint32_t>(),
+                      const py::handle&, std::shared_ptr<const Placement>, uint32_t,
+                      uint64_t>(),
              py::arg("book"), py::arg("model"), py::arg("groups"), py::arg("items"),
-             py::arg("placement"), py::arg("chunk_bytes"))
+             py::arg("placement"), py::arg("chunk_bytes"),
+             py::arg("skipped_tokens") = SegmentCoding::SINK_TOKENS)
         .def("encode", &SegmentCoder::encode, py::arg("offset"), py::arg("bytes"),
-             "(TIERED payload, raw_crc) of a chunk; None when it does not shrink.");
+             "(TIERED payload, raw_crc) of a chunk; None when it does not shrink.")
+        .def("calibrate", &SegmentCoder::calibrate,
+             "Makes the table of the only item anew. Bits of an exponent coded with it, None: no\n"
+             "table can be made of these elements.");
     module.def("stream_pattern", &pattern_of, py::arg("group"), py::arg("tensor"),
                "Extents, token axis (-1: none) and choices (row_axes, column_axes) of a tensor.");
 }

@@ -1,9 +1,11 @@
 #include "codec/calibrate.hpp"
 
 #include <algorithm>
-#include <map>
+#include <cmath>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "base/bytes.hpp"
 
@@ -54,7 +56,7 @@ using Counts = std::array<uint64_t, DISTANCES>;  // of elements, by distance
 struct Code {
     const Shape* shape = nullptr;
     std::vector<uint8_t> offsets;
-    uint64_t bits = UINT64_MAX;  // of all elements
+    double bits = 0;  // per element
 };
 
 // The cheapest code for `total` elements of which `counts` are at a distance that may get a rank.
@@ -64,6 +66,7 @@ Code cheapest_code(const Counts& counts, int distances, uint64_t total) {
     std::stable_sort(by_count.begin(), by_count.end(),
                      [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
     Code best;
+    uint64_t least = UINT64_MAX;
     for (const Shape& shape : shapes()) {
         uint64_t bits = 0, left = total;
         for (size_t rank = 0; rank < shape.bits.size(); ++rank) {
@@ -71,276 +74,273 @@ Code cheapest_code(const Counts& counts, int distances, uint64_t total) {
             left -= counts[by_count[rank]];
         }
         bits += left * uint64_t(shape.literal_bits);
-        if (bits < best.bits) best.shape = &shape, best.bits = bits;
+        if (bits < least) best.shape = &shape, least = bits;
     }
+    best.bits = double(least) / double(std::max<uint64_t>(total, 1));
     by_count.resize(best.shape->bits.size());
     best.offsets = by_count;
     return best;
 }
 
-// ---- lines: elements that share a base
+// ---- bases
 
-constexpr int SLOTS = 64, OUTSIDE = SLOTS - 1;
-// Where a base lies below the middle of its elements: exponents trail off downwards.
+// What the residuals of a line are about: exponents trail off further down than up.
 constexpr int MIDDLE = 20;
+constexpr size_t STRETCH_MAX = 256;
+// Where averages are rounded. Equally good both ways, at 0, refining finds no way out.
+constexpr double PHASE = 0.25;
+constexpr size_t ROUGHLY = 5;  // one in so many stretches
+using Bytes = std::array<uint8_t, STRETCH_MAX>;
+using SignedBytes = std::array<int8_t, STRETCH_MAX>;
 
-// A histogram for each line of the values in a window of SLOTS from `low` on; exponents of less
-// than 8 bits all fit, and distances go round.
-struct Lines {
-    uint8_t low = 0;
-    size_t count = 0;
-    std::vector<uint32_t> slots;
+uint8_t median(const std::vector<uint8_t>& exponents) {
+    std::array<uint64_t, 256> counts{};
+    const size_t step = 1 + exponents.size() / 1024;
+    for (size_t at = 0; at < exponents.size(); at += step) ++counts[exponents[at]];
+    counts[0] = 0;  // zeros say nothing about the rest
+    const uint64_t all = std::accumulate(counts.begin(), counts.end(), uint64_t{0});
+    size_t value = 0;
+    for (uint64_t below = 0; 2 * below < all;) below += counts[++value];
+    return uint8_t(value);
+}
 
-    Lines(size_t line_count, uint8_t window_low)
-        : low(window_low), count(line_count), slots(line_count * SLOTS) {}
-};
-
-// One line with enough around it that any base and any distance may be looked up.
-class View {
-public:
-    static constexpr int LOWEST = -DISTANCES, HIGHEST = SLOTS - 1;
-
-    View(const Lines& lines, size_t line, int exponent_bits) {
-        const uint32_t* slots = lines.slots.data() + line * SLOTS;
-        if (exponent_bits == 8) {
-            values_.fill(0);
-            std::copy(slots, slots + OUTSIDE, values_.begin() - LOWEST);
-        } else {
-            const unsigned mask = (1u << exponent_bits) - 1;
-            for (unsigned i = 0; i < values_.size(); ++i) values_[i] = slots[i & mask];
-        }
+// `bases` of neighbouring lines, with `step`, else the one of all.
+void subtract(const uint8_t* __restrict bases, bool step, size_t count, Bytes* __restrict from) {
+    const uint8_t base = bases[0];
+    if (step) {
+        for (size_t i = 0; i < count; ++i) (*from)[i] -= bases[i];
+    } else {
+        for (size_t i = 0; i < count; ++i) (*from)[i] -= base;
     }
-    // Elements by distance from `base`, LOWEST to HIGHEST.
-    const uint32_t* from(int base) const { return values_.data() + base - LOWEST; }
+}
+
+// Adds to each line what its elements bring: neighbours, with `step`, are of neighbouring lines.
+void add_up(const SignedBytes& values, size_t count, bool step, int32_t* __restrict lines) {
+    if (step) {
+        for (size_t i = 0; i < count; ++i) lines[i] += values[i];
+    } else {
+        int32_t sum = 0;
+        for (size_t i = 0; i < count; ++i) sum += values[i];
+        *lines += sum;
+    }
+}
+
+// Bases for the rows and columns of a sample. All arithmetic is modulo 256: it is reduced to the
+// element's exponent bits only where exponents are counted and where a table is made.
+class Fit {
+public:
+    Fit(const Sample& sample, BaseAxes axes, uint8_t first_base);
+
+    // Moves bases by what the residuals of their lines are off on average, rows and columns by
+    // turns; then finds the code.
+    void average();
+    // Moves bases a step at a time to where their lines cost less under the code, and finds the
+    // code anew, until that gains nothing any more.
+    void refine();
+
+    const Code& code() const { return code_; }
+    std::vector<uint8_t> bases() const;  // as a table has them
 
 private:
-    std::array<uint32_t, DISTANCES + SLOTS + DISTANCES> values_;
+    // Those that have a base each; without axes all elements are one line.
+    struct Lines {
+        uint8_t axes;
+        bool step;  // from one element to the next
+        std::vector<uint8_t> bases;
+
+        Lines(const BasePattern& pattern, uint8_t line_axes, uint8_t base)
+            : axes(line_axes), step(line_axes >> (BasePattern::AXES - 1) & 1),
+              bases(BasePattern{pattern.extents, line_axes, 0}.row_count(), base) {}
+        uint8_t base(uint32_t line, size_t i) const { return bases[line + (step ? i : 0)]; }
+    };
+    // Neighbours along the innermost axis.
+    struct Stretch {
+        size_t start, count;
+        uint32_t row, column;  // of the first
+    };
+
+    // Those at `every`-th places only: enough for a code, not for bases.
+    void find_code(size_t every);
+    void find_stretches();
+    void residuals(const Stretch& stretch, Bytes* out) const;
+    void average(Lines* lines, uint32_t Stretch::* line);
+    bool move(Lines* lines, uint32_t Stretch::* line);
+
+    const Sample& sample_;
+    bool has_columns_;
+    Lines rows_, columns_;
+    std::vector<Stretch> stretches_;
+    Code code_;
 };
 
-// Bases of all lines of a kind, in slots, and the code that suits them.
-struct Fit {
-    std::vector<int8_t> bases;
-    Code code;
-};
-
-int middle_of(const uint32_t* slots) {
-    const uint64_t all = std::accumulate(slots, slots + OUTSIDE, uint64_t{0});
-    if (all == 0) return -1;
-    int slot = 0;
-    for (uint64_t below = slots[0]; 2 * below < all;) below += slots[++slot];
-    return slot;
+Fit::Fit(const Sample& sample, BaseAxes axes, uint8_t first_base)
+    : sample_(sample), has_columns_(axes.column_axes != 0),
+      rows_(sample.pattern, axes.row_axes, first_base),
+      columns_(sample.pattern, axes.column_axes, 0) {
+    find_stretches();
 }
 
-Counts joint_counts(const Lines& lines, const std::vector<int8_t>& bases, int exponent_bits) {
-    std::vector<uint32_t> sums(DISTANCES);
-    for (size_t line = 0; line < lines.count; ++line) {
-        const View view(lines, line, exponent_bits);
-        const uint32_t* counts = view.from(bases[line]);
-        for (int distance = 0; distance < DISTANCES; ++distance)
-            sums[size_t(distance)] += counts[distance];
-    }
-    Counts counts;
-    std::copy(sums.begin(), sums.end(), counts.begin());
-    return counts;
-}
-
-// Moves each base by at most a slot to where its line costs least under `code`.
-bool move_bases(const Lines& lines, const Code& code, int exponent_bits,
-                std::vector<int8_t>* bases) {
-    const Shape& shape = *code.shape;
-    bool moved = false;
-    for (size_t line = 0; line < lines.count; ++line) {
-        const View view(lines, line, exponent_bits);
-        const auto saved = [&](int base) {
-            const uint32_t* counts = view.from(base);
-            uint64_t bits = 0;
-            for (size_t rank = 0; rank < shape.bits.size(); ++rank)
-                bits += uint64_t(counts[code.offsets[rank]]) *
-                        uint32_t(shape.literal_bits - shape.bits[rank]);
-            return bits;
-        };
-        const int base = (*bases)[line];
-        int best = base;
-        uint64_t most = saved(base);
-        for (const int other : {base - 1, base + 1}) {
-            if (other < View::LOWEST || other > View::HIGHEST) continue;
-            const uint64_t bits = saved(other);
-            if (bits > most) most = bits, best = other;
-        }
-        moved |= best != base;
-        (*bases)[line] = int8_t(best);
-    }
-    return moved;
-}
-
-constexpr int ROUNDS_MAX = 6;
-constexpr double FITTED_BASE_BITS = 1.4427;  // 1 / ln 2
-
-// Code and bases by turns, each the best for the other, from the lines' medians on.
-Fit fit(const Lines& lines, int exponent_bits, uint64_t total) {
-    const int distances = std::min(DISTANCES, 1 << exponent_bits);
-    std::vector<uint32_t> all(SLOTS);
-    for (size_t at = 0; at < lines.slots.size(); ++at) all[at % SLOTS] += lines.slots[at];
-    const int middle = std::max(0, middle_of(all.data()));
-    Fit best;
-    best.bases.resize(lines.count);
-    for (size_t line = 0; line < lines.count; ++line) {
-        const int own = middle_of(lines.slots.data() + line * SLOTS);
-        best.bases[line] = int8_t((own < 0 ? middle : own) - MIDDLE);
-    }
-    best.code = cheapest_code(joint_counts(lines, best.bases, exponent_bits), distances, total);
-    for (int round = 0; round < ROUNDS_MAX; ++round) {
-        auto bases = best.bases;
-        if (!move_bases(lines, best.code, exponent_bits, &bases)) break;
-        const Counts counts = joint_counts(lines, bases, exponent_bits);
-        Code code = cheapest_code(counts, distances, total);
-        const bool settled = code.bits > best.code.bits - best.code.bits / 1024;
-        if (code.bits < best.code.bits) best = {std::move(bases), std::move(code)};
-        if (settled) break;
-    }
-    return best;
-}
-
-// ---- the sample's elements
-
-uint64_t lines_along(const BasePattern& pattern, uint8_t axes) {
-    return BasePattern{pattern.extents, axes, 0}.row_count();
-}
-
-// The line of each element, where lines are told apart by `axes`.
-std::vector<uint16_t> line_numbers(const Sample& sample, uint8_t axes) {
+void Fit::find_stretches() {
     constexpr int inner = BasePattern::AXES - 1;
-    const auto& extents = sample.pattern.extents;
-    const uint32_t length = extents[inner];
-    const uint16_t step = axes >> inner & 1;
-    const auto period = uint32_t(sample.pattern.period());
-    std::vector<uint16_t> numbers(sample.exponents.size());
-    uint16_t* out = numbers.data();
-    for (const auto& run : sample.runs) {
+    const auto& extents = sample_.pattern.extents;
+    const auto period = uint32_t(sample_.pattern.period());
+    size_t start = 0;
+    stretches_.reserve(sample_.runs.size());
+    for (const auto& run : sample_.runs) {
         uint32_t position = run.position;
         for (size_t left = run.elements; left > 0;) {
-            uint32_t first = 0, rest = position, stride = period;
+            uint32_t row = 0, column = 0, rest = position, stride = period;
             for (int axis = 0; axis < BasePattern::AXES; ++axis) {
                 const uint32_t extent = extents[size_t(axis)];
                 stride /= extent;
-                if (axes >> axis & 1) first = first * extent + rest / stride;
+                if (rows_.axes >> axis & 1) row = row * extent + rest / stride;
+                if (columns_.axes >> axis & 1) column = column * extent + rest / stride;
                 rest %= stride;
             }
-            const size_t count = std::min<size_t>(left, length - position % length);
-            for (size_t i = 0; i < count; ++i) out[i] = uint16_t(first + i * step);
-            out += count;
+            const size_t count = std::min({left, size_t(extents[inner] - position % extents[inner]),
+                                           STRETCH_MAX});
+            stretches_.push_back({start, count, row, column});
+            start += count;
             left -= count;
             position = uint32_t((position + count) % period);
         }
     }
-    return numbers;
 }
 
-Lines count_lines(const std::vector<uint8_t>& values, const std::vector<uint16_t>& numbers,
-                  size_t lines, uint8_t low, int exponent_bits) {
-    Lines found(lines, low);
-    const unsigned mask = (1u << exponent_bits) - 1;
-    for (size_t i = 0; i < values.size(); ++i) {
-        const unsigned slot = std::min<unsigned>((values[i] - low) & mask, OUTSIDE);
-        ++found.slots[size_t(numbers[i]) * SLOTS + slot];
+void Fit::residuals(const Stretch& stretch, Bytes* out) const {
+    std::copy_n(sample_.exponents.data() + stretch.start, stretch.count, out->data());
+    subtract(rows_.bases.data() + stretch.row, rows_.step, stretch.count, out);
+    if (has_columns_)
+        subtract(columns_.bases.data() + stretch.column, columns_.step, stretch.count, out);
+}
+
+void Fit::average(Lines* lines, uint32_t Stretch::* line) {
+    std::vector<int32_t> sums(lines->bases.size()), counts(lines->bases.size());
+    Bytes left;
+    SignedBytes off, is_counted;
+    for (const Stretch& stretch : stretches_) {
+        residuals(stretch, &left);
+        const uint8_t* exponents = sample_.exponents.data() + stretch.start;
+        for (size_t i = 0; i < stretch.count; ++i) {
+            is_counted[i] = exponents[i] != 0;  // zeros say nothing about the rest
+            off[i] = int8_t(uint8_t(left[i] - MIDDLE) & uint8_t(-is_counted[i]));
+        }
+        add_up(off, stretch.count, lines->step, sums.data() + stretch.*line);
+        add_up(is_counted, stretch.count, lines->step, counts.data() + stretch.*line);
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+        if (counts[i]) lines->bases[i] += uint8_t(std::lrint(double(sums[i]) / counts[i] + PHASE));
+    }
+}
+
+void Fit::average() {
+    average(&rows_, &Stretch::row);
+    if (has_columns_) {
+        average(&columns_, &Stretch::column);
+        average(&rows_, &Stretch::row);
+        average(&columns_, &Stretch::column);
+    }
+    find_code(ROUGHLY);
+}
+
+void Fit::find_code(size_t every) {
+    std::array<std::array<uint32_t, 256>, 4> tables{};  // so that equal neighbours do not wait
+    Bytes left;
+    size_t seen = 0;
+    for (size_t at = 0; at < stretches_.size(); at += every) {
+        const size_t count = stretches_[at].count;
+        residuals(stretches_[at], &left);
+        for (size_t i = 0; i < count; ++i) ++tables[i % 4][left[i]];
+        seen += count;
+    }
+    const int distances = std::min(DISTANCES, 1 << sample_.exponent_bits);
+    const size_t mask = (size_t{1} << sample_.exponent_bits) - 1;
+    Counts counts{};
+    for (size_t left_over = 0; left_over < 256; ++left_over) {
+        if (int(left_over & mask) >= distances) continue;
+        for (const auto& table : tables) counts[left_over & mask] += table[left_over];
+    }
+    code_ = cheapest_code(counts, distances, seen);
+}
+
+// What an element pays for leaving a tier: more, where its residual is not in it or above.
+struct Toll {
+    uint8_t low, span, bits;
+};
+
+std::vector<Toll> tolls(const Code& code) {
+    std::vector<Toll> found;
+    const auto& tier_bits = code.shape->tier_bits;
+    uint8_t low = 255, high = 0;
+    size_t rank = 0;
+    for (size_t tier = 0; tier < tier_bits.size(); ++tier) {
+        for (size_t stop = rank + (size_t{1} << tier_bits[tier]) - 1; rank < stop; ++rank) {
+            low = std::min(low, code.offsets[rank]);
+            high = std::max(high, code.offsets[rank]);
+        }
+        const bool is_last = tier + 1 == tier_bits.size();
+        found.push_back({low, uint8_t(high - low), is_last ? uint8_t(8) : tier_bits[tier + 1]});
     }
     return found;
 }
 
-// Where a window begins that has the middle of `values` where most lines fit into it.
-uint8_t window_low(const std::vector<uint8_t>& values, int exponent_bits) {
-    if (exponent_bits < 8 || values.empty()) return 0;
-    std::array<uint32_t, 256> counts{};
-    const size_t step = 1 + values.size() / 1024;
-    for (size_t i = 0; i < values.size(); i += step) ++counts[values[i]];
-    uint32_t all = std::accumulate(counts.begin() + 1, counts.end(), 0u), below = 0;
-    int value = 1;  // zeros say nothing about the rest
-    while (value < 255 && 2 * (below += counts[size_t(value)]) < all) ++value;
-    return uint8_t(value - 2 * MIDDLE);
-}
-
-// The lines along `coarse` axes, out of those along `fine` axes that include them.
-Lines merge_lines(const Lines& lines, const BasePattern& pattern, uint8_t fine, uint8_t coarse) {
-    Lines merged(lines_along(pattern, coarse), lines.low);
-    for (size_t line = 0; line < lines.count; ++line) {
-        size_t rest = line, target = 0, stride = 1;
-        for (int axis = BasePattern::AXES - 1; axis >= 0; --axis) {
-            const uint32_t extent = pattern.extents[size_t(axis)];
-            if (!(fine >> axis & 1)) continue;
-            if (coarse >> axis & 1) target += rest % extent * stride, stride *= extent;
-            rest /= extent;
+// What elements pay less or more with a base that is one lower and one higher.
+void compare(const Bytes& left, size_t count, const std::vector<Toll>& to_pay,
+             SignedBytes* lower, SignedBytes* higher) {
+    std::fill_n(lower->begin(), count, int8_t{0});
+    std::fill_n(higher->begin(), count, int8_t{0});
+    for (const Toll toll : to_pay) {
+        const auto pays = [toll](uint8_t residual) {
+            return uint8_t(-(uint8_t(residual - toll.low) > toll.span)) & toll.bits;
+        };
+        for (size_t i = 0; i < count; ++i) {
+            const int here = pays(left[i]);
+            (*lower)[i] = int8_t((*lower)[i] + pays(uint8_t(left[i] + 1)) - here);
+            (*higher)[i] = int8_t((*higher)[i] + pays(uint8_t(left[i] - 1)) - here);
         }
-        for (size_t slot = 0; slot < SLOTS; ++slot)
-            merged.slots[target * SLOTS + slot] += lines.slots[line * SLOTS + slot];
     }
-    return merged;
 }
 
-// Histograms of the exponents themselves, for each set of row axes. Elements are gone through
-// only where no finer set has been counted before.
-std::map<uint8_t, Lines> count_rows(const Sample& sample, const std::vector<BaseAxes>& candidates) {
-    std::vector<uint8_t> wanted;
-    for (const BaseAxes& axes : candidates) wanted.push_back(axes.row_axes);
-    std::stable_sort(wanted.begin(), wanted.end(), [](uint8_t a, uint8_t b) {
-        return __builtin_popcount(a) > __builtin_popcount(b);
-    });
-    const uint8_t low = window_low(sample.exponents, sample.exponent_bits);
-    std::map<uint8_t, Lines> counted;
-    for (const uint8_t axes : wanted) {
-        if (counted.count(axes)) continue;
-        const auto finer = std::find_if(counted.begin(), counted.end(), [&](const auto& other) {
-            return (other.first & axes) == axes;
-        });
-        counted.emplace(axes, finer != counted.end()
-            ? merge_lines(finer->second, sample.pattern, finer->first, axes)
-            : count_lines(sample.exponents, line_numbers(sample, axes),
-                          lines_along(sample.pattern, axes), low, sample.exponent_bits));
+bool Fit::move(Lines* lines, uint32_t Stretch::* line) {
+    const auto to_pay = tolls(code_);
+    std::vector<int32_t> lower(lines->bases.size()), higher(lines->bases.size());
+    Bytes left;
+    SignedBytes low, high;
+    for (const Stretch& stretch : stretches_) {
+        residuals(stretch, &left);
+        compare(left, stretch.count, to_pay, &low, &high);
+        add_up(low, stretch.count, lines->step, lower.data() + stretch.*line);
+        add_up(high, stretch.count, lines->step, higher.data() + stretch.*line);
     }
-    return counted;
+    bool moved = false;
+    for (size_t i = 0; i < lower.size(); ++i) {
+        if (std::min(lower[i], higher[i]) >= 0) continue;
+        lines->bases[i] += lower[i] < higher[i] ? uint8_t(-1) : uint8_t{1};
+        moved = true;
+    }
+    return moved;
 }
 
-struct Bases {
-    BaseAxes axes;
-    std::vector<uint8_t> rows, columns;
-    Code code;
-};
-
-std::vector<uint8_t> real_bases(const Lines& lines, const Fit& fit, int exponent_bits) {
-    const unsigned mask = (1u << exponent_bits) - 1;
-    std::vector<uint8_t> bases(fit.bases.size());
-    for (size_t i = 0; i < bases.size(); ++i)
-        bases[i] = uint8_t(unsigned(fit.bases[i] + lines.low) & mask);
-    return bases;
+void Fit::refine() {
+    constexpr int ROUNDS_MAX = 4;
+    for (int round = 0; round < ROUNDS_MAX; ++round) {
+        const auto before = std::make_tuple(rows_.bases, columns_.bases, code_);
+        bool moved = move(&rows_, &Stretch::row);
+        if (has_columns_) moved |= move(&columns_, &Stretch::column);
+        if (!moved) break;
+        find_code(ROUGHLY);
+        const double bits = std::get<2>(before).bits;
+        if (code_.bits > bits) std::tie(rows_.bases, columns_.bases, code_) = before;
+        if (code_.bits > bits * 0.999) break;
+    }
+    find_code(1);
 }
 
-// Rows and columns by turns, each fitted to what the other leaves.
-Bases fit_both(const Sample& sample, BaseAxes axes, const Lines& first_rows) {
-    const int exponent_bits = sample.exponent_bits;
-    const uint64_t total = sample.exponents.size();
-    const auto row_of = line_numbers(sample, axes.row_axes);
-    const auto column_of = line_numbers(sample, axes.column_axes);
-    Bases best{axes, real_bases(first_rows, fit(first_rows, exponent_bits, total), exponent_bits),
-               std::vector<uint8_t>(lines_along(sample.pattern, axes.column_axes)), {}};
-    Bases next = best;
-    std::vector<uint8_t> left(total);
-    for (int turn = 0; turn < ROUNDS_MAX; ++turn) {
-        const bool is_column = turn % 2 == 0;
-        const auto& own_of = is_column ? column_of : row_of;
-        const auto& other_of = is_column ? row_of : column_of;
-        auto& own = is_column ? next.columns : next.rows;
-        const auto& other = is_column ? next.rows : next.columns;
-        for (size_t i = 0; i < left.size(); ++i)
-            left[i] = uint8_t(sample.exponents[i] - other[other_of[i]]);
-        const Lines lines = count_lines(left, own_of, own.size(),
-                                        window_low(left, exponent_bits), exponent_bits);
-        Fit found = fit(lines, exponent_bits, total);
-        own = real_bases(lines, found, exponent_bits);
-        next.code = std::move(found.code);
-        const bool settled = next.code.bits > best.code.bits - best.code.bits / 1024;
-        if (next.code.bits < best.code.bits) best = next;
-        if (settled) break;
-    }
-    return best;
+std::vector<uint8_t> Fit::bases() const {
+    std::vector<uint8_t> all = rows_.bases;
+    if (has_columns_) all.insert(all.end(), columns_.bases.begin(), columns_.bases.end());
+    for (uint8_t& base : all) base &= uint8_t((1u << sample_.exponent_bits) - 1);
+    return all;
 }
 
 }  // namespace
@@ -355,13 +355,13 @@ Calibrator::Calibrator(uint8_t dtype, const std::array<uint32_t, BasePattern::AX
     const uint64_t period = sample_.pattern.period();
     if (period < 1 || period > CodeTable::PERIOD_MAX)
         throw std::invalid_argument("calibration: the extents make no pattern");
-    candidates_.push_back({});
     for (const BaseAxes axes : candidates) {
         const BasePattern pattern{extents, axes.row_axes, axes.column_axes};
         const bool lawful = axes.row_axes < 16 && axes.column_axes < 16;
         if (lawful && pattern.row_count() + pattern.column_count() <= CodeTable::BASES_MAX)
             candidates_.push_back(axes);
     }
+    if (candidates_.empty()) candidates_.push_back({});
 }
 
 namespace {
@@ -382,6 +382,7 @@ void append_exponents(const uint8_t* raw, size_t elements, const ElementFormat& 
 }  // namespace
 
 void Calibrator::add(uint64_t position, const uint8_t* raw, size_t elements) {
+    elements = std::min(elements, ELEMENTS_MAX - sample_.exponents.size());
     if (elements == 0) return;
     const ElementFormat& format = *element_format(dtype_);
     sample_.runs.push_back({uint32_t(position % sample_.pattern.period()), elements});
@@ -393,46 +394,37 @@ void Calibrator::add(uint64_t position, const uint8_t* raw, size_t elements) {
 }
 
 Calibration Calibrator::finish() const {
-    const int exponent_bits = sample_.exponent_bits;
-    const uint64_t total = elements();
-    const double per_element = 1.0 / double(std::max<uint64_t>(total, 1));
-    const auto counted = count_rows(sample_, candidates_);
-    Calibration best;
+    const auto first_base = uint8_t(median(sample_.exponents) - MIDDLE);
+    std::optional<Fit> best;
+    BaseAxes best_axes;
     double least = 0;
     for (const BaseAxes axes : candidates_) {
-        const Lines& rows = counted.at(axes.row_axes);
-        Bases bases;
-        if (axes.column_axes) {
-            bases = fit_both(sample_, axes, rows);
-        } else {
-            Fit found = fit(rows, exponent_bits, total);
-            bases = {axes, real_bases(rows, found, exponent_bits), {}, std::move(found.code)};
-        }
-        BasePattern pattern = sample_.pattern;
-        pattern.row_axes = axes.row_axes;
-        pattern.column_axes = axes.column_axes;
-        std::vector<uint8_t> all = bases.rows;
-        all.insert(all.end(), bases.columns.begin(), bases.columns.end());
-        auto table = CodeTable::make(dtype_, bases.code.shape->tier_bits, bases.code.offsets,
-                                     pattern, all);
-        // Bases are fitted to the sample, other elements cost more (Akaike's criterion).
-        const double bits = (double(bases.code.bits) + FITTED_BASE_BITS * double(all.size())) *
-                            per_element;
-        const double with_table = elements_to_code_ == 0 ? bits
-            : bits + 8.0 * double(table->bytes().size()) / double(elements_to_code_);
-        if (best.table && with_table >= least) continue;
-        best = {std::move(table), bits};
-        least = with_table;
+        Fit fit(sample_, axes, first_base);
+        fit.average();
+        // Bases are fitted to the sample; other elements cost more (Akaike's criterion).
+        double base_bits = 1.4427 / double(std::max<uint64_t>(elements(), 1));
+        if (elements_to_code_) base_bits += 8.0 / double(elements_to_code_);
+        const double bits = fit.code().bits + base_bits * double(fit.bases().size());
+        if (best && bits >= least) continue;
+        best.emplace(std::move(fit));
+        best_axes = axes;
+        least = bits;
     }
-    return best;
+    best->refine();
+    BasePattern pattern = sample_.pattern;
+    pattern.row_axes = best_axes.row_axes;
+    pattern.column_axes = best_axes.column_axes;
+    const Code& code = best->code();
+    return {CodeTable::make(dtype_, code.shape->tier_bits, code.offsets, pattern, best->bases()),
+            code.bits};
 }
 
 std::vector<SampleRun> sample_runs(uint64_t elements, uint64_t wanted) {
     constexpr uint64_t RUN = 64;
-    const uint64_t places = wanted == 0 ? 1 : div_ceil(elements, wanted);
-    if (places <= 1) return elements ? std::vector<SampleRun>{{0, elements}}
-                                     : std::vector<SampleRun>{};
     std::vector<SampleRun> runs;
+    const uint64_t places = elements / std::max<uint64_t>(wanted, 1);
+    if (places <= 1 && elements) runs.push_back({0, elements});
+    if (places <= 1) return runs;
     // The fractional parts of multiples of the golden ratio leave no place out for long.
     uint32_t turn = 0;
     for (uint64_t at = 0; at < elements; at += RUN * places, turn += 0x9E3779B9u) {

@@ -20,21 +20,23 @@ struct BaseAxes {
 struct Calibration {
     std::shared_ptr<const CodeTable> table;
     // What exponents coded with the table should take per element; its own bytes do not count.
-    double exponent_bits;
+    double exponent_bits = 0;
 };
 
 // Takes samples of one tensor. They cost a byte each until the calibrator is destroyed.
 class Calibrator {
 public:
-    // `extents` as in a BasePattern. One base for all is always tried, `candidates` too where
-    // they are lawful. A table pays for its bytes with what it saves on `elements_to_code`
-    // elements; 0: it is free. Throws std::invalid_argument for a dtype without exponent and for
-    // extents whose product is not a lawful period.
+    static constexpr size_t ELEMENTS_MAX = size_t{1} << 24;
+
+    // `extents` as in a BasePattern. Tries the `candidates` that are lawful with them; where there
+    // is none, one base for all. A table pays for its bytes with what it saves on so many
+    // `elements_to_code`; 0: it is free. Throws std::invalid_argument for a dtype without exponent
+    // and for extents whose product is not a lawful period.
     Calibrator(uint8_t dtype, const std::array<uint32_t, BasePattern::AXES>& extents,
                std::vector<BaseAxes> candidates, uint64_t elements_to_code = 0);
 
     // `elements` elements at `raw`, which needs no alignment; the first one lies at `position` in
-    // the pattern, taken modulo the period.
+    // the pattern, taken modulo the period. What is more than ELEMENTS_MAX is passed over.
     void add(uint64_t position, const uint8_t* raw, size_t elements);
 
     uint64_t elements() const { return sample_.exponents.size(); }
@@ -61,16 +63,16 @@ private:
     Sample sample_;
 };
 
-// So many samples make a good table that gives each of `bases` bases enough of its own.
-constexpr uint64_t sample_elements(uint64_t bases) { return 65'536 + 64 * bases; }
+// So many samples make a good table of `bases` bases.
+constexpr uint64_t sample_elements(uint64_t bases) { return 65'536 + 16 * bases; }
 
 struct SampleRun {
     uint64_t start;
     uint64_t elements;
 };
 
-// What to look at where all of `elements` are too many: short runs, `wanted` elements or a little
-// more, spread so that they meet every row and every column of any pattern about equally often.
+// What to look at where all of `elements` are too many: short runs, together `wanted` elements to
+// twice as many, spread so that they meet every row and every column of any pattern.
 std::vector<SampleRun> sample_runs(uint64_t elements, uint64_t wanted);
 
 }  // namespace kvwire

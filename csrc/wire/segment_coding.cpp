@@ -2,14 +2,11 @@
 
 #include <algorithm>
 
-#include "codec/calibrate.hpp"
-
 namespace kvwire {
 namespace {
 
 constexpr uint64_t SAMPLE_ELEMENTS_MIN = 2048;      // fewer make no table
 constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled as a whole
-constexpr uint64_t SINK_TOKENS = 64;                // attention's first tokens are unlike others
 constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
 constexpr uint64_t TABLE_SHARE_MIN = 4;             // ... and must be so much smaller than the part
 
@@ -50,8 +47,8 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
         if (tensor.pattern.period(stretch.tokens) <= CodeTable::PERIOD_MAX) run.entry = entry;
         const bool by_token = desc.has_tokens() && (stretch.tokens == 0 || desc.block_tokens);
         const uint64_t tokens = by_token ? stretch.bytes / tensor.row_bytes : 0;
-        if (item.token_start < SINK_TOKENS && tokens > 2 * SINK_TOKENS)
-            run.skipped_bytes = SINK_TOKENS * tensor.row_bytes;
+        if (item.token_start < skipped_tokens_ && tokens > 2 * skipped_tokens_)
+            run.skipped_bytes = skipped_tokens_ * tensor.row_bytes;
         bytes_ += stretch.bytes;
         runs_.push_back(std::move(run));
     }
@@ -79,8 +76,8 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     const uint64_t first = (from - run.offset + width - 1) / width;
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
-    std::shared_ptr<const CodeTable> table =
-        run.entry->table(run.tokens, [&] { return calibrated(placement, best_sample(run)); });
+    std::shared_ptr<const CodeTable> table = run.entry->table(
+        run.tokens, [&] { return calibrated(placement, best_sample(run)).table; });
     if (!table) return append_opaque(to - from, parts, entries);
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);
@@ -106,12 +103,19 @@ const SegmentCoding::Run& SegmentCoding::best_sample(const Run& run) const {
     return *best;
 }
 
-std::shared_ptr<const CodeTable> SegmentCoding::calibrated(const Placement& placement,
-                                                           const Run& run) const {
+std::optional<Calibration> SegmentCoding::calibrate(const Placement& placement) const {
+    if (runs_.empty() || !runs_[0].entry) return std::nullopt;
+    Calibration made = calibrated(placement, best_sample(runs_[0]));
+    if (!made.table) return std::nullopt;
+    runs_[0].entry->put(made.table);
+    return made;
+}
+
+Calibration SegmentCoding::calibrated(const Placement& placement, const Run& run) const {
     const Tensor& tensor = tensors_[run.tensor];
     const uint64_t width = item_bytes(tensor.dtype);
     const uint64_t elements = (run.bytes - run.skipped_bytes) / width;
-    if (elements < SAMPLE_ELEMENTS_MIN) return nullptr;
+    if (elements < SAMPLE_ELEMENTS_MIN) return {};
     StreamPattern pattern = tensor.pattern;
     if (pattern.token_axis >= 0) pattern.extents[size_t(pattern.token_axis)] = run.tokens;
     std::vector<BaseAxes> candidates;
@@ -135,7 +139,7 @@ std::shared_ptr<const CodeTable> SegmentCoding::calibrated(const Placement& plac
         placement.gather(run.offset + at * width, raw.size(), raw.data());
         calibrator.add(at % period, raw.data(), sample.elements);
     }
-    return calibrator.finish().table;
+    return calibrator.finish();
 }
 
 }  // namespace kvwire
