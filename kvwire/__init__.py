@@ -22,7 +22,7 @@ _HOME = {
     "Slice": "layout", "Axis": "layout", "DType": "layout", "GroupKind": "layout",
     "attention": "layout", "latent": "layout", "sliding_window": "layout", "recurrent": "layout",
     "convolution": "layout", "auxiliary": "layout", "request_tensor": "layout",
-    "CacheMemory": "memory",
+    "CacheMemory": "memory", "CodeBook": "code_book",
     "Sender": "sender", "Transfer": "sender", "Offer": "sender", "Push": "sender",
     "Receiver": "receiver", "Ticket": "receiver", "Progress": "handles",
     "Link": "link", "LinkOptions": "link", "LinkStats": "link", "LaneStats": "link",
