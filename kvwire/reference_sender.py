@@ -13,7 +13,9 @@ from kvwire.control import Abort, Done, End, Grant, Item, Receipt, Repair, Segme
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
 from kvwire.manifest import Manifest
 from kvwire.tensor_spec import DType
-from kvwire.wire import NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame
+from kvwire.wire import (
+    CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
+)
 
 __all__ = ["ReferenceSender"]
 
@@ -41,12 +43,14 @@ class ReferenceSender:
     Args:
         segments: for each its items and its raw bytes.
         codec: what chunks are coded with.
+        codecs: what the greetings say.
         seed: shuffles chunks and lanes; None: in order, lane after lane.
     """
 
     def __init__(self, manifest: Manifest, segments: Sequence[tuple[Sequence[Item], bytes]], *,
                  transfer_id: bytes, link_id: bytes, lane_count: int = 1,
                  chunk_bytes: int = limits.CHUNK_BYTES_MIN, codec: Codec = Codec.RAW,
+                 codecs: int = CODECS_SPOKEN,
                  metadata: dict[str, object] | None = None, seed: int | None = None):
         self.done: Done | None = None
         self.error: KvwireError | None = None
@@ -56,7 +60,7 @@ class ReferenceSender:
         self._raw = [bytes(raw) for _, raw in segments]
         self._dtypes = [_dtype(manifest, items[0]) for items, _ in segments]
         self._metadata = metadata or {}
-        self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count)
+        self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count, codecs)
                            for lane in range(lane_count)]
         self._lanes = {lane: _Lane(FrameReader(Role.SENDER)) for lane in range(lane_count)}
         self._grant: Grant | None = None
