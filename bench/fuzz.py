@@ -48,6 +48,7 @@ TARGETS = {
     "manifest": Target(3, 1024),
     "plan": Target(3, 256),
     "codec": Target(6, 4096),
+    "tiered": Target(6, 2048),
     "receive": Target(7, 512),
     "send": Target(7, 512),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from vectors.generate import example
 from vectors.read import HERE, stored_vectors
+from vectors.tiered import ELEMENTS, example as tiered_example
 
 import kvwire
 from kvwire import _native, limits
@@ -17,6 +18,7 @@ from kvwire.control import (
 from kvwire.errors import ErrorCode
 from kvwire.layout import Axis, DType, GroupKind
 from kvwire.manifest import MANIFEST, MetadataType
+from kvwire.tiered import PART, TABLE, StripForm, decode_tiered, element_format
 from kvwire.wire import (
     FORMAT_VERSION, FRAME_MAGIC, GREETING, GREETING_MAGIC, HEADER, WRITERS, FrameType, Role,
     payload_rule,
@@ -69,6 +71,8 @@ STRUCTURES = {
     "receipt": (RECEIPT, table("7.8", "offset", 0)), "repair": (REPAIR, table("7.8", "offset", 1)),
     "done": (DONE, table("7.8", "offset", 2)), "abort": (ABORT, table("7.9", "offset")),
     "pull": (PULL, table("7.10", "offset")), "commit": (COMMIT, table("7.11", "offset")),
+    "part": (PART, table("9.1", "offset", 0)),
+    "code_table": (TABLE, [row for row in table("9.1", "offset", 1) if row[2] != "bases"]),
 }
 
 
@@ -190,6 +194,28 @@ def test_the_worked_example_is_a_vector():
     for file, data in dumps.items():
         assert data == (HERE / file).read_bytes()
     assert example() in TEXT
+
+
+def test_elements_and_strips_of_the_tiered_code():
+    cuts = {DType[name]: tuple(map(int, numbers)) for name, *numbers in table("9.1", "dtype")}
+    assert cuts == {dtype: (form.item_bytes, form.exponent_bits, form.verbatim_bits)
+                    for dtype in DType if (form := element_format(dtype))}
+    assert {name: int(number) for number, name, *_ in table("9.1", "number")} == {
+        form.name: form.value for form in StripForm}
+    (row,) = [row for row in table("9.1", "offset", 1) if row[2] == "bases"]
+    assert int(row[0]) == TABLE.bytes
+
+
+def test_the_worked_example_of_the_tiered_code():
+    assert tiered_example() in TEXT
+    block = TEXT[TEXT.index("**Example.** A part"):]
+    block = block[:block.index("```", block.index("```") + 3)]
+    data = b""
+    for offset, digits in re.findall(r"^([0-9a-f]{4})  ([0-9a-f ]+)$", block, re.M):
+        assert int(offset, 16) == len(data)
+        data += bytes.fromhex(digits)
+    raw = ELEMENTS.tobytes()
+    assert decode_tiered(data, len(raw)) == raw == _native.tiered_decode(data, len(raw))
 
 
 def test_each_error_that_bytes_can_raise_has_a_vector():

@@ -11,6 +11,9 @@ namespace {
 
 const std::vector<const TieredKernels*>& all_kernels() {
     static const std::vector<const TieredKernels*> all = {
+#if defined(__x86_64__)
+        &tiered_avx512(), &tiered_avx2(),
+#endif
         &tiered_portable(),
     };
     return all;

@@ -84,6 +84,23 @@ inline void store_bits(uint8_t* plane, uint64_t bits, size_t bytes) {
     for (size_t i = 0; i < bytes; ++i) plane[i] = uint8_t(bits >> 8 * i);
 }
 
+// The same for what is left at the end of a plane of `bytes`, by way of the whole words before it,
+// if there are any: without a branch on how much it is, which nobody can predict.
+inline uint64_t load_last_bits(const uint8_t* plane, size_t bytes, bool behind_words) {
+    const size_t left = (bytes - 1) % 8 + 1;
+    if (!behind_words) return load_bits(plane, left);
+    return load_le<uint64_t>(plane + bytes - 8) >> 8 * (8 - left);
+}
+
+// `latest`: the last of those words.
+inline void store_last_bits(uint8_t* plane, size_t bytes, bool behind_words, uint64_t latest,
+                            uint64_t bits) {
+    const size_t left = (bytes - 1) % 8 + 1;
+    if (!behind_words) return store_bits(plane, bits, left);
+    const uint64_t before = latest >> 4 * left >> 4 * left;
+    store_le(plane + bytes - 8, before | bits << 8 * (8 - left));
+}
+
 // ---- portable kernels from one element on: also for what is left behind the whole registers.
 // `first` is a multiple of 8; pointers and counts are those of the strip.
 

@@ -374,7 +374,8 @@ def all_vectors() -> list[Vector]:
 
 def main() -> None:
     if "--example" in sys.argv:
-        print(example())
+        from vectors.tiered import example as tiered_example
+        print(example(), tiered_example(), sep="\n\n")
         return
     vectors = all_vectors()
     for vector in vectors:
