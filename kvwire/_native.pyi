@@ -51,6 +51,14 @@ def tiered_bench(
     raw: Buffer, table: bytes | None, chunk_bytes: int, passes: int = 1, rounds: int = 5,
     variant: str | None = None
 ) -> dict[str, Any]: ...
+def calibrate(
+    dtype: int,
+    extents: Sequence[int],
+    candidates: Sequence[tuple[int, int]],
+    samples: Sequence[tuple[int, Buffer]],
+    elements_to_code: int = 0,
+) -> tuple[bytes, float]: ...
+def sample_runs(elements: int, wanted: int) -> list[tuple[int, int]]: ...
 def place(groups: Sequence[_Group], items: Sequence[_Item], memory: MemoryMap) -> Placement: ...
 def zero_missing_columns(
     groups: Sequence[_Group], items: Sequence[_Item], memory: MemoryMap

@@ -51,8 +51,25 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--list", action="store_true", help="list the models and leave")
     demo.add_argument("--lanes", type=_lanes, default=2, metavar="N",
                       help=f"TCP connections, 1 to {LANE_COUNT_MAX} (default 2)")
-    demo.add_argument("--codec", choices=("raw", "lz4"), default="raw", help="(default raw)")
+    demo.add_argument("--codec", choices=("raw", "lz4", "tiered"), default="raw",
+                      help="(default raw)")
     demo.set_defaults(run=_demo)
+
+    calibrate = commands.add_parser("calibrate", help="make a model's code tables ahead of time")
+    calibrate.add_argument("model", metavar="MODEL",
+                           help="one of the demo's, or a transformers model that is here")
+    calibrate.add_argument("--text", metavar="FILE", type=Path, help="what the model reads "
+                           "(kvwire's README by default); like what it will read")
+    calibrate.add_argument("--out", metavar="BOOK", type=Path, required=True,
+                           help="the code book to write (.npz)")
+    calibrate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
+                           help="the model's (default bf16)")
+    calibrate.add_argument("--tokens", type=int, default=2048, help="at most (default 2048)")
+    calibrate.add_argument("--order", choices=("NHD", "HND"), default="NHD",
+                           help="of the pages that the tables are for (default NHD)")
+    calibrate.add_argument("--name", metavar="MODEL", help="what the CacheSpec that will be sent "
+                           "calls the model (transformers' model type by default)")
+    calibrate.set_defaults(run=_calibrate)
 
     backends = commands.add_parser("backends", help="show which variants this machine uses")
     backends.set_defaults(run=_backends)
@@ -90,6 +107,21 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"text: {path}, {len(text):,} characters")
     good = demo.run(names, text, lanes=options.lanes, codec=options.codec, stream=sys.stdout)
     return 0 if good else 1
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from kvwire.demo import calibration
+    if options.tokens < 1:
+        raise UsageError(f"--tokens is {options.tokens}; it must be at least 1")
+    text = (options.text or _default_text()).read_text("utf-8", errors="replace")
+    spec, tensors, tokens = calibration.read(options.model, text, dtype=options.dtype,
+                                             tokens=options.tokens)
+    memory = calibration.memory_of(spec, tensors, tokens, options.order, options.name)
+    book = kvwire.CodeBook()
+    print("\n".join(calibration.table(book.calibrate(memory))))
+    book.save(options.out)
+    print(f"{len(book)} tables of {memory.spec.model}, {tokens:,} tokens, in {options.out}")
+    return 0
 
 
 def _default_text() -> Path:

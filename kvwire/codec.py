@@ -8,12 +8,14 @@ import numpy as np
 
 from kvwire.errors import ErrorCode, UsageError
 from kvwire.structure import fail
+from kvwire.tensor_spec import DType
+from kvwire.tiered import CodeTable, Part, decode_tiered, encode_tiered
 
 __all__ = ["Codec", "decode_chunk", "encode_chunk", "join_planes", "split_planes"]
 
 
 class Codec(IntEnum):
-    """How a chunk's payload is made of its raw bytes. TIERED is reserved."""
+    """How a chunk's payload is made of its raw bytes."""
 
     RAW = 0
     LZ4 = 1
@@ -21,10 +23,10 @@ class Codec(IntEnum):
 
     @classmethod
     def of(cls, codec: object) -> Codec:
-        """Return the `Codec` of a `Codec` or a name ("raw", "lz4")."""
+        """Return the `Codec` of a `Codec` or a name ("raw", "lz4", "tiered")."""
         found = cls.__members__.get(codec.upper()) if isinstance(codec, str) else codec
-        if found not in (cls.RAW, cls.LZ4):
-            raise UsageError(f"codec is {codec!r}; it must be 'raw' or 'lz4'")
+        if found not in tuple(cls):
+            raise UsageError(f"codec is {codec!r}; it must be 'raw', 'lz4' or 'tiered'")
         return cls(found)
 
 
@@ -42,8 +44,19 @@ def join_planes(planes: bytes, item_bytes: int) -> bytes:
     return items.T.tobytes() + bytes(memoryview(planes)[count * item_bytes:])
 
 
-def encode_chunk(codec: Codec, raw: bytes, item_bytes: int) -> tuple[Codec, bytes]:
-    """Return the payload and its codec, which is RAW where the chunk does not shrink."""
+def encode_chunk(codec: Codec, raw: bytes, dtype: DType) -> tuple[Codec, bytes]:
+    """Return the payload and its codec, which is RAW where the chunk does not shrink.
+
+    `dtype` is that of the first item of the chunk's segment: TIERED is told no more here, and all
+    elements have one base.
+    """
+    item_bytes = dtype.item_bytes
+    if codec == Codec.TIERED:
+        whole = len(raw) // item_bytes * item_bytes
+        parts = [Part(whole, CodeTable.of_elements(raw[:whole], dtype)), Part(len(raw) - whole)]
+        payload = encode_tiered(raw, [part for part in parts if part.raw_bytes])
+        if len(payload) < len(raw):
+            return codec, payload
     if codec == Codec.LZ4:
         import lz4.block
         payload = lz4.block.compress(split_planes(raw, item_bytes), store_size=False)
@@ -56,6 +69,8 @@ def decode_chunk(codec: Codec, payload: bytes, raw_bytes: int, item_bytes: int) 
     """Return the `raw_bytes` raw bytes; CODED_INVALID when the payload does not decode to them."""
     if codec == Codec.RAW:
         return payload
+    if codec == Codec.TIERED:
+        return decode_tiered(payload, raw_bytes)
     import lz4.block
     try:
         planes = lz4.block.decompress(payload, uncompressed_size=raw_bytes)

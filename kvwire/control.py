@@ -36,7 +36,8 @@ INDEX = Structure("INDEX segment", segment_offset="Q", chunk_count="I", digest="
 COMMIT = Structure("COMMIT", index_offset="Q", file_bytes="Q", segment_count="I", digest="I",
                    chunk_count="I", reserved="I")
 
-REPAIR_REASONS = (ErrorCode.PAYLOAD_CORRUPT, ErrorCode.RAW_CORRUPT, ErrorCode.CODED_INVALID)
+REPAIR_REASONS = (ErrorCode.PAYLOAD_CORRUPT, ErrorCode.RAW_CORRUPT, ErrorCode.CODED_INVALID,
+                  ErrorCode.TABLE_UNKNOWN)
 _CHUNK_OFFSET_BYTES = 8
 _U64_MAX = 0xFFFFFFFFFFFFFFFF
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
 
-from kvwire import plan
+from kvwire import _native, plan
 from kvwire.checksum import crc32c, segment_digest, transfer_digest
 from kvwire.codec import Codec, decode_chunk
 from kvwire.control import Commit, End, Index, Item, Segment
@@ -238,7 +238,10 @@ class FileReader:
             _index_corrupt(f"chunk {chunk} of segment {number} is not at {offset}",
                            chunk * announced.chunk_bytes, header.raw_offset)
         header.check_agreed(self._greeting.codecs & self._manifest.codecs)
-        raw = decode_chunk(header.codec, payload, raw_bytes, item_bytes)
+        if header.codec == Codec.TIERED:
+            raw = _native.tiered_decode(payload, raw_bytes)
+        else:
+            raw = decode_chunk(header.codec, payload, raw_bytes, item_bytes)
         if header.codec != Codec.RAW and crc32c(raw) != header.raw_crc:
             fail(ErrorCode.RAW_CORRUPT, f"chunk at {offset}: raw bytes have another checksum",
                  expected=header.raw_crc, actual=crc32c(raw), offset=offset)

@@ -41,7 +41,7 @@ def save(path: str | os.PathLike, source: CacheMemory | CacheSpec, arrays: Mappi
 
     Args:
         source: the memory; or a spec, with `arrays` and `tokens` as `CacheMemory` takes them.
-        codec: "raw" or "lz4".
+        codec: "raw", "lz4" or "tiered".
         metadata: int, float, bool, str or bytes values by name; 64 entries, 64 KiB.
 
     An older file at `path` is replaced when the new one is safe on disk; until then it stays.
@@ -131,10 +131,14 @@ class FileWriter:
 
     def __init__(self, file: BinaryIO, file_id: bytes):
         self._file, self._file_id, self._offset = file, file_id, 0
+        self._book = None
 
     def write(self, memory: CacheMemory, codec: Codec, metadata: Mapping[str, object],
-              transfer_id: bytes, chunk_bytes: int = _CHUNK_BYTES) -> None:
+              transfer_id: bytes, chunk_bytes: int = _CHUNK_BYTES, calibrated: bool = True) -> None:
+        """`calibrated`: TIERED chunks get the best tables, else plain ones, by the reference."""
         self._transfer_id, self._codec, self._chunk_bytes = transfer_id, codec, chunk_bytes
+        if codec == Codec.TIERED and calibrated:
+            self._book = _native.CodeBook()
         codecs = 1 << Codec.RAW | 1 << codec
         self._put(Greeting(Role.FILE, self._file_id, codecs=codecs).encode())
         self._frame(FrameType.MANIFEST, Manifest(
@@ -159,13 +163,14 @@ class FileWriter:
         announced = Segment(sum(map(item_raw_bytes, tensors, items)), self._chunk_bytes,
                             tuple(items))
         placement = plan.place(memory.spec, items, memory)
+        coder = self._book and _native.SegmentCoder(
+            self._book, memory.spec.model, plan.to_native(memory.spec), plan.native_items(items),
+            placement, self._chunk_bytes)
         segment_offset, records, offsets = self._offset, [], []
         self._frame(FrameType.SEGMENT, announced.encode(), segment_index=index)
         for chunk in range(announced.chunk_count):
             at, count = chunk * self._chunk_bytes, announced.chunk_raw_bytes(chunk)
-            raw = placement.gather(at, count)
-            raw_crc = crc32c(raw)
-            codec, payload = encode_chunk(self._codec, raw, tensors[0].dtype.item_bytes)
+            codec, payload, raw_crc = self._coded(placement, coder, at, count, tensors[0].dtype)
             payload_crc = raw_crc if codec == Codec.RAW else crc32c(payload)
             offsets.append(self._offset)
             records.append((at, count, raw_crc))
@@ -177,6 +182,15 @@ class FileWriter:
         self._frame(FrameType.SEGMENT_END, SegmentEnd(len(offsets), digest).encode(),
                     segment_index=index)
         return SegmentIndex(segment_offset, digest, tuple(offsets)), announced.raw_bytes
+
+    def _coded(self, placement: object, coder: object, at: int, count: int, dtype: DType
+               ) -> tuple[Codec, bytes, int]:
+        """Return codec, payload and raw checksum of a chunk."""
+        coded = coder.encode(at, count) if coder else None
+        if coded:
+            return Codec.TIERED, *coded
+        raw = placement.gather(at, count)
+        return *encode_chunk(Codec.RAW if coder else self._codec, raw, dtype), crc32c(raw)
 
     def _frame(self, kind: FrameType, payload: bytes, **fields: int) -> None:
         self._put(encode_frame(kind, self._transfer_id, payload, **fields))

@@ -16,8 +16,8 @@ from kvwire.control import Item
 from kvwire.layout import Axis, CacheSpec, DType
 from kvwire.reference_memory import item_raw_bytes, wire_elements
 
-__all__ = ["AxisStride", "LeafMemory", "TokenLayout", "element_addresses", "gather", "place",
-           "scatter", "to_native", "zero_missing_columns"]
+__all__ = ["AxisStride", "LeafMemory", "TokenLayout", "element_addresses", "gather",
+           "native_items", "place", "scatter", "to_native", "zero_missing_columns"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def to_native(spec: CacheSpec) -> list[tuple]:
         for tensor in group.tensors]) for group in spec.groups]
 
 
-def _native_items(items: Sequence[Item]) -> list[tuple]:
+def native_items(items: Sequence[Item]) -> list[tuple]:
+    """Return items as the plain tuples that the native planner takes."""
     return [(item.group_index, item.tensor_index, item.layer, item.token_start, item.token_stop)
             for item in items]
 
@@ -166,7 +167,7 @@ def place(spec: CacheSpec, items: Sequence[Item], memory) -> object:
         FormatError: an item contradicts `spec` (SEGMENT_INVALID).
     """
     from kvwire import _native
-    placement = _native.place(to_native(spec), _native_items(items), memory.native)
+    placement = _native.place(to_native(spec), native_items(items), memory.native)
     placement.memory = memory
     return placement
 
@@ -174,4 +175,4 @@ def place(spec: CacheSpec, items: Sequence[Item], memory) -> object:
 def zero_missing_columns(spec: CacheSpec, items: Sequence[Item], memory) -> None:
     """Zero the older columns of convolution states that a sender with `spec` does not have."""
     from kvwire import _native
-    _native.zero_missing_columns(to_native(spec), _native_items(items), memory.native)
+    _native.zero_missing_columns(to_native(spec), native_items(items), memory.native)

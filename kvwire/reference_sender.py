@@ -12,7 +12,10 @@ from kvwire.codec import Codec, encode_chunk
 from kvwire.control import Abort, Done, End, Grant, Item, Receipt, Repair, Segment, SegmentEnd
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
 from kvwire.manifest import Manifest
-from kvwire.wire import NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame
+from kvwire.tensor_spec import DType
+from kvwire.wire import (
+    CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
+)
 
 __all__ = ["ReferenceSender"]
 
@@ -40,12 +43,14 @@ class ReferenceSender:
     Args:
         segments: for each its items and its raw bytes.
         codec: what chunks are coded with.
+        codecs: what the greetings say.
         seed: shuffles chunks and lanes; None: in order, lane after lane.
     """
 
     def __init__(self, manifest: Manifest, segments: Sequence[tuple[Sequence[Item], bytes]], *,
                  transfer_id: bytes, link_id: bytes, lane_count: int = 1,
                  chunk_bytes: int = limits.CHUNK_BYTES_MIN, codec: Codec = Codec.RAW,
+                 codecs: int = CODECS_SPOKEN,
                  metadata: dict[str, object] | None = None, seed: int | None = None):
         self.done: Done | None = None
         self.error: KvwireError | None = None
@@ -53,9 +58,9 @@ class ReferenceSender:
         self._manifest, self._transfer_id, self._codec = manifest, transfer_id, codec
         self._segments = [Segment(len(raw), chunk_bytes, tuple(items)) for items, raw in segments]
         self._raw = [bytes(raw) for _, raw in segments]
-        self._item_bytes = [_item_bytes(manifest, items[0]) for items, _ in segments]
+        self._dtypes = [_dtype(manifest, items[0]) for items, _ in segments]
         self._metadata = metadata or {}
-        self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count)
+        self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count, codecs)
                            for lane in range(lane_count)]
         self._lanes = {lane: _Lane(FrameReader(Role.SENDER)) for lane in range(lane_count)}
         self._grant: Grant | None = None
@@ -226,7 +231,7 @@ class ReferenceSender:
         offset = chunk * self._segments[index].chunk_bytes
         raw = self._raw[index][offset:offset + self._chunk_bytes(place)]
         agreed = self._codec if self._grant.codecs >> self._codec & 1 else Codec.RAW
-        codec, payload = encode_chunk(agreed, raw, self._item_bytes[index])
+        codec, payload = encode_chunk(agreed, raw, self._dtypes[index])
         self._write(lane, FrameType.CHUNK, payload, segment_index=index, attempt=attempt,
                     raw_offset=offset, raw_bytes=len(raw), raw_crc=crc32c(raw), codec=codec)
 
@@ -252,5 +257,5 @@ class ReferenceSender:
         self._write(self._end_lane, FrameType.END, end.encode())
 
 
-def _item_bytes(manifest: Manifest, item: Item) -> int:
-    return manifest.spec.groups[item.group_index].tensors[item.tensor_index].dtype.item_bytes
+def _dtype(manifest: Manifest, item: Item) -> DType:
+    return manifest.spec.groups[item.group_index].tensors[item.tensor_index].dtype

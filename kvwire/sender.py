@@ -18,6 +18,7 @@ from kvwire.link import GBPS, LinkOptions, TransferStats
 from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
 from kvwire.security import Security, check_listening, options_of
+from kvwire.wire import CODECS_SPOKEN
 
 __all__ = ["Offer", "Push", "Sender", "Transfer"]
 
@@ -33,8 +34,8 @@ class Sender(Endpoint):
         lanes: TCP connections of the link, 1 to 64; "auto": 4, and more on a long link, up to 32,
             as the bandwidth measured times the round trip asks for.
         io_threads: 0: one for each core that the process may use, up to 4.
-        codec: "raw" or "lz4", the default of transfers. A chunk that does not shrink, or a peer
-            that lacks the codec, gets raw bytes.
+        codec: "raw", "lz4" or "tiered", the default of transfers. A chunk that does not shrink,
+            or a peer that lacks the codec, gets raw bytes.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
         lease_s: how long a link outlives its last lane, and a silent peer is believed. Until then
@@ -153,7 +154,7 @@ class Sender(Endpoint):
         source, sources = ranks_of(source_rank, "source_rank")
         destination, destinations = ranks_of(destination_rank, "destination_rank")
         return Manifest(ticket, spec, *memory.tokens, source, sources, destination, destinations,
-                        codecs=1 | 1 << Codec.LZ4, metadata=metadata or {})
+                        codecs=CODECS_SPOKEN, metadata=metadata or {})
 
     def _started(self, transfer: Transfer) -> Transfer:
         self._lend(transfer._native, transfer.memory)

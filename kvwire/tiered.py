@@ -94,6 +94,16 @@ class CodeTable:
     row_bases: bytes = b"\0"
     column_bases: bytes = b""
 
+    @classmethod
+    def of_elements(cls, raw: bytes, dtype: DType) -> CodeTable | None:
+        """Return a table with one base for all; None where the code does not know the dtype."""
+        form = element_format(dtype)
+        if form is None:
+            return None
+        counts = np.bincount(_elements(raw, form) >> form.verbatim_bits,
+                             minlength=1 << form.exponent_bits)
+        return cls(dtype, (2, 2, 2, 2), tuple(np.argsort(-counts, kind="stable")[:12].tolist()))
+
     @property
     def format(self) -> ElementFormat:
         return _FORMATS[self.dtype]

@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 GREETING_MAGIC = b"KVWIRE\r\n"
 FRAME_MAGIC = b"KW"
 NO_ID = bytes(16)
-CODECS_SPOKEN = 1 << Codec.RAW | 1 << Codec.LZ4
+CODECS_SPOKEN = 1 << Codec.RAW | 1 << Codec.LZ4 | 1 << Codec.TIERED
 
 GREETING = Structure(
     "greeting", magic="8s", version="H", version_min="H", role="B", reserved_a="B", flags="H",

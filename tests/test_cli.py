@@ -159,3 +159,34 @@ def test_the_default_text_is_there(monkeypatch, tmp_path):
     assert cli._default_text() == tmp_path / "kvwire" / "FORMAT.md"
     (tmp_path / "pyproject.toml").touch()
     assert cli._default_text() == tmp_path / "README.md"
+
+
+def test_calibrate_writes_a_book(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "book.npz"
+    code, said, _ = run(capsys, "calibrate", "qwen3-next", "--out", str(out), "--tokens", "300",
+                        "--name", "mine")
+    book = kvwire.CodeBook.load(out)
+    assert code == 0 and len(book) == 16
+    assert "mine|1|k|3|3|1x1x2x128" in book.names
+    ratios = {line.split()[1]: float(line.split()[-1]) for line in said.splitlines()[1:-1]}
+    assert ratios.keys() == {"k", "v", "state", "conv"}
+    assert min(ratios["k"], ratios["v"]) > 1.45 and ratios["state"] > 1.17
+
+
+def test_calibrate_keeps_the_models_order_on_request(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "book.npz"
+    code, _, _ = run(capsys, "calibrate", "qwen3-next", "--out", str(out), "--tokens", "100",
+                     "--order", "HND", "--dtype", "fp32")
+    assert code == 0
+    assert "qwen3_next|1|k|3|1|1x2x0x128" in kvwire.CodeBook.load(out).names
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("no-such-model",), "cannot load"), (("jamba", "--tokens", "0"), "--tokens")])
+def test_calibrate_says_what_is_wrong(capsys, tmp_path, arguments, says):
+    pytest.importorskip("transformers")
+    code, _, error = run(capsys, "calibrate", *arguments, "--out", str(tmp_path / "book.npz"))
+    assert code == 2 and says in error
+    assert not list(tmp_path.iterdir())

@@ -57,7 +57,8 @@ def test_planes_refuse_items_of_no_bytes():
 
 
 def test_codec_names():
-    assert [_native.codec_name(number) for number in (0, 1, 2, 255)] == ["RAW", "LZ4", None, None]
+    assert [_native.codec_name(number) for number in (0, 1, 2, 3, 255)] == [
+        "RAW", "LZ4", "TIERED", None, None]
 
 
 def test_raw_is_never_coded_and_has_one_length():
@@ -67,9 +68,10 @@ def test_raw_is_never_coded_and_has_one_length():
     assert _native.codec_decode(RAW, b"", 2, 0) == b""
 
 
-def test_unknown_codec_does_nothing():
-    assert _native.codec_encode(2, b"a" * 100, 2) is None
-    assert _native.codec_decode(2, b"abc", 2, 3) is None
+@pytest.mark.parametrize("codec", [2, 3])
+def test_unknown_codec_and_one_that_needs_parts_do_nothing(codec):
+    assert _native.codec_encode(codec, b"a" * 100, 2) is None
+    assert _native.codec_decode(codec, b"abc", 2, 3) is None
 
 
 @needs_lz4
@@ -160,5 +162,5 @@ def test_environment_hides_lz4(shown):
         text=True,
         check=True,
     )
-    expected = {"0": ["1", "None", "False"], "1": ["3", "b'152637489'", "True"]}
+    expected = {"0": ["5", "None", "False"], "1": ["7", "b'152637489'", "True"]}
     assert done.stdout.split() == expected[shown]

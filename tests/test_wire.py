@@ -19,6 +19,7 @@ from kvwire.control import (
     RepairEntry, Segment, SegmentEnd, SegmentIndex,
 )
 from kvwire.errors import ErrorCode, FormatError, KvwireError, UsageError
+from kvwire.layout import DType
 from kvwire.manifest import Manifest
 from kvwire.wire import (
     HEADER, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
@@ -148,12 +149,13 @@ def test_planes_come_back(raw, item_bytes):
     assert planes == b"".join(raw[i:whole:item_bytes] for i in range(item_bytes)) + raw[whole:]
 
 
-@given(st.binary(min_size=1, max_size=40), st.integers(1, 50), st.sampled_from([1, 2, 4]))
-def test_coded_chunks_come_back(seed, count, item_bytes):
+@given(st.binary(min_size=1, max_size=40), st.integers(1, 50), st.sampled_from(list(DType)),
+       st.sampled_from([Codec.LZ4, Codec.TIERED]))
+def test_coded_chunks_come_back(seed, count, dtype, wanted):
     raw = seed * count
-    codec, payload = encode_chunk(Codec.LZ4, raw, item_bytes)
-    assert (codec == Codec.LZ4) == (len(payload) < len(raw))
-    assert decode_chunk(codec, payload, len(raw), item_bytes) == raw
+    codec, payload = encode_chunk(wanted, raw, dtype)
+    assert (codec == wanted) == (len(payload) < len(raw))
+    assert decode_chunk(codec, payload, len(raw), dtype.item_bytes) == raw
 
 
 @given(st.binary(min_size=1, max_size=100), st.integers(2, 200))

@@ -173,7 +173,7 @@ void register_plan(py::module_& module) {
         .def("gather", &gather, py::arg("offset"), py::arg("bytes"))
         .def("scatter", &scatter, py::arg("offset"), py::arg("data"))
         .def("crc32c", &Placement::crc32c, py::arg("offset"), py::arg("bytes"),
-             py::call_guard<py::gil_scoped_release>());
+             py::arg("crc") = 0, py::call_guard<py::gil_scoped_release>());
 
     module.def("place", &place, py::arg("groups"), py::arg("items"), py::arg("memory"));
     module.def("zero_missing_columns", &zero_columns, py::arg("groups"), py::arg("items"),

@@ -12,6 +12,7 @@
 
 #include "bind/bind_plan.hpp"
 #include "bind/convert.hpp"
+#include "codec/codec.hpp"
 #include "wire/receive_link.hpp"
 #include "wire/send_link.hpp"
 
@@ -168,7 +169,7 @@ class ReceiverProbe : public Probe<ReceiveLink> {
 public:
     explicit ReceiverProbe(uint32_t transfers_max) {
         ReceiveOptions options;
-        options.codecs = 3;
+        options.codecs = codecs_available();
         options.transfers_max = transfers_max;
         options.chunk_bytes_max = uint32_t(limits::chunk_bytes_max);
         link_ = std::make_unique<ReceiveLink>(tickets_, options, [] {});
@@ -251,7 +252,7 @@ public:
         : lane_count_(lane_count), memory_(memory) {
         SendOptions options;
         options.chunk_bytes = chunk_bytes;
-        options.codecs = 3;
+        options.codecs = codecs_available();
         link_ = std::make_unique<SendLink>(offers_, options);
         transfer_ = std::make_shared<SendTransfer>(
             id_from(transfer_id), decode_manifest(span_of(manifest_payload)), memory, codec, *this);
@@ -270,7 +271,7 @@ public:
         greeting.link_id.bytes.fill(7);
         greeting.lane_index = uint16_t(lane);
         greeting.lane_count = uint16_t(lane_count_);
-        greeting.codecs = 3;
+        greeting.codecs = codecs_available();
         uint8_t bytes[GREETING_BYTES];
         encode_greeting(greeting, bytes);
         return {{lane, py::bytes(reinterpret_cast<char*>(bytes), GREETING_BYTES)}};

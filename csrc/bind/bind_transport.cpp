@@ -6,6 +6,7 @@
 
 #include "bind/bind_plan.hpp"
 #include "bind/convert.hpp"
+#include "codec/code_book.hpp"
 #include "codec/codec.hpp"
 #include "transport/endpoint.hpp"
 
@@ -55,6 +56,7 @@ EndpointOptions options_from(const py::dict& given) {
         if (given.contains(name))
             target = given[name].cast<std::remove_reference_t<decltype(target)>>();
     };
+    options.send.code_book = std::make_shared<CodeBook>();
     options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
     take("io_threads", options.io_threads);
     take("connections_max", options.door.connections_max);
@@ -66,6 +68,7 @@ EndpointOptions options_from(const py::dict& given) {
     take("dscp", options.socket.dscp);
     take("bandwidth_max_bytes_per_s", options.bandwidth_max_bytes_per_s);
     take("chunk_bytes", options.send.chunk_bytes);
+    take("code_book", options.send.code_book);
     take("send_transfers_max", options.send.transfers_max);
     take("window_bytes", options.receive.window_bytes);
     take("chunk_bytes_max", options.receive.chunk_bytes_max);

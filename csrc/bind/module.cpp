@@ -6,6 +6,8 @@ void register_errors(pybind11::module_& module);
 void register_checksum(pybind11::module_& module);
 void register_codec(pybind11::module_& module);
 void register_tiered(pybind11::module_& module);
+void register_calibration(pybind11::module_& module);
+void register_code_book(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_wire(pybind11::module_& module);
 void register_probes(pybind11::module_& module);
@@ -20,7 +22,9 @@ PYBIND11_MODULE(_native, module) {
     kvwire::register_checksum(module);
     kvwire::register_codec(module);
     kvwire::register_tiered(module);
+    kvwire::register_calibration(module);
     kvwire::register_plan(module);
+    kvwire::register_code_book(module);
     kvwire::register_wire(module);
     kvwire::register_probes(module);
     kvwire::register_security(module);

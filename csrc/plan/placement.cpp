@@ -338,8 +338,9 @@ void Placement::scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) cons
     walk(offset, bytes, sink);
 }
 
-uint32_t Placement::crc32c(uint64_t offset, uint64_t bytes) const {
+uint32_t Placement::crc32c(uint64_t offset, uint64_t bytes, uint32_t crc) const {
     CrcSink sink;
+    sink.crc = crc;
     if (mean_run_bytes() >= 256) {
         walk(offset, bytes, sink);
         return sink.crc;

@@ -81,7 +81,8 @@ public:
 
     void gather(uint64_t offset, uint64_t bytes, uint8_t* out) const;      // skipped bytes become 0
     void scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) const;
-    uint32_t crc32c(uint64_t offset, uint64_t bytes) const;                // of the bytes in place
+    // Of `crc` and the bytes in place.
+    uint32_t crc32c(uint64_t offset, uint64_t bytes, uint32_t crc = 0) const;
 
     size_t piece_count() const { return pieces_.size(); }
 

@@ -164,7 +164,7 @@ std::vector<RepairEntry> decode_repair(ByteSpan payload) {
         entry.attempt = in.number<uint32_t>();
         entry.reason = ErrorCode(in.number<uint16_t>());
         if (entry.reason != ErrorCode::PAYLOAD_CORRUPT && entry.reason != ErrorCode::RAW_CORRUPT &&
-            entry.reason != ErrorCode::CODED_INVALID)
+            entry.reason != ErrorCode::CODED_INVALID && entry.reason != ErrorCode::TABLE_UNKNOWN)
             in.fail(ErrorCode::FIELD_INVALID, "reason is no chunk error", 0,
                     uint64_t(entry.reason));
         in.zeros(2);

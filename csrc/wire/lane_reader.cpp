@@ -20,15 +20,19 @@ void ChunkTarget::revoke() {
     landed_ = false;
 }
 
-const ChunkTarget::Landing& ChunkTarget::land(uint32_t payload_crc) {
+const Landing& ChunkTarget::land(uint32_t payload_crc) {
     if (!landed_) landing_ = stage_out(payload_crc);
     landed_ = true;
     return landing_;
 }
 
-ChunkTarget::Landing ChunkTarget::stage_out(uint32_t payload_crc) const {
+Landing ChunkTarget::stage_out(uint32_t payload_crc) {
     if (payload_crc != header.payload_crc) return {ErrorCode::PAYLOAD_CORRUPT, payload_crc};
     if (!staging || !placement) return {ErrorCode::OK, payload_crc};  // computed in place
+    if (Codec(header.codec) == Codec::TIERED) {
+        if (!decoder_) decoder_ = std::make_unique<ChunkDecoder>();
+        return decoder_->decode(header, staging, *placement);
+    }
     const uint8_t* raw = staging;
     if (header.codec != 0) {
         uint8_t* decoded = staging + header.raw_bytes;

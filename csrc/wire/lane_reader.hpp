@@ -11,6 +11,7 @@
 
 #include "base/bytes.hpp"
 #include "plan/placement.hpp"
+#include "wire/chunk_coder.hpp"
 #include "wire/frames.hpp"
 
 namespace kvwire {
@@ -19,14 +20,10 @@ namespace kvwire {
 // buffer and from there to its place, or nowhere. A revoked target goes nowhere from then on.
 struct ChunkTarget {
     const Placement* placement = nullptr;
-    uint8_t* staging = nullptr;  // payload, raw bytes and the codec's scratch, one after another
+    uint8_t* staging = nullptr;  // the payload; for LZ4 raw bytes and scratch behind it
     FrameHeader header;
     uint32_t item_bytes = 1;
 
-    struct Landing {
-        ErrorCode verdict = ErrorCode::OK;  // or PAYLOAD_CORRUPT, CODED_INVALID, RAW_CORRUPT
-        uint32_t crc = 0;                   // as computed
-    };
     // The payload is complete: verifies it, and brings what was staged to its place. Once.
     const Landing& land(uint32_t payload_crc);
 
@@ -38,7 +35,8 @@ struct ChunkTarget {
     bool discards() const { return placement == nullptr && staging == nullptr; }
 
 private:
-    Landing stage_out(uint32_t payload_crc) const;
+    Landing stage_out(uint32_t payload_crc);
+    std::unique_ptr<ChunkDecoder> decoder_;  // once it was needed
     bool landed_ = false;
     Landing landing_;
 };

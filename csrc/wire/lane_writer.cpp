@@ -65,7 +65,9 @@ void LaneWriter::prepare() {
 void LaneWriter::prepare(Entry& entry) {
     FrameHeader& header = entry.header;
     const Placement& placement = *entry.source.placement;
-    if (!code(entry)) {
+    const Source& source = entry.source;
+    if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding, &header,
+                         &entry.body)) {
         header.codec = 0;
         header.payload_bytes = header.raw_bytes;
         if (placement.suits_iovecs()) {
@@ -80,26 +82,6 @@ void LaneWriter::prepare(Entry& entry) {
     }
     entry.payload_bytes = header.payload_bytes;
     encode_header(header, entry.head.data());
-}
-
-// False: the chunk does not shrink, or raw was asked for.
-bool LaneWriter::code(Entry& entry) {
-    if (entry.source.codec == Codec::RAW) return false;
-    FrameHeader& header = entry.header;
-    gather_.resize(header.raw_bytes);
-    scratch_.resize(header.raw_bytes);
-    entry.body.resize(header.raw_bytes);
-    entry.source.placement->gather(header.raw_offset, header.raw_bytes, gather_.data());
-    const size_t bytes =
-        encode(entry.source.codec, gather_.data(), header.raw_bytes, entry.source.item_bytes,
-               entry.body.data(), entry.body.size(), scratch_.data());
-    if (bytes == 0 || bytes >= header.raw_bytes) return false;
-    entry.body.resize(bytes);
-    header.codec = uint8_t(entry.source.codec);
-    header.payload_bytes = uint32_t(bytes);
-    header.raw_crc = crc32c(0, gather_.data(), header.raw_bytes);
-    header.payload_crc = crc32c(0, entry.body.data(), bytes);
-    return true;
 }
 
 void LaneWriter::wait_for_section() const {

@@ -15,8 +15,8 @@
 #include <memory>
 #include <vector>
 
-#include "codec/codec.hpp"
 #include "plan/placement.hpp"
+#include "wire/chunk_coder.hpp"
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
 
@@ -35,6 +35,7 @@ public:
         void* owner = nullptr;
         Codec codec = Codec::RAW;  // when it makes the chunk smaller
         uint32_t item_bytes = 1;
+        const SegmentCoding* coding = nullptr;  // for Codec::TIERED
     };
     void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 
@@ -73,7 +74,6 @@ private:
     };
 
     void prepare(Entry& entry);
-    bool code(Entry& entry);
     bool is_waiting(const Entry& entry) const {
         return entry.state == Entry::QUEUED || entry.state == Entry::PREPARING;
     }
@@ -84,7 +84,7 @@ private:
     std::deque<Entry> entries_;
     std::vector<Entry*> preparing_;
     std::vector<Bytes> spare_;
-    Bytes gather_, scratch_;           // prepare()'s own
+    ChunkEncoder encoder_;             // prepare()'s own
     size_t queued_bytes_ = 0;
     size_t queued_control_bytes_ = 0;  // an entry counts until all of it has left
     size_t lent_entries_ = 0;          // in the iovecs given out last

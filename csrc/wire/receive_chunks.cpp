@@ -79,11 +79,11 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
             transfer.ticket->observer().on_layer_touched(item.layer);
     segment.touched = true;
     const size_t raw_bytes = lane.target.header.raw_bytes;
-    const bool is_raw = lane.target.header.codec == 0;
+    const Codec codec = Codec(lane.target.header.codec);
     lane.target.placement = &segment.placement;
     lane.target.item_bytes = segment.item_bytes;
-    if (is_raw && segment.placement.suits_iovecs()) return;
-    reserve_staging(lane, is_raw ? raw_bytes : 3 * raw_bytes);
+    if (codec == Codec::RAW && segment.placement.suits_iovecs()) return;
+    reserve_staging(lane, codec == Codec::LZ4 ? 3 * raw_bytes : raw_bytes);
     lane.target.staging = lane.staging.get();
 }
 
@@ -113,7 +113,7 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     const FrameHeader header = lane.target.header;
     const uint32_t index = uint32_t(header.raw_offset / work.announcement.chunk_bytes);
     Chunk& chunk = work.chunks[index];
-    const ChunkTarget::Landing landing = lane.target.land(payload_crc);
+    const Landing landing = lane.target.land(payload_crc);
     lane.target.revoke();
     lane.transfer = nullptr;
     lane.segment = nullptr;

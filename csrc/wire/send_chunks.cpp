@@ -126,7 +126,8 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
     lanes_.at(lane_index).writer.chunk(
-        header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes});
+        header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes,
+                 segment.coding.get()});
 }
 
 Codec SendLink::codec_of(const SendTransfer& transfer) const {

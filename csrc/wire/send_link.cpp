@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "wire/segment_coding.hpp"
+
 namespace kvwire {
 namespace {
 
@@ -10,7 +12,9 @@ constexpr size_t RECENT_ABORTS_KEPT = 64;
 }  // namespace
 
 SendLink::SendLink(OfferBook& offers, SendOptions options)
-    : LinkMachine(options.liveness), offers_(offers), options_(options) {}
+    : LinkMachine(options.liveness), offers_(offers), options_(std::move(options)) {
+    if (!options_.code_book) options_.code_book = std::make_shared<CodeBook>();
+}
 
 SendLink::~SendLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -259,6 +263,14 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     announcement.chunk_bytes =
         uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
     announcement.items = std::move(items);
+    if (codec_of(transfer) == Codec::TIERED) {
+        const Manifest& manifest = transfer.manifest;
+        const auto coding =
+            std::make_shared<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
+        for (const Item& item : announcement.items)
+            coding->append(manifest.model, manifest.groups[item.group], item);
+        segment->coding = coding;
+    }
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
@@ -378,6 +390,7 @@ void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& s
     detach(segment);
     segment.chunks = {};
     segment.placement = {};
+    segment.coding.reset();
     segment.announcement.items = {};
     segment.announcement_payload = {};
     if (--transfer.pushes[segment.push].open_segments == 0)

@@ -19,6 +19,8 @@
 
 namespace kvwire {
 
+class CodeBook;
+
 // What the owner of a transfer hears, on the thread that drives the protocol.
 class TransferObserver {
 public:
@@ -35,6 +37,7 @@ struct SendOptions {
     uint32_t chunk_bytes = 256 << 10;
     uint32_t transfers_max = 1024;
     uint32_t codecs = 1;
+    std::shared_ptr<CodeBook> code_book;  // null: one of its own
     LivenessOptions liveness;
 };
 
@@ -62,6 +65,7 @@ public:
         Bytes announcement_payload;
         Placement placement;
         uint32_t item_bytes = 1;
+        std::shared_ptr<const SegmentCoding> coding;  // null: without the tiered code
         std::vector<Chunk> chunks;
         uint32_t next_unsent = 0;
         uint32_t crcs_known = 0;

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["DemoModel", "TRAINED", "decode_steps", "decode_tokens", "load", "model_names",
-           "prefill", "title"]
+           "prefill", "quieten", "title"]
 
 TRAINED = "smollm2-135m"
 
@@ -126,7 +126,7 @@ def _recipe(name: str) -> _Recipe:
 def load(name: str) -> DemoModel:
     """Load a model, in fp32, for inference. Holds PyTorch to one thread from here on."""
     recipe = None if name == TRAINED else _recipe(name)
-    _quieten()
+    quieten()
     import torch
     torch.set_num_threads(1)
     return _load_trained() if recipe is None else _make_random(name, recipe)
@@ -169,7 +169,7 @@ def decode_steps(demo_model: DemoModel, cache: object, first: int,
         yield token, logits
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep transformers from the network, and from advice about kernels that are not for CPUs."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore", module="transformers|torch")

@@ -28,13 +28,14 @@ from kvwire.control import (
 from kvwire.errors import ErrorCode
 from kvwire.files import FileWriter
 from kvwire.layout import (
-    Axis, CacheSpec, attention, convolution, latent, recurrent, sliding_window,
+    Axis, CacheSpec, DType, attention, convolution, latent, recurrent, sliding_window,
 )
 from kvwire.manifest import Manifest
 from kvwire.memory import CacheMemory
 from kvwire.reference import ReferenceReceiver
 from kvwire.reference_memory import ReferenceMemory, ReferenceTicket
 from kvwire.reference_sender import ReferenceSender
+from kvwire.tiered import element_format
 from kvwire.wire import FrameReader, FrameType, Role, encode_frame
 
 HERE = Path(__file__).parent
@@ -43,6 +44,7 @@ A latent cache of one layer, three tokens: for each the leaf `latent` of four fp
 leaf `rope` of one, fused in one tensor `mla`; 30 bytes in one segment of one chunk. Left of the
 bytes stands their offset in the stream, in hexadecimal."""
 TICKET, TRANSFER, LINK = b"ticket of vector", b"transfer, vector", b"link of vectors."
+CODECS_SPOKEN = 1 << Codec.RAW | 1 << Codec.LZ4  # by all vectors but those of later codecs
 
 
 @dataclass
@@ -81,6 +83,24 @@ def filled(spec: CacheSpec, token_start: int, token_stop: int) -> ReferenceMemor
     return memory
 
 
+def number_like(count: int, dtype: DType) -> np.ndarray:
+    """Return bytes of `count` elements whose exponents crowd, as those of caches do."""
+    form, place = element_format(dtype), np.arange(count, dtype=np.uint64)
+    mantissa_bits = form.verbatim_bits - 1
+    exponent = (1 << form.exponent_bits - 1) - place % 3 % 2 - place % 11 // 10 - place % 97 // 96
+    bits = (place >> 3 & 1) << form.exponent_bits | exponent.astype(np.uint64)
+    bits = bits << mantissa_bits | place * 2654435761 % (1 << mantissa_bits)
+    return bits.astype(f"<u{form.item_bytes}").view(np.uint8)
+
+
+def filled_with_numbers(spec: CacheSpec, token_start: int, token_stop: int) -> ReferenceMemory:
+    memory = ReferenceMemory(spec, token_start, token_stop)
+    for key, array in memory.arrays.items():
+        dtype = memory.leaves[key].dtype
+        array[:] = number_like(array.size // dtype.item_bytes, dtype)
+    return memory
+
+
 def all_items(spec: CacheSpec, token_start: int, token_stop: int) -> list[Item]:
     return [Item(group, tensor, layer, *((token_start, token_stop) if each.has_tokens else (0, 0)))
             for group, held in enumerate(spec.groups) for layer in held.layers
@@ -111,19 +131,23 @@ def closed(sent: list[bytes]) -> bool:
 def transfer(name: str, contains: str, spec: CacheSpec, tokens: tuple[int, int], *,
              lane_count: int = 1, into: CacheSpec | None = None, codec: Codec = Codec.RAW,
              damage=lambda data: data, seed: int | None = None, chunk_bytes: int = 4096,
-             metadata: dict | None = None, items_per_segment: int = 1) -> list[Vector]:
+             metadata: dict | None = None, items_per_segment: int = 1, fill=filled
+             ) -> list[Vector]:
     """Return the streams of one whole transfer, all lanes, both directions."""
-    source = filled(spec, *tokens)
+    source = fill(spec, *tokens)
     items = all_items(spec, *tokens)
     parts = [items[at:at + items_per_segment] for at in range(0, len(items), items_per_segment)]
     segments = [(part, source.gather(spec, part)) for part in parts]
     manifest = Manifest(TICKET, spec, *tokens, codecs=1 << codec | 1, metadata=metadata or {})
     expected = Manifest(TICKET, into or spec, *tokens)
     ticket = ReferenceTicket(ReferenceMemory(into or spec, *tokens))
+    codecs = CODECS_SPOKEN | 1 << codec
     sender = ReferenceSender(manifest, segments, transfer_id=TRANSFER, link_id=LINK, codec=codec,
-                             lane_count=lane_count, seed=seed, chunk_bytes=chunk_bytes,
+                             codecs=codecs, lane_count=lane_count, seed=seed,
+                             chunk_bytes=chunk_bytes,
                              metadata={"first_token": 42} if metadata else None)
-    sent, answered = run(sender, ReferenceReceiver({TICKET: ticket}), lane_count, damage)
+    sent, answered = run(sender, ReferenceReceiver({TICKET: ticket}, codecs=codecs),
+                         lane_count, damage)
     if not ticket.complete:
         raise SystemExit(f"{name}: the transfer failed: {sender.error}")
     vectors = []
@@ -166,14 +190,14 @@ def tensor_parallel() -> Vector:
     """Return one stream with the transfers of two source ranks, a head each, into one ticket."""
     whole = CacheSpec("tp", (attention([0], kv_heads=2, head_dim=4),))
     ticket = ReferenceTicket(ReferenceMemory(whole, 0, 5), source_rank_count=2)
-    receiver = ReferenceReceiver({TICKET: ticket})
+    receiver = ReferenceReceiver({TICKET: ticket}, codecs=CODECS_SPOKEN)
     stream = b""
     for rank in range(2):
         spec = whole.shard(rank, 2)
         source, items = filled(spec, 0, 5), all_items(spec, 0, 5)
         sender = ReferenceSender(
             Manifest(TICKET, spec, 0, 5, rank, 2), [(items, source.gather(spec, items))],
-            transfer_id=TRANSFER[:-1] + bytes((rank,)), link_id=LINK)
+            transfer_id=TRANSFER[:-1] + bytes((rank,)), link_id=LINK, codecs=CODECS_SPOKEN)
         part, _ = _run_on_open_lane(sender, receiver, greet=rank == 0)
         stream += part
     if not ticket.complete:
@@ -201,9 +225,9 @@ def _run_on_open_lane(sender: ReferenceSender, receiver: ReferenceReceiver, gree
     return sent, answered
 
 
-_GREETING_ANSWER = ReferenceReceiver().feed(0, ReferenceSender(
+_GREETING_ANSWER = ReferenceReceiver(codecs=CODECS_SPOKEN).feed(0, ReferenceSender(
     Manifest(TICKET, CacheSpec("", ()), 0, 0), [], transfer_id=TRANSFER,
-    link_id=LINK).start()[0][1])[0][1]
+    link_id=LINK, codecs=CODECS_SPOKEN).start()[0][1])[0][1]
 
 
 def receiver_frames() -> Vector:
@@ -232,7 +256,7 @@ def pings() -> Vector:
                   "PING and PONG, and others of their types that are skipped")
 
 
-def cache_memory(spec: CacheSpec, token_stop: int) -> CacheMemory:
+def cache_memory(spec: CacheSpec, token_stop: int, numbers: bool = False) -> CacheMemory:
     """Return the memory of a contiguous spec with bytes that tell every place apart."""
     arrays = {}
     for number, (group, layer, tensor) in enumerate(
@@ -240,21 +264,27 @@ def cache_memory(spec: CacheSpec, token_stop: int) -> CacheMemory:
             for tensor in group.tensors):
         shape = [token_stop if axis.axis == Axis.TOKEN else axis.held for axis in tensor.axes]
         count = math.prod(shape) * tensor.dtype.item_bytes
-        data = ((np.arange(count) + 7 * number) % 251).astype(np.uint8)
+        if numbers:
+            data = number_like(math.prod(shape), tensor.dtype)
+        else:
+            data = ((np.arange(count) + 7 * number) % 251).astype(np.uint8)
         arrays[layer, tensor.name] = data.view(f"V{tensor.dtype.item_bytes}").reshape(shape)
     return CacheMemory(spec, arrays, tokens=token_stop)
 
 
 def file_bytes(codec: Codec = Codec.RAW) -> bytes:
     stream = io.BytesIO()
-    FileWriter(stream, LINK).write(cache_memory(hybrid_spec(0), 40), codec, {"first_token": 42},
-                                   TRANSFER, chunk_bytes=4096)
+    memory = cache_memory(hybrid_spec(0), 40, numbers=codec == Codec.TIERED)
+    FileWriter(stream, LINK).write(memory, codec, {"first_token": 42}, TRANSFER, chunk_bytes=4096,
+                                   calibrated=False)
     return stream.getvalue()
 
 
 def cache_file() -> list[Vector]:
     return [Vector("cache_file", file_bytes(), "file", "a cache file of a hybrid spec"),
-            Vector("cache_file_lz4", file_bytes(Codec.LZ4), "file", "its chunks coded by LZ4")]
+            Vector("cache_file_lz4", file_bytes(Codec.LZ4), "file", "its chunks coded by LZ4"),
+            Vector("cache_file_tiered", file_bytes(Codec.TIERED), "file",
+                   "its chunks coded by the tiered code, tables inside")]
 
 
 def valid_vectors() -> list[Vector]:
@@ -270,6 +300,8 @@ def valid_vectors() -> list[Vector]:
                   lane_count=2, seed=1),
         *transfer("lz4", "chunks coded by LZ4 over byte planes", hybrid_spec(), (0, 200),
                   codec=Codec.LZ4, items_per_segment=3),
+        *transfer("tiered", "chunks coded by the tiered code, tables inside", hybrid_spec(),
+                  (0, 200), codec=Codec.TIERED, items_per_segment=3, fill=filled_with_numbers),
         *transfer("repaired", "a chunk with a flipped bit, and its second attempt",
                   hybrid_spec(), (0, 20), damage=damage_once()),
         *transfer("zero_tokens", "no token: states only", hybrid_spec(), (9, 9)),

@@ -6,7 +6,7 @@ import struct
 from dataclasses import replace
 
 from vectors.generate import (
-    LINK, TICKET, TRANSFER, Vector, file_bytes, minimal_spec, transfer,
+    CODECS_SPOKEN, LINK, TICKET, TRANSFER, Vector, file_bytes, minimal_spec, transfer,
 )
 
 from kvwire.checksum import crc32c
@@ -16,7 +16,7 @@ from kvwire.control import (
     Grant, Item, Pull, Receipt, Repair, RepairEntry, Segment,
 )
 from kvwire.errors import ErrorCode
-from kvwire.layout import CacheSpec, auxiliary, latent
+from kvwire.layout import CacheSpec, DType, auxiliary, latent
 from kvwire.limits import WAITING_MANIFESTS_MAX
 from kvwire.manifest import MANIFEST, Manifest
 from kvwire.structure import Structure
@@ -371,7 +371,7 @@ def lz4_chunks(broken: Broken) -> None:
     spec = CacheSpec("z", (auxiliary([0], "scale", heads=1, dtype="fp32"),))
     expected = Manifest(TICKET, spec, 0, 1024, codecs=3)
     raw = bytes(4096)
-    _, payload = encode_chunk(Codec.LZ4, raw, 4)
+    _, payload = encode_chunk(Codec.LZ4, raw, DType.FP32)
     segment = Segment(4096, 4096, (Item(0, 0, 0, 0, 1024),))
     start = broken["GREETING"] + encode_frame(
         FrameType.MANIFEST, TRANSFER, expected.encode()) + encode_frame(
@@ -381,7 +381,7 @@ def lz4_chunks(broken: Broken) -> None:
         return encode_frame(FrameType.CHUNK, TRANSFER, payload, raw_bytes=4096,
                             raw_crc=crc32c(raw), codec=1)
 
-    short = encode_chunk(Codec.LZ4, raw[:4092], 4)[1]
+    short = encode_chunk(Codec.LZ4, raw[:4092], DType.FP32)[1]
     for name, error, contains, frame in (
             ("coded_flipped", code.PAYLOAD_CORRUPT, "a bit of a coded payload flipped",
              flipped(chunk(payload, raw), _HEADER)),
@@ -425,7 +425,7 @@ def answers(broken: Broken) -> None:
     broken.raw("receipt_empty", code.TRUNCATED, "RECEIPT without entries",
                broken["GREETING"] + payload_with(receipt, b""))
     broken.raw("sender_role_conflict", code.ROLE_CONFLICT, "a sender's greeting, read by a sender",
-               Greeting(Role.SENDER, LINK).encode())
+               Greeting(Role.SENDER, LINK, codecs=CODECS_SPOKEN).encode())
     broken.raw("receiver_writes_chunk", code.STATE_INVALID, "a receiver writes SEGMENT_END",
                broken["GREETING"] + encode_frame(FrameType.SEGMENT_END, TRANSFER, bytes(8)))
 
@@ -463,7 +463,7 @@ def files() -> list[Vector]:
         add(name, error, f"COMMIT: {field} is {value}",
             body + field_with(commit, COMMIT, field, value))
     add("role", code.FIELD_INVALID, "a sender's greeting",
-        Greeting(Role.SENDER, LINK).encode() + good[64:])
+        Greeting(Role.SENDER, LINK, codecs=CODECS_SPOKEN).encode() + good[64:])
     add("greeting", code.GREETING_CORRUPT, "a bit of the greeting flipped", flipped(good, 20))
     add("header", code.HEADER_CORRUPT, "a bit of a CHUNK's header flipped",
         flipped(good, first_chunk + 8))

@@ -1,0 +1,100 @@
+#include "wire/chunk_coder.hpp"
+
+#include <algorithm>
+
+#include "base/bytes.hpp"
+#include "checksum/crc32c.hpp"
+#include "plan/run_cursor.hpp"
+#include "wire/segment_coding.hpp"
+
+namespace kvwire {
+namespace {
+
+constexpr size_t PART_BYTES = 16, PART_CODED_BYTES_AT = 4;
+// Section 9.2: whatever went wrong twice is not tried again.
+constexpr uint32_t CODED_ATTEMPTS_MAX = 2;
+
+}  // namespace
+
+bool ChunkEncoder::encode(Codec codec, const Placement& placement, uint32_t item_bytes,
+                          const SegmentCoding* coding, FrameHeader* header, Bytes* body) {
+    size_t bytes = 0;
+    if (codec == Codec::LZ4) bytes = encode_lz4(placement, item_bytes, header, body);
+    if (codec == Codec::TIERED && coding && header->attempt < CODED_ATTEMPTS_MAX)
+        bytes = encode_tiered(placement, *coding, header, body);
+    if (bytes == 0 || bytes >= header->raw_bytes) return false;
+    header->codec = uint8_t(codec);
+    header->payload_bytes = uint32_t(bytes);
+    header->payload_crc = crc32c(0, body->data(), bytes);
+    return true;
+}
+
+size_t ChunkEncoder::encode_lz4(const Placement& placement, uint32_t item_bytes,
+                                FrameHeader* header, Bytes* body) {
+    gathered_.resize(header->raw_bytes);
+    scratch_.resize(header->raw_bytes);
+    body->resize(header->raw_bytes);
+    placement.gather(header->raw_offset, header->raw_bytes, gathered_.data());
+    header->raw_crc = crc32c(0, gathered_.data(), header->raw_bytes);
+    return kvwire::encode(Codec::LZ4, gathered_.data(), header->raw_bytes, item_bytes,
+                          body->data(), body->size(), scratch_.data());
+}
+
+size_t ChunkEncoder::encode_tiered(const Placement& placement, const SegmentCoding& coding,
+                                   FrameHeader* header, Bytes* body) {
+    if (!tiered_) tiered_ = std::make_unique<TieredEncoder>();
+    scratch_.resize(std::max(scratch_.size(), STRIP_BYTES_MAX));
+    body->resize(header->raw_bytes);
+    coding.parts(placement, header->raw_offset, header->raw_bytes, &parts_, &entries_);
+    tiered_->begin(parts_, body->data(), header->raw_bytes - 1);
+    RunCursor cursor(placement, header->raw_offset, header->raw_bytes);
+    uint32_t crc = 0;
+    while (const size_t bytes = tiered_->next_bytes()) {
+        const uint8_t* strip = cursor.in_place(bytes);
+        if (!strip) {
+            cursor.gather(bytes, scratch_.data());
+            strip = scratch_.data();
+        }
+        crc = crc32c(crc, strip, bytes);
+        tiered_->strip(strip);
+    }
+    header->raw_crc = crc;
+    const size_t bytes = tiered_->finish();
+    if (bytes > 0) note_parts(*body);
+    return bytes;
+}
+
+// Tells each table what its part came to.
+void ChunkEncoder::note_parts(const Bytes& body) const {
+    size_t at = 0;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+        const size_t coded_bytes = load_le<uint32_t>(body.data() + at + PART_CODED_BYTES_AT);
+        at += coded_bytes;
+        if (!entries_[i]) continue;
+        const CodeTable& table = *parts_[i].table;
+        const uint64_t elements = parts_[i].raw_bytes / table.format().item_bytes;
+        const size_t table_bytes =
+            parts_[i].table_index == TABLE_INSIDE ? table.bytes().size() : 0;
+        entries_[i]->coded(8.0 * double(coded_bytes - PART_BYTES - table_bytes) / double(elements),
+                           elements);
+    }
+}
+
+Landing ChunkDecoder::decode(const FrameHeader& header, const uint8_t* payload,
+                             const Placement& placement) {
+    const auto no_tables = [](uint32_t) { return nullptr; };
+    const ErrorCode found =
+        tiered_.begin(payload, header.payload_bytes, header.raw_bytes, no_tables);
+    if (found != ErrorCode::OK) return {found, header.payload_crc};
+    RunCursor cursor(placement, header.raw_offset, header.raw_bytes);
+    uint32_t crc = 0;
+    while (const size_t bytes = tiered_.next_bytes()) {
+        uint8_t* const place = cursor.in_place(bytes);
+        if (!tiered_.strip(place ? place : strip_))
+            return {ErrorCode::CODED_INVALID, header.payload_crc};
+        crc = place ? crc32c(crc, place, bytes) : cursor.scatter(bytes, strip_, crc);
+    }
+    return {crc == header.raw_crc ? ErrorCode::OK : ErrorCode::RAW_CORRUPT, crc};
+}
+
+}  // namespace kvwire

@@ -1,0 +1,145 @@
+#include "wire/segment_coding.hpp"
+
+#include <algorithm>
+
+namespace kvwire {
+namespace {
+
+constexpr uint64_t SAMPLE_ELEMENTS_MIN = 2048;      // fewer make no table
+constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled as a whole
+constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
+constexpr uint64_t TABLE_SHARE_MIN = 4;             // ... and must be so much smaller than the part
+
+void append_opaque(uint64_t bytes, std::vector<CodedPart>* parts,
+                   std::vector<CodeEntry*>* entries) {
+    if (bytes == 0) return;
+    if (parts->empty() || parts->back().table) {
+        parts->emplace_back();
+        parts->back().table_index = TABLE_NONE;
+        entries->push_back(nullptr);
+    }
+    parts->back().raw_bytes += uint32_t(bytes);
+}
+
+}  // namespace
+
+size_t SegmentCoding::tensor_of(const GroupDesc& group, const Item& item) {
+    const auto found = std::find_if(tensors_.begin(), tensors_.end(), [&](const Tensor& t) {
+        return t.group == item.group && t.tensor == item.tensor;
+    });
+    if (found != tensors_.end()) return size_t(found - tensors_.begin());
+    const TensorDesc& desc = group.tensors[item.tensor];
+    tensors_.push_back({item.group, item.tensor, desc.dtype, desc.row_bytes(),
+                        stream_pattern(group.kind, desc)});
+    return tensors_.size() - 1;
+}
+
+void SegmentCoding::append(const std::string& model, const GroupDesc& group, const Item& item) {
+    const TensorDesc& desc = group.tensors[item.tensor];
+    const size_t number = tensor_of(group, item);
+    const Tensor& tensor = tensors_[number];
+    std::shared_ptr<CodeEntry> entry;
+    if (element_format(uint8_t(desc.dtype)))
+        entry = book_->entry({model, uint8_t(group.kind), desc.name, item.layer,
+                              uint8_t(desc.dtype), tensor.pattern.extents});
+    for (const Stretch& stretch : stretches(desc, item)) {
+        Run run{bytes_, stretch.bytes, number, stretch.tokens, 0, nullptr};
+        if (tensor.pattern.period(stretch.tokens) <= CodeTable::PERIOD_MAX) run.entry = entry;
+        const bool by_token = desc.has_tokens() && (stretch.tokens == 0 || desc.block_tokens);
+        const uint64_t tokens = by_token ? stretch.bytes / tensor.row_bytes : 0;
+        if (item.token_start < skipped_tokens_ && tokens > 2 * skipped_tokens_)
+            run.skipped_bytes = skipped_tokens_ * tensor.row_bytes;
+        bytes_ += stretch.bytes;
+        runs_.push_back(std::move(run));
+    }
+}
+
+void SegmentCoding::parts(const Placement& placement, uint64_t offset, uint64_t bytes,
+                          std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const {
+    parts->clear();
+    entries->clear();
+    const uint64_t stop = offset + bytes;
+    auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
+                                [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
+    for (; run != runs_.end() && run->offset < stop; ++run)
+        append_part(placement, *run, std::max(offset, run->offset),
+                    std::min(stop, run->offset + run->bytes), parts, entries);
+}
+
+// Elements that the chunk's ends cut are opaque.
+void SegmentCoding::append_part(const Placement& placement, const Run& run, uint64_t from,
+                                uint64_t to, std::vector<CodedPart>* parts,
+                                std::vector<CodeEntry*>* entries) const {
+    if (!run.entry) return append_opaque(to - from, parts, entries);
+    const Tensor& tensor = tensors_[run.tensor];
+    const uint64_t width = item_bytes(tensor.dtype);
+    const uint64_t first = (from - run.offset + width - 1) / width;
+    const uint64_t last = (to - run.offset) / width;
+    if (first >= last) return append_opaque(to - from, parts, entries);
+    std::shared_ptr<const CodeTable> table = run.entry->table(
+        run.tokens, [&] { return calibrated(placement, best_sample(run)).table; });
+    if (!table) return append_opaque(to - from, parts, entries);
+    CodedPart part;
+    part.raw_bytes = uint32_t((last - first) * width);
+    part.position = uint32_t(first % table->period());
+    const uint64_t left = table->period() - part.position;
+    if (table->bytes().size() * TABLE_SHARE > part.raw_bytes && last - first <= left)
+        if (auto cut = outer_range(*table, uint32_t(last - first), &part.position))
+            table = std::move(cut);
+    if (table->bytes().size() * TABLE_SHARE_MIN > part.raw_bytes)
+        return append_opaque(to - from, parts, entries);
+    part.table = std::move(table);
+    append_opaque(run.offset + first * width - from, parts, entries);
+    parts->push_back(std::move(part));
+    entries->push_back(run.entry.get());
+    append_opaque(to - (run.offset + last * width), parts, entries);
+}
+
+// The longest run that the same table is for: not a partial block.
+const SegmentCoding::Run& SegmentCoding::best_sample(const Run& run) const {
+    const Run* best = &run;
+    for (const Run& other : runs_)
+        if (other.entry == run.entry && other.bytes > best->bytes) best = &other;
+    return *best;
+}
+
+std::optional<Calibration> SegmentCoding::calibrate(const Placement& placement) const {
+    if (runs_.empty() || !runs_[0].entry) return std::nullopt;
+    Calibration made = calibrated(placement, best_sample(runs_[0]));
+    if (!made.table) return std::nullopt;
+    runs_[0].entry->put(made.table);
+    return made;
+}
+
+Calibration SegmentCoding::calibrated(const Placement& placement, const Run& run) const {
+    const Tensor& tensor = tensors_[run.tensor];
+    const uint64_t width = item_bytes(tensor.dtype);
+    const uint64_t elements = (run.bytes - run.skipped_bytes) / width;
+    if (elements < SAMPLE_ELEMENTS_MIN) return {};
+    StreamPattern pattern = tensor.pattern;
+    if (pattern.token_axis >= 0) pattern.extents[size_t(pattern.token_axis)] = run.tokens;
+    std::vector<BaseAxes> candidates;
+    uint64_t bases = 1;
+    for (const StreamPattern::Bases& choice : pattern.choices) {
+        candidates.push_back({choice.row_axes, choice.column_axes});
+        const BasePattern as_coded{pattern.extents, choice.row_axes, choice.column_axes};
+        bases = std::max(bases, as_coded.row_count() + as_coded.column_count());
+    }
+    const uint64_t period = pattern.period(run.tokens);
+    // A state's places all differ, and each chunk takes along what it needs of the table.
+    const bool is_state = pattern.token_axis < 0 && elements == period;
+    const uint64_t coded = is_state ? period : chunk_bytes_ / width;
+    Calibrator calibrator(uint8_t(tensor.dtype), pattern.extents, std::move(candidates), coded);
+    const uint64_t wanted = is_state && elements <= STATE_ELEMENTS_MAX ? elements
+                                                                      : sample_elements(bases);
+    std::vector<uint8_t> raw;
+    for (const SampleRun& sample : sample_runs(elements, wanted)) {
+        const uint64_t at = run.skipped_bytes / width + sample.start;
+        raw.resize(sample.elements * width);
+        placement.gather(run.offset + at * width, raw.size(), raw.data());
+        calibrator.add(at % period, raw.data(), sample.elements);
+    }
+    return calibrator.finish();
+}
+
+}  // namespace kvwire
