@@ -216,8 +216,7 @@ EndpointStats Endpoint::stats() {
         stats.io_note = loops_->first().poller_note();
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
-            stats.open_transfers +=
-                link->send ? link->send->open_transfers() : link->receive->open_transfers();
+            stats.open_transfers += link->machine().open_transfers();
     });
     return stats;
 }

@@ -115,7 +115,7 @@ public:
     std::unique_ptr<ReceiveLink> receive;  // exactly one of the two
     std::unique_ptr<SendLink> send;
 
-    LinkMachine& machine();
+    LinkMachine& machine() const;
     // Takes the place of a lane of the same number, which its peer has lost.
     LaneWriter& lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const Greeting& peer);
     void lane_closed(uint32_t lane, const Lane* socket, const Error& why);
