@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -22,7 +23,7 @@ NONCE_BYTES = MAC_BYTES = 32
 CLEARTEXT = bytes(32)
 
 
-class Admission:
+class Admission(ABC):
     """One side of one lane until its frames begin.
 
     Attributes:
@@ -63,9 +64,9 @@ class Admission:
             written += output
         return written
 
+    @abstractmethod
     def _run(self):
         """Yields (bytes wanted next, bytes to write); is sent the former; returns last writes."""
-        raise NotImplementedError
 
     def _greeted(self, data: bytes) -> None:
         self._peer_bytes = data

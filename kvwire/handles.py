@@ -350,27 +350,28 @@ def ranks_of(value: tuple[int, int] | int, what: str) -> tuple[int, int]:
     return rank, count
 
 
+def whole(value: int, least: int, most: int, what: str, wanted: str) -> int:
+    """Take a whole number from `least` to `most`; `wanted` says to the caller what it may be."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise UsageError(f"{what} is {value!r}; it must be {wanted}")
+    return value
+
+
 def lane_count(value: int | str) -> int:
     """Take a number of lanes; "auto" becomes 0."""
     if value == "auto":
         return 0
-    if not isinstance(value, int) or not 1 <= value <= LANE_COUNT_MAX:
-        raise UsageError(f"lanes is {value!r}; it must be 'auto' or 1 to {LANE_COUNT_MAX}")
-    return value
+    return whole(value, 1, LANE_COUNT_MAX, "lanes", f"'auto' or 1 to {LANE_COUNT_MAX}")
 
 
 def io_threads_of(value: int) -> int:
     """Take a number of I/O threads, 0: as many as suit the machine."""
-    if not isinstance(value, int) or not 0 <= value <= IO_THREADS_MAX:
-        raise UsageError(f"io_threads is {value!r}; it must be 0 to {IO_THREADS_MAX}")
-    return value
+    return whole(value, 0, IO_THREADS_MAX, "io_threads", f"0 to {IO_THREADS_MAX}")
 
 
 def priority_of(value: int) -> int:
     """Take a priority: any number of 32 bits, 0 the usual."""
-    if not isinstance(value, int) or not -1 << 31 <= value < 1 << 31:
-        raise UsageError(f"priority is {value!r}; it must be a whole number of 32 bits")
-    return value
+    return whole(value, -1 << 31, (1 << 31) - 1, "priority", "a whole number of 32 bits")
 
 
 def wait_connected(native: object, link: bytes, timeout_s: float) -> None:

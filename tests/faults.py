@@ -48,11 +48,13 @@ class Proxy:
         faults: as above.
         bytes_per_s: each direction of each lane is slowed down to this.
         edit: (lane, way, header, payload) -> payload; every frame passes through it whole.
+
+    Once `silent` is set nothing passes any more, on new lanes either; all stay connected.
     """
 
     def __init__(self, target, *faults, bytes_per_s=None, edit=None):
         self.faults, self.bytes_per_s, self.edit = faults, bytes_per_s, edit
-        self.passed = {}
+        self.passed, self.silent = {}, False
         self._target = target.rsplit(":", 1)
         self._writers = {}
         self._fired = set()
@@ -125,6 +127,8 @@ class Proxy:
     async def _pass(self, lane, way, writer, data):
         step = self.bytes_per_s // 100 if self.bytes_per_s else len(data) or 1
         for start in range(0, len(data), step):
+            while self.silent:
+                await asyncio.sleep(1)
             writer.write(data[start:start + step])
             await writer.drain()
             if self.bytes_per_s:

@@ -24,14 +24,20 @@ class Run:
     """One transfer through one proxy, and how it ended."""
 
     def __init__(self, receiver, *faults, spec=TINY, tokens=TINY_TOKENS, lanes=1,
-                 chunk_bytes=1 << 18, metadata=None, lease_s=0, **proxy):
+                 chunk_bytes=1 << 18, metadata=None, lease_s=0, all_lanes_first=False, **proxy):
         self.source = Held(spec, tokens, 1)
         self.target = Held(spec, tokens, 2, writable=True)
         self.ticket = receiver.expect(self.target.memory)
         self.proxy = Proxy(receiver.address, *faults, **proxy)
         self.sender = kvwire.Sender(self.proxy.address, lanes=lanes, chunk_bytes=chunk_bytes,
                                     lease_s=lease_s)  # 0: the link is not waited for
+        if all_lanes_first:  # without a lease, the first few would end the link with themselves
+            assert eventually(lambda: self._lanes_at(receiver) == lanes)
         self.transfer = self.sender.send(self.ticket.id, self.source.memory, metadata=metadata)
+
+    def _lanes_at(self, receiver):
+        names = [link.id for link in self.sender.links()]
+        return sum(len(link.stats().lanes) for link in receiver.links() if link.id in names)
 
     def __enter__(self):
         return self
@@ -179,16 +185,15 @@ def test_a_cut_anywhere_on_the_only_lane(receiver, kind, way):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_flips_anywhere_in_a_large_transfer_over_many_lanes(receiver, seed):
+def test_flips_anywhere_in_a_large_transfer_over_many_lanes(patient_receiver, seed):
     """Chunks, repairs, receipts and lost lanes of all kinds at once."""
     rng = random.Random(seed)
     faults = [Fault(rng.randrange(4), *rng.choice((
         (UP, rng.randrange(128, 1_000_000)), (DOWN, rng.randrange(128, 2_000)))), "flip",
         1 << rng.randrange(8)) for _ in range(rng.randint(1, 12))]  # once lanes are admitted
-    with Run(receiver, *faults, spec=BIG, tokens=200, lanes=4, chunk_bytes=1 << 14) as run:
-        sent, got = run.settle()
-        lost = run.sender.stats()["lanes_lost"]
-        assert (sent, got) == (None, None) or lost >= 4
+    with Run(patient_receiver, *faults, spec=BIG, tokens=200, lanes=4, chunk_bytes=1 << 14,
+             lease_s=LEASE_S) as run:
+        assert run.settle() == (None, None)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -196,16 +201,16 @@ def test_lanes_are_lost_one_by_one_and_the_last_delivers(receiver, seed):
     rng = random.Random(seed)
     lanes = 4
     lost = rng.sample(range(lanes), lanes - 1)
-    faults = [Fault(lane, rng.choice((UP, UP, DOWN)), rng.randint(70, 900_000),
+    faults = [Fault(lane, rng.choice((UP, UP, DOWN)), rng.randint(1_000, 900_000),
                     rng.choice(("cut", "close"))) for lane in lost]
     with Run(receiver, *faults, spec=BIG, tokens=BIG_TOKENS, lanes=lanes, chunk_bytes=1 << 16,
-             bytes_per_s=20_000_000) as run:
+             bytes_per_s=20_000_000, all_lanes_first=True) as run:
         assert run.settle() == (None, None)
 
 
 def test_lanes_cut_by_hand_while_it_flows(receiver):
     with Run(receiver, spec=BIG, tokens=BIG_TOKENS, lanes=3, chunk_bytes=1 << 16,
-             bytes_per_s=3_000_000) as run:
+             bytes_per_s=3_000_000, all_lanes_first=True) as run:
         for lane in (2, 0):
             before = run.ticket.progress().verified_bytes
             assert eventually(lambda: run.ticket.progress().verified_bytes > before + 200_000)

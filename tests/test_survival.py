@@ -127,8 +127,8 @@ def test_one_blackholed_lane_of_four_holds_nothing_up():
 
 
 def test_a_blackholed_only_lane_is_dialled_again():
-    stall = Fault(0, UP, 100_000, "stall", 60), Fault(0, DOWN, 300, "stall", 60)
-    with Pair(*stall, spec=BIG, tokens=500, lease_s=4, chunk_bytes=1 << 14) as pair:
+    stall = Fault(0, UP, 100_000, "stall", 60), Fault(0, DOWN, 400, "stall", 60)  # past the GRANT
+    with Pair(*stall, spec=BIG, tokens=500, lease_s=8, chunk_bytes=1 << 14) as pair:
         assert eventually(lambda: pair.proxy.passed.get((0, UP), 0) >= 99_000)
         assert pair.delivered()
         assert pair.sender.stats()["lanes_redialled"] >= 1
@@ -136,15 +136,13 @@ def test_a_blackholed_only_lane_is_dialled_again():
 
 def test_a_vanished_sender_is_believed_for_the_lease_only():
     """All lanes fall silent, without an end of any stream."""
-    stalls = [Fault(None, way, at + again, "stall", 60) for again in range(20)
-              for way, at in ((UP, 20_000), (DOWN, 400))]  # those dialled again, too
-    with Pair(*stalls, spec=BIG, tokens=300, lanes=2, lease_s=1.0) as pair:
+    with Pair(spec=BIG, tokens=2000, lanes=2, lease_s=1.0, bytes_per_s=1_000_000) as pair:
+        assert eventually(lambda: pair.ticket.progress().wire_bytes)
+        pair.proxy.silent = True
         start = time.monotonic()
         here = fails(pair.ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        with pytest.raises(kvwire.TransferError) as caught:  # or a lane came back too late
-            pair.transfer.result(10)
-        assert caught.value.code in (ErrorCode.LINK_LOST, ErrorCode.LINK_UNKNOWN)
-        assert time.monotonic() - start < 8
+        fails(pair.transfer, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
+        assert time.monotonic() - start < 5
         assert here.expected == 1000 and "lease" in str(here)
         assert all(pair.transfer._native.pushes_returned())
         assert eventually(lambda: pair.receiver.stats()["links"] == 0)

@@ -78,9 +78,5 @@ private:
 }  // namespace kvwire
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    using namespace kvwire;
-    return fuzz::run([&] {
-        Random choices(ByteSpan{data, size});
-        Path(choices).run();
-    });
+    return kvwire::fuzz::play<kvwire::Path>(data, size);
 }

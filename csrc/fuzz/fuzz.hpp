@@ -23,6 +23,15 @@ int run(Body&& body) {
     return 0;
 }
 
+// A `Play` that reads all its choices out of the input, from beginning to end.
+template <class Play>
+int play(const uint8_t* data, size_t size) {
+    return run([&] {
+        Random choices(ByteSpan{data, size});
+        Play(choices).run();
+    });
+}
+
 // The code with which `body` refuses its input; OK: it does not.
 template <class Body>
 ErrorCode refusal(Body&& body) {

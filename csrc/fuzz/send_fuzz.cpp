@@ -316,9 +316,5 @@ private:
 }  // namespace kvwire
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    using namespace kvwire;
-    return fuzz::run([&] {
-        Random choices(ByteSpan{data, size});
-        Conversation(choices).run();
-    });
+    return kvwire::fuzz::play<kvwire::Conversation>(data, size);
 }

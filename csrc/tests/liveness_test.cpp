@@ -96,6 +96,42 @@ TEST(liveness_a_lane_that_stays_still_is_closed) {
     CHECK(!upkeep.expired);
 }
 
+TEST(liveness_a_lane_silent_from_its_first_byte_leaves_half_the_lease) {
+    Liveness liveness({4'000 * MS, 200 * MS});
+    liveness.lane_opened(0, MS);
+    liveness.ping(0, MS);
+    liveness.sent(0, 0, true, MS);
+    uint64_t ms = 1;
+    while (ms < 9'000 && liveness.look(ms * MS, true).dead.empty()) ms += 50;
+    CHECK_EQ(liveness.rtt_ns(0), 0u);
+    CHECK_EQ(ms, 2'001u);
+}
+
+TEST(liveness_a_lane_far_away_leaves_half_the_lease) {
+    const auto ms_to_death = [](uint64_t lease_ms) {
+        Watched watched(lease_ms, 1);
+        while (watched.ms < 20'000) {  // each PONG takes 300 ms
+            watched.look(true);
+            watched.ms += 300;
+            watched.answer(0);
+        }
+        CHECK(watched.liveness.rtt_ns(0) > 290 * MS && watched.liveness.rtt_ns(0) <= 300 * MS);
+        const uint64_t cut_ms = watched.ms;
+        while (watched.run(watched.ms + 1, {}, true).dead.empty() && watched.ms < 99'000) {}
+        return watched.ms - cut_ms;
+    };
+    for (const uint64_t lease_ms : {4'000, 10'000, 20'000})
+        CHECK(ms_to_death(lease_ms) - lease_ms / 2 < 100);
+    CHECK(ms_to_death(60'000) > 11'000 && ms_to_death(60'000) < 12'200);  // ten stalls
+}
+
+TEST(liveness_a_lane_is_not_closed_before_it_has_stalled) {
+    Watched watched(500, 1);  // half of it is less than four round trips of the first 250 ms
+    watched.look(true);
+    const Upkeep upkeep = watched.run(watched.ms + 199, {}, true);
+    CHECK(upkeep.dead.empty() && upkeep.stalled.empty());
+}
+
 TEST(liveness_bytes_that_the_kernel_gets_rid_of_are_progress) {
     Watched watched(10'000, 2);
     uint64_t acked = 0;

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <sys/epoll.h>
-#include <sys/random.h>
+
+#include "base/random.hpp"
 
 namespace kvwire {
 namespace {
@@ -35,8 +36,7 @@ uint64_t after(double seconds) { return Loops::now_ns() + uint64_t(seconds * 1e9
 
 Id random_id() {
     Id id;
-    if (::getrandom(id.bytes.data(), id.bytes.size(), 0) != ssize_t(id.bytes.size()))
-        throw Error(ErrorCode::INTERNAL, "getrandom failed");
+    random_bytes(id.bytes.data(), id.bytes.size());
     return id;
 }
 
@@ -216,8 +216,7 @@ EndpointStats Endpoint::stats() {
         stats.io_note = loops_->first().poller_note();
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
-            stats.open_transfers +=
-                link->send ? link->send->open_transfers() : link->receive->open_transfers();
+            stats.open_transfers += link->machine().open_transfers();
     });
     return stats;
 }

@@ -198,17 +198,13 @@ bool Lane::write_batch(Lock& lock, size_t* bytes) {
 }
 
 void Lane::prepare_section(Lock& lock) {
-    writer_->in_section = true;
-    const Section section(lock, writing_);
+    const Section section(lock, writer_->in_section);
     writer_->prepare();
-    writer_->in_section = false;
 }
 
 void Lane::send_section(Lock& lock, const iovec* iov, size_t count) {
-    writer_->in_section = true;
-    const Section section(lock, writing_);
+    const Section section(lock, writer_->in_section);
     sent_ = stream_->send(iov, count);
-    writer_->in_section = false;
 }
 
 void Lane::check_sent() {
@@ -248,7 +244,8 @@ void Lane::update_interest(bool more) {
 }
 
 void Lane::wait_for_sections() {
-    while (reading_.load(std::memory_order_acquire) || writing_.load(std::memory_order_acquire))
+    while (reading_.load(std::memory_order_acquire) ||
+           (writer_ && writer_->in_section.load(std::memory_order_acquire)))
         ::sched_yield();
     settle();
 }

@@ -1,22 +1,12 @@
 // A lane until its frames begin: connected, inside TLS where the endpoint asks for it, admitted.
 
 #include <sys/epoll.h>
-#include <sys/random.h>
 
+#include "base/random.hpp"
 #include "transport/endpoint.hpp"
 #include "transport/link.hpp"
 
 namespace kvwire {
-namespace {
-
-Digest random_nonce() {
-    Digest nonce;
-    if (::getrandom(nonce.data(), nonce.size(), 0) != ssize_t(nonce.size()))
-        throw Error(ErrorCode::INTERNAL, "getrandom failed");
-    return nonce;
-}
-
-}  // namespace
 
 void Lane::start(std::shared_ptr<Link> link, const Greeting& greeting) {
     link_ = std::move(link);
@@ -89,7 +79,8 @@ void Lane::shake_hands(Lock& lock) {
 }
 
 AdmissionTerms Lane::terms(const Greeting& own) const {
-    AdmissionTerms terms{own, random_nonce(), {}};
+    AdmissionTerms terms{own, {}, {}};
+    random_bytes(terms.nonce.data(), terms.nonce.size());
     if (const auto* secrets = stream_->secrets()) terms.channel = secrets->channel;
     return terms;
 }

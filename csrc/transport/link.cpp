@@ -16,7 +16,7 @@ Link::Link(Endpoint& endpoint, const Id& id_) : id(id_), endpoint_(endpoint) {}
 
 Link::~Link() = default;
 
-LinkMachine& Link::machine() {
+LinkMachine& Link::machine() const {
     return receive ? static_cast<LinkMachine&>(*receive) : static_cast<LinkMachine&>(*send);
 }
 

@@ -98,7 +98,7 @@ private:
     size_t unlooked_bytes_ = 0;  // since it looked where; its own thread's
     int mark_ = 1;  // bytes that make the socket readable; its own thread's
     bool being_written_ = false;
-    std::atomic<bool> reading_{false}, writing_{false};  // in a section
+    std::atomic<bool> reading_{false};  // in a section; of writing the writer keeps account
     IoResult sent_;  // by a section, not yet settled
     std::optional<Loops::TimerKey> greeting_timer_;
 };
@@ -115,7 +115,7 @@ public:
     std::unique_ptr<ReceiveLink> receive;  // exactly one of the two
     std::unique_ptr<SendLink> send;
 
-    LinkMachine& machine();
+    LinkMachine& machine() const;
     // Takes the place of a lane of the same number, which its peer has lost.
     LaneWriter& lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const Greeting& peer);
     void lane_closed(uint32_t lane, const Lane* socket, const Error& why);

@@ -22,7 +22,7 @@ uint32_t Lane::rtt_min_us() const {
 LinkReading Link::reading() const {
     LinkReading reading;
     reading.born_ns = born_ns_;
-    reading.verified_bytes = send ? send->verified_bytes() : receive->verified_bytes();
+    reading.verified_bytes = machine().verified_bytes();
     reading.backlog_bytes = send ? send->backlog_bytes() : 0;
     for (const auto& [index, lane] : lanes_) reading.lanes.push_back(lane->reading());
     return reading;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/random.hpp"
 #include "transport/endpoint.hpp"
 #include "transport/link.hpp"
 
@@ -14,8 +15,9 @@ constexpr uint64_t REDIAL_MAX_NS = 2'000'000'000;
 constexpr uint32_t DOUBLINGS_MAX = 6;
 
 uint64_t random_up_to(uint64_t most) {
-    const Id id = random_id();
-    return load_le<uint64_t>(id.bytes.data()) % (most + 1);
+    uint64_t number;
+    random_bytes(&number, sizeof number);
+    return number % (most + 1);
 }
 
 }  // namespace

@@ -44,6 +44,14 @@ void prepare(int fd, const sockaddr* peer, const SocketOptions& options) {
     apply(fd, options);
 }
 
+// Of family AF_UNSPEC when it is not connected any more.
+sockaddr_storage peer_of(const Fd& fd) {
+    sockaddr_storage peer{};
+    socklen_t bytes = sizeof peer;
+    ::getpeername(fd.get(), reinterpret_cast<sockaddr*>(&peer), &bytes);
+    return peer;
+}
+
 std::string describe(const Address& address) {
     return address.host + ":" + std::to_string(address.port);
 }
@@ -132,12 +140,11 @@ Fd accept_tcp(const Fd& listener, const SocketOptions& options, bool* would_bloc
 }
 
 std::string network_of(const Fd& fd) {
-    sockaddr_storage peer{};
-    socklen_t peer_bytes = sizeof peer;
-    if (::getpeername(fd.get(), reinterpret_cast<sockaddr*>(&peer), &peer_bytes) != 0) return {};
+    const sockaddr_storage peer = peer_of(fd);
     const auto text = [](const void* bytes, size_t count) {
         return std::string(static_cast<const char*>(bytes), count);
     };
+    if (peer.ss_family == AF_UNSPEC) return {};
     if (peer.ss_family == AF_INET)
         return text(&reinterpret_cast<const sockaddr_in&>(peer).sin_addr, 4);
     const in6_addr& address = reinterpret_cast<const sockaddr_in6&>(peer).sin6_addr;
@@ -182,10 +189,8 @@ int incoming_core(const Fd& fd) {
 }
 
 bool is_same_host(const Fd& fd) {
-    sockaddr_storage peer{};
-    socklen_t bytes = sizeof peer;
-    auto* name = reinterpret_cast<sockaddr*>(&peer);
-    return ::getpeername(fd.get(), name, &bytes) == 0 && is_loopback(name);
+    const sockaddr_storage peer = peer_of(fd);
+    return is_loopback(reinterpret_cast<const sockaddr*>(&peer));
 }
 
 void set_patience(const Fd& fd, uint64_t ms) {

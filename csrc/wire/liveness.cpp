@@ -107,8 +107,12 @@ uint64_t Liveness::idle_ns() const {
     return options_.lease_ns ? std::min(options_.lease_ns / 4, IDLE_PING_NS) : IDLE_PING_NS;
 }
 
+// The other half of the lease is for dialling the lane again; one that has not stalled yet lives.
 uint64_t Liveness::dead_after_ns(const Lane& lane) const {
-    return std::max(STALLS_TO_DEATH * stall_after_ns(lane), PINGS_TO_DEATH * idle_ns());
+    const uint64_t stall_ns = stall_after_ns(lane);
+    const uint64_t patience_ns = std::max(STALLS_TO_DEATH * stall_ns, PINGS_TO_DEATH * idle_ns());
+    const uint64_t most_ns = options_.lease_ns ? options_.lease_ns / 2 : UINT64_MAX;
+    return std::max(stall_ns, std::min(patience_ns, most_ns));
 }
 
 bool Liveness::ping_is_due(const Lane& lane, uint64_t now_ns, bool busy) const {
