@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kvwire import _native, limits
 from kvwire.codec import Codec
@@ -19,6 +20,9 @@ from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
 from kvwire.security import Security, check_listening, options_of
 from kvwire.wire import CODECS_SPOKEN
+
+if TYPE_CHECKING:
+    from kvwire.code_book import CodeBook
 
 __all__ = ["Offer", "Push", "Sender", "Transfer"]
 
@@ -36,6 +40,7 @@ class Sender(Endpoint):
         io_threads: 0: one for each core that the process may use, up to 4.
         codec: "raw", "lz4" or "tiered", the default of transfers. A chunk that does not shrink,
             or a peer that lacks the codec, gets raw bytes.
+        code_book: the tables that "tiered" begins with, and keeps what it makes in; None: its own.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
         lease_s: how long a link outlives its last lane, and a silent peer is believed. Until then
@@ -50,7 +55,8 @@ class Sender(Endpoint):
     """
 
     def __init__(self, address: str | None = None, *, listen: str | None = None,
-                 lanes: int | str = "auto", codec: str = "raw", chunk_bytes: int = 256 << 10,
+                 lanes: int | str = "auto", codec: str = "raw",
+                 code_book: CodeBook | None = None, chunk_bytes: int = 256 << 10,
                  connect_timeout_s: float = 10.0,
                  lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(),
@@ -66,6 +72,7 @@ class Sender(Endpoint):
             check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
+            **({} if code_book is None else {"code_book": code_book.native}),
             "io_threads": io_threads_of(io_threads),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),

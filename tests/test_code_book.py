@@ -119,6 +119,28 @@ def test_first_tokens_are_skipped():
     assert made(keys, 200) == made(keys, 0)  # too many for so short a request
 
 
+def test_a_sender_uses_and_fills_the_book_that_it_is_given():
+    keys, values = channels((TOKENS,), DIM, seed=1), channels((TOKENS,), DIM, seed=2)
+    source, book = keys_and_values(keys, values), CodeBook()
+    arrays = {(0, name): np.zeros_like(keys) for name in "kv"}
+
+    def sent_bytes():
+        target = CacheMemory(source.spec, arrays, tokens=TOKENS, writable=True)
+        with kvwire.Receiver("127.0.0.1:0") as receiver, kvwire.Sender(
+                receiver.address, codec="tiered", code_book=book) as sender:
+            ticket = receiver.expect(target, deadline_s=30)
+            transfer = sender.send(ticket.id, source)
+            ticket.result()
+            transfer.result()
+            return transfer.progress().wire_bytes
+
+    first = sent_bytes()
+    made = tables(book)
+    assert made.keys() == {("k", 0), ("v", 0)} and first < keys.nbytes * 2 / 1.4
+    assert (arrays[0, "k"] == keys).all() and (arrays[0, "v"] == values).all()
+    assert sent_bytes() == first and tables(book) == made
+
+
 def test_nonsense_is_refused():
     with pytest.raises(kvwire.UsageError, match="skip_tokens"):
         CodeBook().calibrate(hybrid(), skip_tokens=-1)
