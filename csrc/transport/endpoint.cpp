@@ -88,7 +88,9 @@ void Endpoint::accept_some() {
 }
 
 void Endpoint::accept(Fd fd) {
-    Doorkeeper::Entry entry = door_.enter(network_of(fd));
+    const std::string network = network_of(fd);
+    if (network.empty()) return;  // it has left already
+    Doorkeeper::Entry entry = door_.enter(network);
     if (!entry) return;  // and the socket is closed
     ++counters_.connections;
     std::make_shared<Lane>(*this, wrap(std::move(fd), false), false)->start(std::move(entry));
