@@ -373,7 +373,7 @@ def test_there_is_no_payload_without_room(case):
 
 def test_a_long_pattern_is_worked_out_strip_by_strip():
     patterns = [((40000,), 0, 1), ((7, 9001), 1, 2), ((3, 5000, 4), 5, 2), ((9000, 5), 2, 1),
-                ((50000, 1), 1, 0)]
+                ((50000, 1), 1, 0), ((90, 3, 200), 4, 0), ((90, 3, 200), 6, 4)]
     for extents, row_axes, column_axes in patterns:
         sizes = [int(np.prod([e for a, e in enumerate(extents) if axes >> a & 1])) if axes else none
                  for axes, none in ((row_axes, 1), (column_axes, 0))]

@@ -35,6 +35,11 @@ size_t padded(size_t bytes) {
     return (bytes + CodeTable::ALIGNMENT - 1) / CodeTable::ALIGNMENT * CodeTable::ALIGNMENT;
 }
 
+void add_to_all(const uint8_t* __restrict values, uint8_t value, uint8_t mask, size_t count,
+                uint8_t* __restrict sums) {
+    for (size_t i = 0; i < count; ++i) sums[i] = uint8_t(values[i] + value) & mask;
+}
+
 }  // namespace
 
 const ElementFormat* element_format(uint8_t dtype) {
@@ -111,6 +116,7 @@ bool CodeTable::set_up(uint64_t elements) {
     period_ = uint32_t(period);
     const uint32_t rows = load_le<uint32_t>(bytes + 40), columns = load_le<uint32_t>(bytes + 44);
     if (rows != pattern_.row_count() || columns != pattern_.column_count()) return false;
+    row_count_ = rows;
     const size_t bases = size_t(rows) + columns;
     if (!is_below(bytes + FIXED_BYTES, bases, symbols) ||
         !is_zero(bytes + FIXED_BYTES + bases, bytes_.size() - FIXED_BYTES - bases))
@@ -128,63 +134,83 @@ bool CodeTable::set_up(uint64_t elements) {
             offset_stop_ = std::max(offset_stop_, distance + 1);
         }
     }
-    if (period_ <= std::min(elements, UNROLLED_PERIOD_MAX)) unroll();
+    base_period_ = 1;
+    for (size_t axis = 0; axis < BasePattern::AXES; ++axis)
+        if (base_period_ > 1 || (bytes[6] | bytes[7]) >> axis & 1)
+            base_period_ *= pattern_.extents[axis];
+    if (base_period_ <= std::min(elements, UNROLLED_PERIOD_MAX)) unroll();
     return true;
 }
 
 void CodeTable::unroll() {
-    unrolled_.resize(period_ + STRIP_ELEMENTS + OVERREAD_BYTES);
-    size_t done = 0;
-    while (done < period_)
-        done += fill_line(uint32_t(done), period_ - done, unrolled_.data() + done);
-    while (done < unrolled_.size()) {  // whole periods, twice as many each time
+    unrolled_.resize(base_period_ + STRIP_ELEMENTS + OVERREAD_BYTES);
+    fill(0, base_period_, unrolled_.data());
+    for (size_t done = base_period_; done < unrolled_.size();) {  // twice as many each time
         const size_t count = std::min(done, unrolled_.size() - done);
         std::memcpy(unrolled_.data() + done, unrolled_.data(), count);
         done += count;
     }
 }
 
-// Writes the bases from `position` to the end of its line, the innermost axis, at most
-// `count_max`; returns how many.
-size_t CodeTable::fill_line(uint32_t position, size_t count_max, uint8_t* out) const {
-    constexpr int inner = BasePattern::AXES - 1;
-    uint32_t row = 0, column = 0, rest = position, stride = period_;
-    for (int axis = 0; axis < BasePattern::AXES; ++axis) {
-        const uint32_t extent = pattern_.extents[size_t(axis)];
-        stride /= extent;
-        const uint32_t at = rest / stride;
-        rest %= stride;
-        if (pattern_.row_axes >> axis & 1) row = row * extent + at;
-        if (pattern_.column_axes >> axis & 1) column = column * extent + at;
+// Line by line, which is along the innermost axis; the odometer of the others is turned by steps.
+void CodeTable::fill(uint32_t position, size_t count, uint8_t* out) const {
+    constexpr size_t axes = BasePattern::AXES, inner = axes - 1;
+    const auto& extents = pattern_.extents;
+    std::array<uint32_t, axes> at, row_steps{}, column_steps{};
+    uint32_t row = 0, column = 0, row_step = 1, column_step = 1;
+    for (size_t axis = axes; axis-- > 0; position /= extents[axis]) {
+        at[axis] = position % extents[axis];
+        if (pattern_.row_axes >> axis & 1) {
+            row += at[axis] * row_step;
+            row_steps[axis] = row_step;
+            row_step *= extents[axis];
+        }
+        if (pattern_.column_axes >> axis & 1) {
+            column += at[axis] * column_step;
+            column_steps[axis] = column_step;
+            column_step *= extents[axis];
+        }
     }
-    const uint32_t length = pattern_.extents[inner];
-    const size_t count = std::min<size_t>(count_max, length - position % length);
+    while (count > 0) {
+        const size_t length = std::min<size_t>(count, extents[inner] - at[inner]);
+        fill_line(row, column, length, out);
+        out += length;
+        count -= length;
+        row -= at[inner] * row_steps[inner];
+        column -= at[inner] * column_steps[inner];
+        at[inner] = 0;
+        for (size_t axis = inner; axis-- > 0;) {
+            row += row_steps[axis];
+            column += column_steps[axis];
+            if (++at[axis] < extents[axis]) break;
+            row -= extents[axis] * row_steps[axis];
+            column -= extents[axis] * column_steps[axis];
+            at[axis] = 0;
+        }
+    }
+}
+
+void CodeTable::fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out) const {
     const uint8_t mask = uint8_t((1u << format_->exponent_bits) - 1);
-    const uint8_t* rows = bytes_.data() + FIXED_BYTES + row;
-    const uint8_t* columns =
-        bytes_.data() + FIXED_BYTES + load_le<uint32_t>(bytes_.data() + 40) + column;
-    const size_t row_step = pattern_.row_axes >> inner & 1;
-    const size_t column_step = pattern_.column_axes >> inner & 1;
-    if (!pattern_.column_axes) {
-        if (row_step) std::memcpy(out, rows, count);
-        else std::memset(out, rows[0], count);
-    } else if (row_step == 0 && column_step == 1) {
-        const uint8_t base = rows[0];
-        for (size_t i = 0; i < count; ++i) out[i] = uint8_t(base + columns[i]) & mask;
+    const uint8_t* const rows = bytes_.data() + FIXED_BYTES + row;
+    const uint8_t* const columns = bytes_.data() + FIXED_BYTES + row_count_ + column;
+    const bool rows_vary = pattern_.row_axes >> (BasePattern::AXES - 1) & 1;
+    const bool columns_vary = pattern_.column_axes >> (BasePattern::AXES - 1) & 1;
+    const uint8_t column_base = pattern_.column_axes ? columns[0] : 0;
+    if (rows_vary && columns_vary) {
+        for (size_t i = 0; i < count; ++i) out[i] = uint8_t(rows[i] + columns[i]) & mask;
+    } else if (rows_vary) {
+        add_to_all(rows, column_base, mask, count, out);
+    } else if (columns_vary) {
+        add_to_all(columns, rows[0], mask, count, out);
     } else {
-        for (size_t i = 0; i < count; ++i)
-            out[i] = uint8_t(rows[i * row_step] + columns[i * column_step]) & mask;
+        std::memset(out, uint8_t(rows[0] + column_base) & mask, count);
     }
-    return count;
 }
 
 const uint8_t* CodeTable::bases(uint32_t position, size_t count, uint8_t* scratch) const {
-    if (!unrolled_.empty()) return unrolled_.data() + position;
-    for (size_t done = 0; done < count;) {
-        const size_t filled = fill_line(position, count - done, scratch + done);
-        done += filled;
-        position = uint32_t((uint64_t(position) + filled) % period_);
-    }
+    if (!unrolled_.empty()) return unrolled_.data() + position % base_period_;
+    fill(position, count, scratch);
     return scratch;
 }
 

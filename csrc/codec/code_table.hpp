@@ -86,13 +86,16 @@ private:
     CodeTable() = default;
     bool set_up(uint64_t elements);
     void unroll();
-    size_t fill_line(uint32_t position, size_t count_max, uint8_t* out) const;
+    void fill(uint32_t position, size_t count, uint8_t* out) const;
+    void fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out) const;
 
     std::vector<uint8_t> bytes_;
     const ElementFormat* format_ = nullptr;
     BasePattern pattern_;
     int tier_count_ = 0, rank_count_ = 0, offset_stop_ = 0;
+    uint32_t row_count_ = 0;
     uint32_t period_ = 1;
+    uint32_t base_period_ = 1;  // the same without outer axes that do not count
     std::array<uint8_t, 256> digits_;
     // Of a short period: as many repetitions that any strip lies inside. Else empty.
     std::vector<uint8_t> unrolled_;
