@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '
 TEST_SOURCES := $(filter csrc/tests/% csrc/fuzz/%, $(SOURCES))
 NATIVE_SOURCES := $(filter-out $(TEST_SOURCES), $(SOURCES))
 
-.PHONY: demo test test-long test-vllm bench peers build cpp-test tsan-test fuzz fuzz-short \
+.PHONY: demo test test-long test-vllm bench peers codecs build cpp-test tsan-test fuzz fuzz-short \
     fuzz-targets clean
 
 demo: build
@@ -44,6 +44,16 @@ $(PEERS)/stamp: bench/requirements-peers.txt $(VENV)/packages.stamp
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(PEERS) -r $<
 	$(call require,PYTHONPATH=$(PEERS) $(PY) -c 'import mooncake.engine',\
 	    the libraries that Mooncake links,libibverbs1 libnuma1 libcurl4)
+	@touch $@
+
+# What `python -m bench.codec` compares kvwire's codec with, beside the environment too.
+CODECS := .build/codecs
+
+codecs: $(CODECS)/stamp
+
+$(CODECS)/stamp: bench/requirements-codec.txt $(VENV)/packages.stamp
+	rm -rf $(CODECS)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(CODECS) -r $<
 	@touch $@
 
 build: $(VENV)/native.stamp

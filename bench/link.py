@@ -17,17 +17,18 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from bench import bare, sides, workloads
+from bench import bare, kv_sample, sides, workloads
 from bench.build import BuildError
 from bench.measure import machine, progress
 from bench.netlab import TCP_BYTES_MAX, Link, LinkUnavailable, enter
 from bench.peers import PEERS, installed, versions
+from kvwire.errors import UsageError
 
 __all__ = ["Bench", "Run", "main", "recovery_s"]
 
 # Of the names of `workloads`; there their size is 256 MiB, but kimi-linear's is 308 MB.
 CASES = {"contiguous": "contiguous-256m", "blocks-64k": "blocks-64k", "blocks-4k": "blocks-4k",
-         "kimi-linear": "kimi-linear-32k"}
+         "kimi-linear": "kimi-linear-32k", "kv": workloads.KV}
 BLACKHOLE = "blackhole"
 SYSTEMS = ("kvwire", "iperf3-p1", "iperf3-p8", "bare-p1", "bare-p8")
 _CASE_BYTES = 256 << 20
@@ -115,10 +116,11 @@ class Receiving(sides.Receiving):
 class Bench:
     """One system's two processes, each at its end of the link; connected at the first run."""
 
-    def __init__(self, link: Link, options: argparse.Namespace, system: str):
+    def __init__(self, link: Link, options: argparse.Namespace, system: str, codec: str):
         self.link = link
         self._options = options
         self._system = system
+        self._codec = codec
         self._connected = False
         case = (CASES[options.case], Fraction(_CASE_BYTES, options.bytes))
         self.payload_bytes = workloads.make(*case).payload_bytes
@@ -156,7 +158,7 @@ class Bench:
     def _kvwire(self, watch: Callable[[float, int], None] | None) -> Run:
         if not self._connected:
             address = self.receiving.call("listen_kvwire", self.link.address["right"])
-            options = {"codec": self._options.codec}
+            options = {"codec": self._codec}
             if self._options.lanes is not None:
                 options["lanes"] = self._options.lanes
             self.sending.call("connect_kvwire", address, options)
@@ -243,42 +245,43 @@ class Bench:
         return Run((ended - began) / 1e9, self.payload_bytes, wire_bytes, wrong is None)
 
 
-def measured(link: Link, options: argparse.Namespace, system: str) -> dict[str, object]:
+def measured(link: Link, options: argparse.Namespace, system: str, codec: str
+             ) -> dict[str, object]:
     """Run one system; returns its row, with the medians of the rounds."""
     runs = []
     try:
-        with Bench(link, options, system) as bench:
+        with Bench(link, options, system, codec) as bench:
             for number in range(options.rounds):
-                progress(f"{system}: round {number + 1}/{options.rounds}")
+                progress(f"{system}, {codec}: round {number + 1}/{options.rounds}")
                 runs.append(bench.run(number + 1))
     except (RuntimeError, OSError, ValueError) as error:
         progress("")
         print(f"{system}: {error}", file=sys.stderr)
         runs = None
     progress("")
-    return row(link, options, system, runs)
+    return row(link, options, system, codec, runs)
 
 
-def row(link: Link, options: argparse.Namespace, system: str, runs: list[Run] | None
+def row(link: Link, options: argparse.Namespace, system: str, codec: str, runs: list[Run] | None
         ) -> dict[str, object]:
     """Return the JSON row; no figure where a run failed or was wrong."""
     verdicts = {run.verified for run in runs} if runs else {False}
     verified = False if False in verdicts else True if True in verdicts else None
-    goodput = effective = share = None
+    goodput = effective = share = cache_share = None
     if verified is not False:
         goodput = statistics.median(run.wire_bytes * 8e-9 / run.seconds for run in runs)
         effective = statistics.median(run.cache_bytes * 8e-9 / run.seconds for run in runs)
         if link.payload_rate_gbit:
             share = round(goodput / link.payload_rate_gbit, 3)
+            cache_share = round(effective / link.payload_rate_gbit, 3)
         goodput, effective = round(goodput, 4), round(effective, 4)
-    return {"case": options.case, "system": system,
-            "codec": options.codec if system == "kvwire" else "raw",
+    return {"case": options.case, "system": system, "codec": codec,
             "rate_gbit": options.rate, "rtt_ms": options.rtt, "loss": options.loss,
             "goodput_gbit": goodput, "effective_gbit": effective, "share_of_link": share,
-            "verified": verified}
+            "cache_share_of_link": cache_share, "verified": verified}
 
 
-def blackholed(link: Link, options: argparse.Namespace) -> dict[str, object]:
+def blackholed(link: Link, options: argparse.Namespace, codec: str) -> dict[str, object]:
     """Swallow one of kvwire's lanes in the middle of a transfer; returns a row with
     `recovered_s`: how long after the lane was lost the rate was back, or None: it was not."""
     samples: list[tuple[float, int]] = []
@@ -296,7 +299,7 @@ def blackholed(link: Link, options: argparse.Namespace) -> dict[str, object]:
     options.case = "contiguous"
     run = None
     try:
-        with Bench(link, options, "kvwire") as bench:
+        with Bench(link, options, "kvwire", codec) as bench:
             run = bench.run(1, watch)
         needed_s = _BLACKHOLE_AT_S + _BLACKHOLE_FOR_S + _BACK_FOR_S
         if run.seconds < needed_s:
@@ -310,7 +313,7 @@ def blackholed(link: Link, options: argparse.Namespace) -> dict[str, object]:
         run = None
     link.set(blackhole=False)
     progress("")
-    result = row(link, options, "kvwire", [run] if run else None) | {"case": BLACKHOLE}
+    result = row(link, options, "kvwire", codec, [run] if run else None) | {"case": BLACKHOLE}
     good = run is not None and run.verified
     return result | {"recovered_s": recovery_s(samples, lost_s) if good else None}
 
@@ -349,19 +352,21 @@ def rate(begun: tuple[float, int], end: tuple[float, int]) -> float:
 
 def table(rows: list[dict[str, object]], payload_rate_gbit: float | None) -> str:
     """Return the rows in plain text."""
-    lines = [f"{'':12}{'Gbit/s':>9}{'cache Gbit/s':>14}{'of the link':>13}  verified"]
+    lines = [f"{'':12}{'codec':8}{'Gbit/s':>9}{'of the link':>13}{'cache Gbit/s':>14}{'GB/s':>8}"
+             f"{'of the link':>13}  verified"]
     for each in rows:
+        name = f"{each['system']:12}{each['codec']:8}"
         if each["verified"] is False:
-            lines.append(f"{each['system']:12}  FAILED or WRONG BYTES")
+            lines.append(f"{name}  FAILED or WRONG BYTES")
             continue
-        share = "-" if each["share_of_link"] is None else f"{each['share_of_link']:.3f}"
+        wire, cache = ("-" if each[key] is None else f"{each[key]:.3f}"
+                       for key in ("share_of_link", "cache_share_of_link"))
         back = "" if "recovered_s" not in each else f"  back after {each['recovered_s']} s"
-        lines.append(f"{each['system']:12}{each['goodput_gbit']:9.3f}"
-                     f"{each['effective_gbit']:14.3f}{share:>13}  "
-                     f"{'yes' if each['verified'] else '-'}{back}")
+        effective = each["effective_gbit"]
+        lines.append(f"{name}{each['goodput_gbit']:9.3f}{wire:>13}{effective:14.3f}"
+                     f"{effective / 8:8.3f}{cache:>13}  {'yes' if each['verified'] else '-'}{back}")
     if payload_rate_gbit:
-        lines.append(f"{'the link':12}{payload_rate_gbit:9.3f}{payload_rate_gbit:14.3f}"
-                     f"{'1.000':>13}")
+        lines.append(f"{'the link':20}{payload_rate_gbit:9.3f}{'1.000':>13}")
     return "\n".join(lines)
 
 
@@ -395,7 +400,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
                              "two seconds; %(default)s")
     parser.add_argument("--bytes", type=size, default="1GiB", help="payload; %(default)s")
     parser.add_argument("--lanes", type=int, help="of kvwire; its own choice")
-    parser.add_argument("--codec", default="raw", help="of kvwire; %(default)s")
+    parser.add_argument("--codec", default="raw",
+                        help="of kvwire, comma-separated: it runs once with each; %(default)s")
     parser.add_argument("--rounds", type=int, default=3,
                         help="runs of each system, all but iperf3's over the same connections, "
                              "so that only the first starts slowly; the median counts; "
@@ -408,6 +414,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corrupt", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     options.systems = options.systems.split(",")
+    options.codecs = options.codec.split(",")
     for name in options.systems:
         if name not in PEERS and not re.fullmatch(r"kvwire|(iperf3|bare)-p[1-9]\d*", name):
             parser.error(f"unknown system {name}")
@@ -432,21 +439,24 @@ def make_link(options: argparse.Namespace) -> Link:
 
 def main(given: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 when any run failed or delivered a wrong byte, 2 when there
-    can be no such link here."""
+    can be no such link or no such case here."""
     options = arguments(given)
     try:
+        if CASES.get(options.case) == workloads.KV:
+            kv_sample.make()
         link = make_link(options)
-    except (LinkUnavailable, BuildError) as error:
+    except (LinkUnavailable, BuildError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
     with link:
         facts = {"mtu": link.mtu, "congestion": link.congestion, "tcp_memory_bytes":
                  link.tcp_bytes_max, **asdict(link.settings)}
         if options.case == BLACKHOLE:
-            rows = [blackholed(link, options)]
+            rows = [blackholed(link, options, codec) for codec in options.codecs]
         else:
-            systems = without_absent(options.systems)
-            rows = [measured(link, options, system) for system in systems]
+            rows = [measured(link, options, system, codec)
+                    for system in without_absent(options.systems)
+                    for codec in (options.codecs if system == "kvwire" else ["raw"])]
         print(table(rows, link.payload_rate_gbit))
     if options.json:
         peers = [row["system"] for row in rows if row["system"] in PEERS]

@@ -156,7 +156,7 @@ def _serve(pipe, kind: type, arguments: tuple) -> None:
 class _Common:
     def __init__(self, case: str, shrink: int):
         self.workload = workloads.make(case, shrink)
-        self.source = workloads.random_pool(self.workload.pool_bytes)
+        self.source = workloads.source_pool(case, self.workload)
         self.movers: dict[int, bare.BareMover] = {}
         self.resident_mib_at_start = 0.0
 

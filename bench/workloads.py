@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvwire.layout import Axis, CacheSpec, DType, auxiliary, request_tensor
+from bench import kv_sample
+from kvwire.layout import Axis, CacheSpec, DType, attention, auxiliary, request_tensor
 from kvwire.memory import CacheMemory
 
-__all__ = ["CASES", "PAGE_BYTES", "POISON", "Workload", "cut", "expect", "first_difference",
-           "make", "random_pool", "stamp"]
+__all__ = ["CASES", "KV", "PAGE_BYTES", "POISON", "Workload", "cut", "expect",
+           "first_difference", "make", "random_pool", "source_pool", "stamp"]
 
 PAGE_BYTES = 4096
 BLOCK_TOKENS = 16
 POOL_BLOCKS_PER_BLOCK = 2  # pages lie scattered in a pool of twice their size, as in an engine
 POISON = 0xA5
+KV = "smollm2-kv"  # real keys and values; all other cases carry random bytes
 _COMPARED_WORDS = 1 << 21
 
 
@@ -68,6 +70,12 @@ def _blocks(block_bytes: int) -> Callable[[int], tuple[CacheSpec, int]]:
     return build
 
 
+def _kv(shrink: int) -> tuple[CacheSpec, int]:
+    group = attention(range(30), kv_heads=3, head_dim=64, block_tokens=BLOCK_TOKENS)
+    tokens = (256 << 20) // (30 * 2 * 3 * 64 * 2) // shrink
+    return CacheSpec("smollm2-135m", (group,)), tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+
 def _single_pages(shrink: int) -> tuple[CacheSpec, int]:
     group = auxiliary([0], "page", dim=PAGE_BYTES, dtype="bytes")
     return CacheSpec("pages", (group,)), 2200 // shrink
@@ -84,6 +92,7 @@ CASES: dict[str, Callable[[int], tuple[CacheSpec, int]]] = {
     "blocks-4k": _blocks(4 << 10),
     "kimi-linear-32k": _kimi_linear,
     "roundtrip-4k": _single_pages,
+    KV: _kv,
 }
 
 
@@ -116,6 +125,25 @@ def cut(moves: np.ndarray, piece_bytes: int) -> np.ndarray:
     pieces[:, :2] += within[:, None] * piece_bytes
     pieces[:, 2] = piece_bytes
     return pieces
+
+
+def source_pool(case: str, workload: Workload) -> np.ndarray:
+    """Return uint8 [pool_bytes] to be sent, the same in every process."""
+    pool = random_pool(workload.pool_bytes)
+    if case == KV:
+        _fill(pool, workload)
+    return pool
+
+
+def _fill(pool: np.ndarray, workload: Workload) -> None:
+    """Write the keys and values of the sample into the blocks, its layers and tokens in turn."""
+    folder = kv_sample.make()
+    samples = {"k": np.load(folder / kv_sample.KEYS), "v": np.load(folder / kv_sample.VALUES)}
+    tokens = np.arange(workload.tokens).reshape(-1, BLOCK_TOKENS)
+    for offset, layer, tensor, shape in _arrays(workload.spec, workload.tokens)[0]:
+        sample = samples[tensor.name]
+        blocks = sample[layer % len(sample)][tokens % sample.shape[1]]
+        _view(pool, offset, shape, tensor.dtype)[workload.source_blocks] = blocks
 
 
 def random_pool(pool_bytes: int) -> np.ndarray:

@@ -1,0 +1,172 @@
+"""``python -m bench.kv_sample``: the sample that the codec benchmarks measure; prints its folder.
+
+Keys and values are real: what SmolLM2-135M-Instruct caches when it reads a text that comes with
+Python. States are synthetic: Gated DeltaNet, KDA and Mamba-2 with random weights, as their
+published code initialises them, driven by SmolLM2's hidden states. Needs what the demo needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pydoc_data.topics
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.build import ROOT
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["KEYS", "LAYERS", "VALUES", "make"]
+
+KEYS, VALUES = "smollm2_k_bf16.npy", "smollm2_v_bf16.npy"
+LAYERS = (2, 8, 15, 22, 28)
+_STATE_LAYER = 6  # of which the hidden states drive the recurrences
+_TOPICS = ("integers", "execmodel", "exceptions", "import", "customization")
+_FOLDER = ROOT / ".build" / "kv-sample"
+
+_HEADS, _HEAD_DIM = 8, 128               # of Gated DeltaNet and KDA
+_MAMBA_HEADS, _MAMBA_HEAD_DIM, _MAMBA_STATE_DIM = 16, 64, 128
+_KERNEL = 4
+_INITIAL_STD = 0.02
+_TIME_STEP_MIN, _TIME_STEP_MAX = 0.001, 0.1
+_SEED = 0
+
+
+def make() -> Path:
+    """Return the folder of the sample; makes it unless this version of it is there.
+
+    It holds KEYS and VALUES, uint16 [layer of LAYERS, token, head, dim] with the bits of bf16, the
+    same in fp16 (rounded from fp32, as bf16 is), and three files state_synthetic_NAME_fp32.npy,
+    float32 [head, key or channel, value or state].
+
+    Raises:
+        UsageError: a package of the demo is missing.
+    """
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in _TOPICS)
+    version = hashlib.sha256(Path(__file__).read_bytes() + text.encode()).hexdigest()[:12]
+    folder = _FOLDER / version
+    if folder.exists():
+        return folder
+    from kvwire.demo import require_packages
+    from kvwire.demo.models import TRAINED
+    require_packages([TRAINED])
+    print("making the sample: half a minute, once", file=sys.stderr)
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=_FOLDER))
+    try:
+        for name, array in _tensors(text).items():
+            np.save(unfinished / name, array)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _tensors(text: str) -> dict[str, np.ndarray]:
+    from kvwire.demo import models
+    model = models.load(models.TRAINED)
+    import torch  # after load, which keeps what torch imports from showing progress
+    hidden = []
+    hook = model.model.model.layers[_STATE_LAYER].register_forward_pre_hook(
+        lambda _, given: hidden.append(given[0][0]))
+    cache, _ = models.prefill(model, model.encode(text))
+    hook.remove()
+    kept = [cache.layers[layer] for layer in LAYERS]
+    tensors = {}
+    for name, heads_first in ((KEYS, torch.stack([layer.keys[0] for layer in kept])),
+                              (VALUES, torch.stack([layer.values[0] for layer in kept]))):
+        tokens_first = heads_first.transpose(1, 2).contiguous()
+        tensors[name] = tokens_first.to(torch.bfloat16).view(torch.uint16).numpy()
+        tensors[name.replace("bf16", "fp16")] = tokens_first.to(torch.float16).numpy()
+    for name, state in _states(hidden[0]).items():
+        tensors[f"state_synthetic_{name}_fp32.npy"] = state.numpy()
+    return tensors
+
+
+def _states(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return each recurrence's state after all of `hidden` [token, channel]."""
+    import torch
+    from torch.nn.functional import normalize, softplus
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        x = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        width, shape = _HEADS * _HEAD_DIM, (len(x), _HEADS, _HEAD_DIM)
+        keys = normalize(_convolved(_projected(x, width)).view(shape), dim=-1)
+        values = _convolved(_projected(x, width)).view(shape)
+        writes = torch.sigmoid(_projected(x, _HEADS))
+        per_head = -(torch.empty(_HEADS).uniform_(0.01, 16)
+                     * softplus(_projected(x, _HEADS) + _time_step_bias(_HEADS)))
+        low_rank = _projected(_projected(x, _HEAD_DIM // 2), width) + _time_step_bias(width)
+        per_key = -(torch.empty(_HEADS, 1).uniform_(1, 16) * softplus(low_rank).view(shape))
+        steps = softplus(_projected(x, _MAMBA_HEADS) + _time_step_bias(_MAMBA_HEADS))
+        channels = _convolved(_projected(x, _MAMBA_HEADS * _MAMBA_HEAD_DIM))
+        return {
+            "gdn": _delta_rule(keys, values, writes, per_head[:, :, None].exp()),
+            "kda": _delta_rule(keys, values, writes, per_key.exp()),
+            "mamba2": _mamba2(
+                channels.view(len(x), _MAMBA_HEADS, _MAMBA_HEAD_DIM) * steps[:, :, None],
+                _convolved(_projected(x, _MAMBA_STATE_DIM)),
+                (-steps * torch.empty(_MAMBA_HEADS).uniform_(1, 16)).exp()),
+        }
+
+
+def _projected(x: torch.Tensor, width: int) -> torch.Tensor:
+    import torch
+    return x @ (torch.randn(width, x.shape[1]) * _INITIAL_STD).T
+
+
+def _convolved(x: torch.Tensor) -> torch.Tensor:
+    """Convolve each channel over the last few tokens, then SiLU."""
+    import torch
+    from torch.nn.functional import conv1d, pad, silu
+    bound = 1 / math.sqrt(_KERNEL)
+    weights = torch.empty(x.shape[1], 1, _KERNEL).uniform_(-bound, bound)
+    return silu(conv1d(pad(x.T[None], (_KERNEL - 1, 0)), weights, groups=x.shape[1])[0].T)
+
+
+def _time_step_bias(count: int) -> torch.Tensor:
+    """Biases after which softplus gives time steps spread evenly over their logarithms."""
+    import torch
+    low, high = math.log(_TIME_STEP_MIN), math.log(_TIME_STEP_MAX)
+    step = torch.exp(torch.empty(count).uniform_(low, high))
+    return step + torch.log(-torch.expm1(-step))
+
+
+def _delta_rule(keys: torch.Tensor, values: torch.Tensor, writes: torch.Tensor,
+                decays: torch.Tensor) -> torch.Tensor:
+    """Gated DeltaNet, or KDA where `decays` differ by key.
+
+    keys [token, head, key], values [token, head, value], writes [token, head],
+    decays [token, head, key or 1]; returns [head, key, value].
+    """
+    import torch
+    state = torch.zeros(keys.shape[1], keys.shape[2], values.shape[2])
+    for key, value, write, decay in zip(keys, values, writes, decays):
+        state *= decay[:, :, None]
+        known = torch.einsum("hkv,hk->hv", state, key)
+        state += key[:, :, None] * ((value - known) * write[:, None])[:, None, :]
+    return state
+
+
+def _mamba2(inputs: torch.Tensor, into: torch.Tensor, decays: torch.Tensor) -> torch.Tensor:
+    """inputs [token, head, dim], into [token, state], decays [token, head]; returns
+    [head, dim, state]."""
+    import torch
+    state = torch.zeros(inputs.shape[1], inputs.shape[2], into.shape[1])
+    for row, column, decay in zip(inputs, into, decays):
+        state = state * decay[:, None, None] + row[:, :, None] * column
+    return state
+
+
+if __name__ == "__main__":
+    print(make())
