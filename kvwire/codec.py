@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -65,12 +66,16 @@ def encode_chunk(codec: Codec, raw: bytes, dtype: DType) -> tuple[Codec, bytes]:
     return Codec.RAW, bytes(raw)
 
 
-def decode_chunk(codec: Codec, payload: bytes, raw_bytes: int, item_bytes: int) -> bytes:
-    """Return the `raw_bytes` raw bytes; CODED_INVALID when the payload does not decode to them."""
+def decode_chunk(codec: Codec, payload: bytes, raw_bytes: int, item_bytes: int,
+                 table_of: Callable[[int], CodeTable | None] = lambda index: None) -> bytes:
+    """Return the `raw_bytes` raw bytes; CODED_INVALID when the payload does not decode to them.
+
+    `table_of`: the link's code table of an index, for TIERED; None: TABLE_UNKNOWN.
+    """
     if codec == Codec.RAW:
         return payload
     if codec == Codec.TIERED:
-        return decode_tiered(payload, raw_bytes)
+        return decode_tiered(payload, raw_bytes, table_of)
     import lz4.block
     try:
         planes = lz4.block.decompress(payload, uncompressed_size=raw_bytes)

@@ -37,6 +37,9 @@ ADMISSIONS_MAX = 256
 ADMISSIONS_PER_ADDRESS_MAX = 64
 LEASE_MS = 10_000
 STALL_MS = 200
+TABLE_COUNT_MAX = 4096
+TABLE_ENTRY_COUNT_MAX = 1024
+TABLE_BYTES_MAX = 16_777_216
 
 _RELATIONS = {
     "the largest chunk is on the grid of chunks": CHUNK_BYTES_MAX % CHUNK_BYTES_MIN == 0,
@@ -46,6 +49,7 @@ _RELATIONS = {
     "a full REPAIR fits every peer": 24 * REPAIR_COUNT_MAX <= CONTROL_BYTES_MIN,
     "one more REPAIR entry would not": 24 * (REPAIR_COUNT_MAX + 1) > CONTROL_BYTES_MIN,
     "a full END fits": 24 + METADATA_BYTES_MAX <= CONTROL_BYTES_MAX,
+    "a full TABLE_NAMES fits every peer": 24 * TABLE_ENTRY_COUNT_MAX <= CONTROL_BYTES_MIN,
     "an ABORT fits every peer": 32 + MESSAGE_BYTES_MAX <= CONTROL_BYTES_MIN,
     "chunks of a segment are countable": SEGMENT_BYTES_MAX // CHUNK_BYTES_MIN < 1 << 32,
     "the index of 2 TiB in chunks of 256 KiB fits": 8 * (1 << 41 >> 18) <= INDEX_BYTES_MAX,

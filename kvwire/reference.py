@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 from kvwire import limits
 from kvwire.checksum import transfer_digest
+from kvwire.codec import Codec
 from kvwire.control import (
     Abort, ChunkRun, Done, End, Grant, Receipt, Repair, RepairEntry, Segment, SegmentEnd,
 )
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
+from kvwire.link_tables import ReceivedTables
 from kvwire.manifest import Manifest
 from kvwire.reference_memory import ReferenceTicket, check_item, item_raw_bytes
 from kvwire.reference_state import (
@@ -59,6 +61,8 @@ class ReferenceReceiver:
         self._ended: dict[bytes, bytes] = {}  # transfer id: the frame that answers it for ever
         self._overtaken: set[bytes] = set()   # of these, those whose MANIFEST never came
         self._greeting: Greeting | None = None
+        self._tables = ReceivedTables()
+        self._speaks_tiered = bool(codecs >> Codec.TIERED & 1)
         self._answers: Answers = []
         self._lane = 0  # whose frame is being acted on
 
@@ -214,6 +218,9 @@ class ReferenceReceiver:
         elif header.skippable:
             if kind == FrameType.PING and len(payload) == PING_BYTES:
                 self._answer(lane, FrameType.PONG, NO_ID, payload)
+            answer = self._tables.answer(kind, payload) if self._speaks_tiered else None
+            if answer:
+                self._answer(lane, FrameType.TABLE_ANSWER, NO_ID, answer)
         elif kind == FrameType.ABORT:
             self._on_abort(lane, transfer_id, Abort.decode(payload))
         elif kind == FrameType.MANIFEST:
@@ -372,7 +379,7 @@ class ReferenceReceiver:
         number = header.raw_offset // segment.announced.chunk_bytes
         chunk.state = ChunkState.MISSING
         try:
-            raw = verified_bytes(header, payload, segment.item_bytes)
+            raw = verified_bytes(header, payload, segment.item_bytes, self._tables.tables)
         except KvwireError as error:
             self._repair(lane, chunk, number, header, error)
             return

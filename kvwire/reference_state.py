@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -12,6 +13,7 @@ from kvwire.errors import ErrorCode, KvwireError
 from kvwire.manifest import Manifest
 from kvwire.reference_memory import ReferenceTicket
 from kvwire.structure import fail
+from kvwire.tiered import CodeTable
 from kvwire.wire import FrameHeader, FrameReader
 
 __all__ = ["ChunkRecord", "ChunkState", "LaneRecord", "SegmentRecord", "TransferRecord",
@@ -85,14 +87,15 @@ def check_digest(what: str, stated: int, actual: int) -> None:
              actual=actual)
 
 
-def verified_bytes(header: FrameHeader, payload: bytes, item_bytes: int) -> bytes:
-    """Return a chunk's raw bytes, or raise one of the three errors that cost a chunk (§8)."""
+def verified_bytes(header: FrameHeader, payload: bytes, item_bytes: int,
+                   tables: Mapping[int, CodeTable]) -> bytes:
+    """Return a chunk's raw bytes, or raise one of the errors that cost a chunk (§8)."""
     crc = crc32c(payload)
     if crc != header.payload_crc:
         fail(ErrorCode.PAYLOAD_CORRUPT, "chunk payload checksum differs",
              expected=header.payload_crc, actual=crc)
     try:
-        raw = decode_chunk(header.codec, payload, header.raw_bytes, item_bytes)
+        raw = decode_chunk(header.codec, payload, header.raw_bytes, item_bytes, tables.get)
     except KvwireError as error:
         fail(error.code, error.args[0], expected=header.raw_crc, actual=crc)
     crc = crc32c(raw)

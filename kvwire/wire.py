@@ -68,6 +68,9 @@ class FrameType(IntEnum):
     CLOSE = 0x0E
     PING = 0x80
     PONG = 0x81
+    TABLE_NAMES = 0x82
+    TABLE_ANSWER = 0x83
+    TABLE = 0x84
 
 
 SKIPPABLE_TYPE_MIN = 0x80
@@ -84,6 +87,8 @@ WRITERS = {
     FrameType.RECEIPT: _RECEIVER, FrameType.REPAIR: _RECEIVER, FrameType.ABORT: _BOTH,
     FrameType.PULL: _RECEIVER, FrameType.DONE: _RECEIVER, FrameType.INDEX: _FILE,
     FrameType.COMMIT: _FILE, FrameType.CLOSE: _BOTH, FrameType.PING: _BOTH, FrameType.PONG: _BOTH,
+    FrameType.TABLE_NAMES: frozenset((Role.SENDER,)), FrameType.TABLE_ANSWER: _RECEIVER,
+    FrameType.TABLE: frozenset((Role.SENDER,)),
 }
 """Which roles write a frame type (§6)."""
 

@@ -109,9 +109,9 @@ class Listener:
             heard.pongs.append(payload)
 
 
-def expected_leaves(spec, tokens, into=None):
+def expected_leaves(spec, tokens, into=None, fill=filled):
     """What arrives in a ticket of `into`, by way of the reference alone."""
-    source = filled(spec, *tokens)
+    source = fill(spec, *tokens)
     target = ReferenceMemory(into or spec, *tokens)
     for item in all_items(spec, *tokens):
         target.zero_missing_columns(spec, [item])
@@ -120,8 +120,8 @@ def expected_leaves(spec, tokens, into=None):
 
 
 def sender_of(spec, tokens, *, transfer_id=TRANSFER, rank=0, ranks=1, items=None, per_segment=1,
-              **options):
-    source = filled(spec, *tokens)
+              fill=filled, **options):
+    source = fill(spec, *tokens)
     items = all_items(spec, *tokens) if items is None else items
     groups = [items[at:at + per_segment] for at in range(0, len(items), per_segment)]
     codec = options.get("codec", Codec.RAW)

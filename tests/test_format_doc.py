@@ -17,6 +17,7 @@ from kvwire.control import (
 )
 from kvwire.errors import ErrorCode
 from kvwire.layout import Axis, DType, GroupKind
+from kvwire.link_tables import TABLE_ANSWER, TABLE_FRAME, TABLE_NAME, TableState
 from kvwire.manifest import MANIFEST, MetadataType
 from kvwire.tiered import PART, TABLE, StripForm, decode_tiered, element_format
 from kvwire.wire import (
@@ -72,6 +73,9 @@ STRUCTURES = {
     "done": (DONE, table("7.8", "offset", 2)), "abort": (ABORT, table("7.9", "offset")),
     "pull": (PULL, table("7.10", "offset")), "commit": (COMMIT, table("7.11", "offset")),
     "part": (PART, table("9.1", "offset", 0)),
+    "table_name": (TABLE_NAME, table("9.2", "offset", 0)),
+    "table_answer": (TABLE_ANSWER, table("9.2", "offset", 1)),
+    "table_frame": (TABLE_FRAME, [row for row in table("9.2", "offset", 2) if row[2] != "table"]),
     "code_table": (TABLE, [row for row in table("9.1", "offset", 1) if row[2] != "bases"]),
 }
 
@@ -127,6 +131,8 @@ PAYLOAD_BYTES = {
     "24 + metadata": (24, 24 + limits.METADATA_BYTES_MAX, 1),
     "16 × entries": (16, 16 * limits.RECEIPT_COUNT_MAX, 16), "32": (32, 32, 1), "0": (0, 0, 1),
     "8, else skipped": (0, 1000, 1),
+    "24 × names, else skipped": (0, 1000, 1), "8 × answers, else skipped": (0, 1000, 1),
+    "8 + table, else skipped": (0, 1000, 1),
     "24 × entries": (24, 24 * limits.REPAIR_COUNT_MAX, 24),
     "32 + message": (32, 32 + limits.MESSAGE_BYTES_MAX, 1),
     "16 × segments + 8 × chunks": (0, limits.INDEX_BYTES_MAX, 8),
@@ -150,6 +156,8 @@ def test_enumerations():
         assert DType[name].item_bytes == int(item_bytes)
     assert {name: int(number) for number, name, _ in table("9.", "number")} == {
         codec.name: codec.value for codec in Codec}
+    assert {name: int(number) for number, name, _ in table("9.2", "number")} == {
+        state.name: state.value for state in TableState}
 
 
 def test_limits():

@@ -66,7 +66,8 @@ public:
         bool coded;
         {
             const py::gil_scoped_release release;
-            coded = encoder_.encode(Codec::TIERED, *placement_, 1, &coding_, &header, &body_);
+            coded = encoder_.encode(Codec::TIERED, *placement_, 1, &coding_, nullptr, &header,
+                                     &body_);
         }
         if (!coded) return py::none();
         return py::make_tuple(py::bytes(reinterpret_cast<const char*>(body_.data()),

@@ -28,7 +28,8 @@ py::dict enum_names(int count, Namer namer) {
 
 py::dict frame_types() {
     py::dict names = enum_names<FrameType>(int(FrameType::CLOSE), frame_type_name);
-    for (const FrameType type : {FrameType::PING, FrameType::PONG})
+    for (const FrameType type : {FrameType::PING, FrameType::PONG, FrameType::TABLE_NAMES,
+                                 FrameType::TABLE_ANSWER, FrameType::TABLE})
         names[py::str(frame_type_name(type))] = int(type);
     return names;
 }
@@ -78,6 +79,9 @@ py::dict limit_values() {
     KVWIRE_LIMIT(admissions_per_address_max);
     KVWIRE_LIMIT(lease_ms);
     KVWIRE_LIMIT(stall_ms);
+    KVWIRE_LIMIT(table_count_max);
+    KVWIRE_LIMIT(table_entry_count_max);
+    KVWIRE_LIMIT(table_bytes_max);
 #undef KVWIRE_LIMIT
     return values;
 }
@@ -153,6 +157,15 @@ public:
             case FrameType::REPAIR: return expect(!from_sender, decode_repair, header, payload);
             case FrameType::DONE: return expect(!from_sender, decode_done, header, payload);
             case FrameType::PULL: return expect(!from_sender, decode_pull, header, payload);
+            case FrameType::TABLE_NAMES:
+                if (from_sender) (void)decode_table_names(payload);
+                return;
+            case FrameType::TABLE_ANSWER:
+                if (!from_sender) (void)decode_table_answer(payload);
+                return;
+            case FrameType::TABLE:
+                if (from_sender) (void)decode_table_index(payload);
+                return;
             default: refuse(header);
         }
     }

@@ -67,6 +67,8 @@ public:
     int rank_count() const { return rank_count_; }
     uint8_t offset(int rank) const { return offsets()[rank]; }
     const uint8_t* offsets() const { return bytes_.data() + 8; }  // 2 x RANKS_MAX are readable
+    // As it lies here, with what was worked out of it.
+    size_t memory_bytes() const { return sizeof *this + bytes_.size() + unrolled_.size(); }
     const BasePattern& pattern() const { return pattern_; }
     uint32_t period() const { return period_; }
 

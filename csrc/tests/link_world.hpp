@@ -223,7 +223,7 @@ public:
 private:
     static ReceiveOptions with_all_codecs() {
         ReceiveOptions options;
-        options.codecs = 3;
+        options.codecs = 7;
         return options;
     }
     ReceiveLink& machine() override { return link; }
@@ -286,12 +286,12 @@ private:
     static SendOptions options(uint32_t chunk_bytes) {
         SendOptions options;
         options.chunk_bytes = chunk_bytes;
-        options.codecs = 3;
+        options.codecs = 7;
         return options;
     }
     SendLink& machine() override { return link; }
     LaneWriter& open_writer(uint32_t lane) override {
-        return link.lane_opened(lane, uint32_t(limits::chunk_bytes_max), 3);
+        return link.lane_opened(lane, uint32_t(limits::chunk_bytes_max), 7);
     }
     void before_writing(uint32_t lane) override { link.refill(lane); }
 };

@@ -46,7 +46,7 @@ Plan random_plan(Random& random) {
     plan.ranks = pick(random, 0, 2) ? 1 : 2;
     plan.token_start = pick(random, 0, 3) ? 0 : pick(random, 1, 40);
     plan.token_stop = plan.token_start + (pick(random, 0, 9) ? pick(random, 0, 250) : 0);
-    if (codecs_available() & 2) plan.codec = uint8_t(pick(random, 0, 1));
+    plan.codec = uint8_t(pick(random, 0, 2));
     plan.block_tokens = pick(random, 0, 1) ? 16 : 0;
     plan.paged = pick(random, 0, 1);
     plan.pulled = pick(random, 0, 4) == 0;

@@ -140,6 +140,7 @@ std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
     auto link = std::make_shared<Link>(*this, link_id);
     ReceiveOptions receive = options_.receive;
     receive.pool = pool_;
+    receive.table_store = table_store_;
     if (role_ == Role::RECEIVER)
         link->receive = std::make_unique<ReceiveLink>(
             tickets_, receive, [this, weak = std::weak_ptr<Link>(link)] {

@@ -102,6 +102,7 @@ private:
     Fd listener_;
     Doorkeeper door_;
     const std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
+    const std::shared_ptr<TableStore> table_store_ = std::make_shared<TableStore>();
     bool closed_ = false;   // the application's thread
     bool closing_ = false;  // no lane opens any more
     EndpointStats counters_;

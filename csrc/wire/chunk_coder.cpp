@@ -5,23 +5,26 @@
 #include "base/bytes.hpp"
 #include "checksum/crc32c.hpp"
 #include "plan/run_cursor.hpp"
+#include "wire/link_tables.hpp"
 #include "wire/segment_coding.hpp"
 
 namespace kvwire {
 namespace {
 
 constexpr size_t PART_BYTES = 16, PART_CODED_BYTES_AT = 4;
-// Section 9.2: whatever went wrong twice is not tried again.
+// Tables are named once at most, and what went wrong twice goes raw.
 constexpr uint32_t CODED_ATTEMPTS_MAX = 2;
 
 }  // namespace
 
 bool ChunkEncoder::encode(Codec codec, const Placement& placement, uint32_t item_bytes,
-                          const SegmentCoding* coding, FrameHeader* header, Bytes* body) {
+                          const SegmentCoding* coding, SendTables* tables,
+                          FrameHeader* header, Bytes* body) {
     size_t bytes = 0;
     if (codec == Codec::LZ4) bytes = encode_lz4(placement, item_bytes, header, body);
     if (codec == Codec::TIERED && coding && header->attempt < CODED_ATTEMPTS_MAX)
-        bytes = encode_tiered(placement, *coding, header, body);
+        bytes = encode_tiered(placement, *coding, header->attempt == 0 ? tables : nullptr,
+                              header, body);
     if (bytes == 0 || bytes >= header->raw_bytes) return false;
     header->codec = uint8_t(codec);
     header->payload_bytes = uint32_t(bytes);
@@ -41,11 +44,12 @@ size_t ChunkEncoder::encode_lz4(const Placement& placement, uint32_t item_bytes,
 }
 
 size_t ChunkEncoder::encode_tiered(const Placement& placement, const SegmentCoding& coding,
-                                   FrameHeader* header, Bytes* body) {
+                                   SendTables* tables, FrameHeader* header, Bytes* body) {
     if (!tiered_) tiered_ = std::make_unique<TieredEncoder>();
     scratch_.resize(std::max(scratch_.size(), STRIP_BYTES_MAX));
     body->resize(header->raw_bytes);
-    coding.parts(placement, header->raw_offset, header->raw_bytes, &parts_, &entries_);
+    coding.parts(placement, header->raw_offset, header->raw_bytes, tables, &parts_,
+                 &entries_);
     tiered_->begin(parts_, body->data(), header->raw_bytes - 1);
     RunCursor cursor(placement, header->raw_offset, header->raw_bytes);
     uint32_t crc = 0;
@@ -81,10 +85,12 @@ void ChunkEncoder::note_parts(const Bytes& body) const {
 }
 
 Landing ChunkDecoder::decode(const FrameHeader& header, const uint8_t* payload,
-                             const Placement& placement) {
-    const auto no_tables = [](uint32_t) { return nullptr; };
+                             const Placement& placement, const ReceiveTables* tables) {
+    const auto table_of = [tables](uint32_t index) -> std::shared_ptr<const CodeTable> {
+        return tables ? tables->find(index) : nullptr;
+    };
     const ErrorCode found =
-        tiered_.begin(payload, header.payload_bytes, header.raw_bytes, no_tables);
+        tiered_.begin(payload, header.payload_bytes, header.raw_bytes, table_of);
     if (found != ErrorCode::OK) return {found, header.payload_crc};
     RunCursor cursor(placement, header.raw_offset, header.raw_bytes);
     uint32_t crc = 0;

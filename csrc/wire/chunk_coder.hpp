@@ -17,21 +17,24 @@
 namespace kvwire {
 
 class CodeEntry;
+class ReceiveTables;
 class SegmentCoding;
+class SendTables;
 
 class ChunkEncoder {
 public:
     // Codes the chunk of `header` into the front of `*body`, and fills in the codec, both checksums
     // and payload_bytes. False, with anything in `*body`: it does not shrink, or must go raw.
-    // `coding`: of its segment, needed for TIERED.
+    // For TIERED: `coding` is that of its segment, `tables` the link's (null: all go inside).
     bool encode(Codec codec, const Placement& placement, uint32_t item_bytes,
-                const SegmentCoding* coding, FrameHeader* header, Bytes* body);
+                const SegmentCoding* coding, SendTables* tables, FrameHeader* header,
+                Bytes* body);
 
 private:
     size_t encode_lz4(const Placement& placement, uint32_t item_bytes, FrameHeader* header,
                       Bytes* body);
     size_t encode_tiered(const Placement& placement, const SegmentCoding& coding,
-                         FrameHeader* header, Bytes* body);
+                         SendTables* tables, FrameHeader* header, Bytes* body);
     void note_parts(const Bytes& body) const;
 
     std::unique_ptr<TieredEncoder> tiered_;
@@ -48,7 +51,9 @@ struct Landing {
 class ChunkDecoder {
 public:
     // Decodes the TIERED payload of `header`, whose own checksum was right, to its place.
-    Landing decode(const FrameHeader& header, const uint8_t* payload, const Placement& placement);
+    // `tables`: the link's; null: it has none.
+    Landing decode(const FrameHeader& header, const uint8_t* payload, const Placement& placement,
+                   const ReceiveTables* tables);
 
 private:
     TieredDecoder tiered_;

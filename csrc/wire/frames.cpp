@@ -129,6 +129,20 @@ void check_fields(const FrameHeader& header) {
 
 }  // namespace
 
+bool FrameHeader::is_known() const {
+    const auto holds_entries = [this](size_t entry_bytes) {
+        return payload_bytes > 0 && payload_bytes % entry_bytes == 0 &&
+               payload_bytes / entry_bytes <= limits::table_entry_count_max;
+    };
+    switch (type) {
+        case FrameType::PING: case FrameType::PONG: return payload_bytes == PING_BYTES;
+        case FrameType::TABLE_NAMES: return holds_entries(TABLE_NAME_BYTES);
+        case FrameType::TABLE_ANSWER: return holds_entries(TABLE_ANSWER_BYTES);
+        case FrameType::TABLE: return payload_bytes >= TABLE_FIXED_BYTES;
+        default: return !skippable();
+    }
+}
+
 const char* frame_type_name(FrameType type) {
     switch (type) {
         case FrameType::MANIFEST: return "MANIFEST";
@@ -145,6 +159,9 @@ const char* frame_type_name(FrameType type) {
         case FrameType::INDEX: return "INDEX";
         case FrameType::COMMIT: return "COMMIT";
         case FrameType::CLOSE: return "CLOSE";
+        case FrameType::TABLE_NAMES: return "TABLE_NAMES";
+        case FrameType::TABLE_ANSWER: return "TABLE_ANSWER";
+        case FrameType::TABLE: return "TABLE";
         case FrameType::PING: return "PING";
         case FrameType::PONG: return "PONG";
     }

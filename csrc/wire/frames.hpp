@@ -38,10 +38,7 @@ struct FrameHeader {
     uint8_t codec = 0;
 
     bool skippable() const { return uint8_t(type) >= SKIPPABLE_TYPE_MIN; }
-    bool is_known() const {
-        return !skippable() || ((type == FrameType::PING || type == FrameType::PONG) &&
-                                payload_bytes == PING_BYTES);
-    }
+    bool is_known() const;
 };
 
 // What this end accepts from the peer.

@@ -31,7 +31,7 @@ Landing ChunkTarget::stage_out(uint32_t payload_crc) {
     if (!staging || !placement) return {ErrorCode::OK, payload_crc};  // computed in place
     if (Codec(header.codec) == Codec::TIERED) {
         if (!decoder_) decoder_ = std::make_unique<ChunkDecoder>();
-        return decoder_->decode(header, staging, *placement);
+        return decoder_->decode(header, staging, *placement, tables);
     }
     const uint8_t* raw = staging;
     if (header.codec != 0) {

@@ -23,6 +23,7 @@ struct ChunkTarget {
     uint8_t* staging = nullptr;  // the payload; for LZ4 raw bytes and scratch behind it
     FrameHeader header;
     uint32_t item_bytes = 1;
+    const ReceiveTables* tables = nullptr;  // of the link
 
     // The payload is complete: verifies it, and brings what was staged to its place. Once.
     const Landing& land(uint32_t payload_crc);

@@ -66,8 +66,8 @@ void LaneWriter::prepare(Entry& entry) {
     FrameHeader& header = entry.header;
     const Placement& placement = *entry.source.placement;
     const Source& source = entry.source;
-    if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding, &header,
-                         &entry.body)) {
+    if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding,
+                         source.tables, &header, &entry.body)) {
         header.codec = 0;
         header.payload_bytes = header.raw_bytes;
         if (placement.suits_iovecs()) {

@@ -36,6 +36,7 @@ public:
         Codec codec = Codec::RAW;  // when it makes the chunk smaller
         uint32_t item_bytes = 1;
         const SegmentCoding* coding = nullptr;  // for Codec::TIERED
+        SendTables* tables = nullptr;           // of the link, likewise
     };
     void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 

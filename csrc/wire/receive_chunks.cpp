@@ -82,6 +82,7 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
     const Codec codec = Codec(lane.target.header.codec);
     lane.target.placement = &segment.placement;
     lane.target.item_bytes = segment.item_bytes;
+    lane.target.tables = &tables_;
     if (codec == Codec::RAW && segment.placement.suits_iovecs()) return;
     reserve_staging(lane, codec == Codec::LZ4 ? 3 * raw_bytes : raw_bytes);
     lane.target.staging = lane.staging.get();

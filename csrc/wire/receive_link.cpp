@@ -51,7 +51,8 @@ std::vector<std::shared_ptr<Ticket>> TicketBook::all() const {
 
 ReceiveLink::ReceiveLink(TicketBook& tickets, ReceiveOptions options, std::function<void()> wake)
     : LinkMachine(options.liveness), tickets_(tickets), options_(options), wake_(std::move(wake)),
-      waiting_bytes_(options.pool), state_bytes_(options.pool) {}
+      waiting_bytes_(options.pool), state_bytes_(options.pool),
+      tables_(options.table_store, options.pool) {}
 
 ReceiveLink::~ReceiveLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -105,6 +106,9 @@ void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan 
             case FrameType::SEGMENT_END:
             case FrameType::END: return on_transfer_frame(lane, header, payload);
             case FrameType::ABORT: return on_abort(header, payload);
+            case FrameType::TABLE_NAMES:
+            case FrameType::TABLE: return on_tables(header, payload);
+            case FrameType::TABLE_ANSWER: return;
             default: break;
         }
     } catch (const Error& error) {
@@ -115,6 +119,14 @@ void ReceiveLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan 
     }
     throw Error(ErrorCode::STATE_INVALID,
                 std::string(frame_type_name(header.type)) + " is not a sender's frame");
+}
+
+void ReceiveLink::on_tables(const FrameHeader& header, ByteSpan payload) {
+    if (!(options_.codecs >> int(Codec::TIERED) & 1)) return;
+    const auto answers = header.type == FrameType::TABLE_NAMES
+                             ? tables_.on_names(payload)
+                             : std::vector<TableAnswer>{tables_.on_table(payload)};
+    send(FrameType::TABLE_ANSWER, Id{}, encode(answers));
 }
 
 void ReceiveLink::on_manifest(const FrameHeader& header, ByteSpan payload) {

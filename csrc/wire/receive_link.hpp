@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "wire/link_machine.hpp"
+#include "wire/link_tables.hpp"
 #include "wire/manifest.hpp"
 #include "wire/share.hpp"
 #include "wire/ticket.hpp"
@@ -44,6 +45,7 @@ struct ReceiveOptions {
     uint64_t waiting_bytes_max = 2 << 20;  // manifests that wait for their ticket
     uint64_t state_bytes_max = 8 << 20;    // manifests and announcements of open transfers
     std::shared_ptr<Pool> pool;            // of both, for all links of an endpoint
+    std::shared_ptr<TableStore> table_store;  // likewise; null: one of its own
     uint64_t patience_ns = 30'000'000'000;
     LivenessOptions liveness;
 };
@@ -159,6 +161,7 @@ private:
     void on_end(uint32_t lane, Transfer& transfer, ByteSpan payload);
     void on_abort(const FrameHeader& header, ByteSpan payload);
     void on_stray(const FrameHeader& header);
+    void on_tables(const FrameHeader& header, ByteSpan payload);
 
     void place_chunk(uint32_t lane, Transfer& transfer, Segment& segment);
     void grant_lease(uint32_t lane, Transfer& transfer, Work& segment, Chunk& chunk);
@@ -190,6 +193,7 @@ private:
     std::deque<Waiting> waiting_;
     std::map<std::pair<Id, uint16_t>, Pull> pulls_;  // by ticket and source rank
     Share waiting_bytes_, state_bytes_;
+    ReceiveTables tables_;
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
     std::unordered_set<Id, IdHash> overtaken_;  // of the ended: the MANIFEST never came

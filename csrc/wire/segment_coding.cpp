@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "wire/link_tables.hpp"
+
 namespace kvwire {
 namespace {
 
@@ -43,7 +45,9 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
         entry = book_->entry({model, uint8_t(group.kind), desc.name, item.layer,
                               uint8_t(desc.dtype), tensor.pattern.extents});
     for (const Stretch& stretch : stretches(desc, item)) {
-        Run run{bytes_, stretch.bytes, number, stretch.tokens, 0, nullptr};
+        Run run{bytes_, stretch.bytes, number, stretch.tokens, 0, false, nullptr};
+        run.lasts = group.kind != GroupKind::RECURRENT &&
+                    (stretch.tokens == 0 || stretch.tokens == desc.block_tokens);
         if (tensor.pattern.period(stretch.tokens) <= CodeTable::PERIOD_MAX) run.entry = entry;
         const bool by_token = desc.has_tokens() && (stretch.tokens == 0 || desc.block_tokens);
         const uint64_t tokens = by_token ? stretch.bytes / tensor.row_bytes : 0;
@@ -55,7 +59,8 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
 }
 
 void SegmentCoding::parts(const Placement& placement, uint64_t offset, uint64_t bytes,
-                          std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const {
+                          SendTables* tables, std::vector<CodedPart>* parts,
+                          std::vector<CodeEntry*>* entries) const {
     parts->clear();
     entries->clear();
     const uint64_t stop = offset + bytes;
@@ -63,12 +68,13 @@ void SegmentCoding::parts(const Placement& placement, uint64_t offset, uint64_t 
                                 [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
     for (; run != runs_.end() && run->offset < stop; ++run)
         append_part(placement, *run, std::max(offset, run->offset),
-                    std::min(stop, run->offset + run->bytes), parts, entries);
+                    std::min(stop, run->offset + run->bytes), tables, parts, entries);
 }
 
 // Elements that the chunk's ends cut are opaque.
 void SegmentCoding::append_part(const Placement& placement, const Run& run, uint64_t from,
-                                uint64_t to, std::vector<CodedPart>* parts,
+                                uint64_t to, SendTables* tables,
+                                std::vector<CodedPart>* parts,
                                 std::vector<CodeEntry*>* entries) const {
     if (!run.entry) return append_opaque(to - from, parts, entries);
     const Tensor& tensor = tensors_[run.tensor];
@@ -82,12 +88,15 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);
     part.position = uint32_t(first % table->period());
-    const uint64_t left = table->period() - part.position;
-    if (table->bytes().size() * TABLE_SHARE > part.raw_bytes && last - first <= left)
-        if (auto cut = outer_range(*table, uint32_t(last - first), &part.position))
-            table = std::move(cut);
-    if (table->bytes().size() * TABLE_SHARE_MIN > part.raw_bytes)
-        return append_opaque(to - from, parts, entries);
+    if (tables && run.lasts) part.table_index = tables->index_of(table);
+    if (part.table_index == TABLE_INSIDE) {
+        const uint64_t left = table->period() - part.position;
+        if (table->bytes().size() * TABLE_SHARE > part.raw_bytes && last - first <= left)
+            if (auto cut = outer_range(*table, uint32_t(last - first), &part.position))
+                table = std::move(cut);
+        if (table->bytes().size() * TABLE_SHARE_MIN > part.raw_bytes)
+            return append_opaque(to - from, parts, entries);
+    }
     part.table = std::move(table);
     append_opaque(run.offset + first * width - from, parts, entries);
     parts->push_back(std::move(part));

@@ -15,6 +15,8 @@
 
 namespace kvwire {
 
+class SendTables;
+
 class SegmentCoding {
 public:
     static constexpr uint64_t SINK_TOKENS = 64;  // attention's first ones are unlike the others
@@ -29,7 +31,8 @@ public:
 
     // The parts of a chunk, and of each the entry that its table is from (null: opaque). Reads
     // samples from `placement` where a table has yet to be made.
-    void parts(const Placement& placement, uint64_t offset, uint64_t bytes,
+    // `tables`: those of the link, in place of tables inside where it can be; null: all go inside.
+    void parts(const Placement& placement, uint64_t offset, uint64_t bytes, SendTables* tables,
                std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
 
     // Makes the table of the only item anew, from where it is longest. Nothing: the dtype has no
@@ -43,6 +46,7 @@ private:
         size_t tensor = 0;               // in tensors_
         uint32_t tokens = 0;             // extent of the token axis
         uint64_t skipped_bytes = 0;      // the first ones are no good samples
+        bool lasts = false;              // its table, beyond this request
         std::shared_ptr<CodeEntry> entry;  // null: opaque
     };
     // What the runs of a tensor have in common, in all its layers.
@@ -55,7 +59,8 @@ private:
 
     size_t tensor_of(const GroupDesc& group, const Item& item);
     void append_part(const Placement& placement, const Run& run, uint64_t from, uint64_t to,
-                     std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
+                     SendTables* tables, std::vector<CodedPart>* parts,
+                     std::vector<CodeEntry*>* entries) const;
     const Run& best_sample(const Run& run) const;
     // Without a table: there is too little of it.
     Calibration calibrated(const Placement& placement, const Run& run) const;

@@ -127,7 +127,7 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     transfer.in_flight_bytes += header.raw_bytes;
     lanes_.at(lane_index).writer.chunk(
         header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes,
-                 segment.coding.get()});
+                 segment.coding.get(), &tables_});
 }
 
 Codec SendLink::codec_of(const SendTransfer& transfer) const {
@@ -144,6 +144,9 @@ bool SendLink::commit(uint32_t lane) {
         all_live = all_live && live;
         return live;
     });
+    const auto names = tables_.names_to_say();  // of tables that have just been used
+    if (!names.empty())
+        lanes_.at(lane).writer.control(FrameType::TABLE_NAMES, Id{}, 0, encode(names));
     return all_live;
 }
 

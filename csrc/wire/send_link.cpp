@@ -42,6 +42,7 @@ void SendLink::lane_lost(uint32_t lane) {
 void SendLink::lane_stalled(uint32_t lane) {
     for (const auto& transfer : order_)
         if (transfer->grant) requeue(*transfer, lane);
+    tables_.lane_lost();
     repeat_control();
 }
 
@@ -95,6 +96,12 @@ void SendLink::on_control(uint32_t lane, const FrameHeader& header, ByteSpan pay
                 return;
             }
             case FrameType::PULL: return on_pull(header, payload);
+            case FrameType::TABLE_NAMES:
+            case FrameType::TABLE: return;
+            case FrameType::TABLE_ANSWER:
+                for (const Bytes& table : tables_.on_answers(payload))
+                    send(FrameType::TABLE, Id{}, table);
+                return;
             default: break;
         }
     } catch (const Error& error) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "wire/link_machine.hpp"
+#include "wire/link_tables.hpp"
 #include "wire/manifest.hpp"
 #include "wire/turns.hpp"
 
@@ -211,6 +212,7 @@ private:
     uint64_t opened_ = 0;
     uint64_t verified_bytes_ = 0;
     std::deque<std::pair<Id, Error>> recent_aborts_;
+    SendTables tables_;
     uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
     uint32_t peer_codecs_ = 1;
 };

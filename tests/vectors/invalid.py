@@ -8,15 +8,15 @@ from dataclasses import replace
 from vectors.generate import (
     CODECS_SPOKEN, LINK, TICKET, TRANSFER, Vector, file_bytes, minimal_spec, transfer,
 )
+from vectors.invalid_coded import lz4_chunks, tiered_chunks
 
 from kvwire.checksum import crc32c
-from kvwire.codec import Codec, encode_chunk
 from kvwire.control import (
     ABORT, COMMIT, END, GRANT, ITEM, PULL, RECEIPT, REPAIR, SEGMENT, SEGMENT_END, Abort, ChunkRun,
     Grant, Item, Pull, Receipt, Repair, RepairEntry, Segment,
 )
 from kvwire.errors import ErrorCode
-from kvwire.layout import CacheSpec, DType, auxiliary, latent
+from kvwire.layout import CacheSpec, latent
 from kvwire.limits import WAITING_MANIFESTS_MAX
 from kvwire.manifest import MANIFEST, Manifest
 from kvwire.structure import Structure
@@ -363,33 +363,7 @@ def chunks(broken: Broken) -> None:
     broken.add("abort_text", code.FIELD_INVALID, "ABORT: the message is not UTF-8",
                END=payload_with(abort, abort[_HEADER:-1] + b"\xff"))
     lz4_chunks(broken)
-
-
-def lz4_chunks(broken: Broken) -> None:
-    """Chunks of 4,096 zero bytes, coded: 1,024 rows of one element of 4 bytes."""
-    code = ErrorCode
-    spec = CacheSpec("z", (auxiliary([0], "scale", heads=1, dtype="fp32"),))
-    expected = Manifest(TICKET, spec, 0, 1024, codecs=3)
-    raw = bytes(4096)
-    _, payload = encode_chunk(Codec.LZ4, raw, DType.FP32)
-    segment = Segment(4096, 4096, (Item(0, 0, 0, 0, 1024),))
-    start = broken["GREETING"] + encode_frame(
-        FrameType.MANIFEST, TRANSFER, expected.encode()) + encode_frame(
-        FrameType.SEGMENT, TRANSFER, segment.encode())
-
-    def chunk(payload: bytes, raw: bytes) -> bytes:
-        return encode_frame(FrameType.CHUNK, TRANSFER, payload, raw_bytes=4096,
-                            raw_crc=crc32c(raw), codec=1)
-
-    short = encode_chunk(Codec.LZ4, raw[:4092], DType.FP32)[1]
-    for name, error, contains, frame in (
-            ("coded_flipped", code.PAYLOAD_CORRUPT, "a bit of a coded payload flipped",
-             flipped(chunk(payload, raw), _HEADER)),
-            ("coded_garbage", code.CODED_INVALID, "no LZ4 block", chunk(b"\xff" * 40, raw)),
-            ("coded_short", code.CODED_INVALID, "4,092 bytes decoded", chunk(short, raw)),
-            ("coded_other", code.RAW_CORRUPT, "other raw bytes than raw_crc says",
-             chunk(payload, raw[1:] + b"\1"))):
-        broken.raw(name, error, contains, start + frame, [expected])
+    tiered_chunks(broken)
 
 
 def answers(broken: Broken) -> None:

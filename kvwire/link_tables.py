@@ -1,0 +1,133 @@
+"""FORMAT.md §9.2: the frames about code tables, and what a receiver keeps of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from kvwire import limits
+from kvwire.errors import ErrorCode, KvwireError
+from kvwire.structure import Structure, fail
+from kvwire.tiered import CodeTable
+from kvwire.wire import FrameType
+
+__all__ = ["ReceivedTables", "TableAnswer", "TableName", "TableState", "decode_answers",
+           "decode_names", "encode_answers", "encode_names", "encode_table"]
+
+TABLE_NAME = Structure("TABLE_NAMES", table_index="I", reserved="I", table_name="16s")
+TABLE_ANSWER = Structure("TABLE_ANSWER", table_index="I", state="I")
+TABLE_FRAME = Structure("TABLE", table_index="I", reserved="I")
+
+
+class TableState(IntEnum):
+    """What a receiver says of a table."""
+
+    KNOWN = 1
+    WANTED = 2
+    REFUSED = 3
+
+
+@dataclass(frozen=True)
+class TableName:
+    """`table_name`: the first 16 bytes of the SHA-256 of the table's bytes."""
+
+    table_index: int
+    table_name: bytes
+
+
+@dataclass(frozen=True)
+class TableAnswer:
+    table_index: int
+    state: TableState
+
+
+def _unpacked(structure: Structure, data: bytes, offset: int = 0) -> dict:
+    values = structure.unpack(data, offset)
+    structure.require(values, "table_index",
+                      1 <= values["table_index"] <= limits.TABLE_COUNT_MAX)
+    if "reserved" in values:
+        structure.require_zero(values, "reserved")
+    return values
+
+
+def encode_names(names: Sequence[TableName]) -> bytes:
+    return b"".join(TABLE_NAME.pack(vars(name)) for name in names)
+
+
+def decode_names(data: bytes) -> list[TableName]:
+    found = (_unpacked(TABLE_NAME, data, at) for at in range(0, len(data), TABLE_NAME.bytes))
+    return [TableName(values["table_index"], values["table_name"]) for values in found]
+
+
+def encode_answers(answers: Sequence[TableAnswer]) -> bytes:
+    return b"".join(TABLE_ANSWER.pack(vars(answer)) for answer in answers)
+
+
+def decode_answers(data: bytes) -> list[TableAnswer]:
+    answers = []
+    for at in range(0, len(data), TABLE_ANSWER.bytes):
+        values = _unpacked(TABLE_ANSWER, data, at)
+        TABLE_ANSWER.require(values, "state", values["state"] in tuple(TableState))
+        answers.append(TableAnswer(values["table_index"], TableState(values["state"])))
+    return answers
+
+
+def encode_table(table_index: int, table: bytes) -> bytes:
+    """Return the payload of a TABLE."""
+    return TABLE_FRAME.pack({"table_index": table_index}) + table
+
+
+@dataclass
+class ReceivedTables:
+    """The tables of one link, at the receiver."""
+
+    names: dict[int, bytes] = field(default_factory=dict)
+    tables: dict[int, CodeTable] = field(default_factory=dict)
+    bytes_held: int = 0
+
+    def answer(self, kind: int, payload: bytes) -> bytes | None:
+        """Return the TABLE_ANSWER to a skippable frame, None to others and where it is skipped."""
+        entries, rest = divmod(len(payload), TABLE_NAME.bytes)
+        if kind == FrameType.TABLE_NAMES and not rest and (
+                1 <= entries <= limits.TABLE_ENTRY_COUNT_MAX):
+            return self.on_names(payload)
+        if kind == FrameType.TABLE and len(payload) >= TABLE_FRAME.bytes:
+            return self.on_table(payload)
+        return None
+
+    def on_names(self, payload: bytes) -> bytes:
+        """Return the TABLE_ANSWER to a TABLE_NAMES."""
+        answers = []
+        for said in decode_names(payload):
+            if self.names.setdefault(said.table_index, said.table_name) != said.table_name:
+                fail(ErrorCode.FIELD_INVALID, "TABLE_NAMES: the number has another name",
+                     actual=said.table_index)
+            known = said.table_index in self.tables
+            answers.append(TableAnswer(said.table_index,
+                                       TableState.KNOWN if known else TableState.WANTED))
+        return encode_answers(answers)
+
+    def on_table(self, payload: bytes) -> bytes:
+        """Return the TABLE_ANSWER to a TABLE."""
+        index = _unpacked(TABLE_FRAME, payload)["table_index"]
+        if index not in self.names:
+            fail(ErrorCode.FIELD_INVALID, "TABLE: the table was not named", actual=index)
+        if index not in self.tables:
+            self._keep(index, payload[TABLE_FRAME.bytes:])
+        known = index in self.tables
+        return encode_answers([TableAnswer(index, TableState.KNOWN if known
+                                           else TableState.REFUSED)])
+
+    def _keep(self, index: int, data: bytes) -> None:
+        if hashlib.sha256(data).digest()[:16] != self.names[index] or (
+                self.bytes_held + len(data) > limits.TABLE_BYTES_MAX):
+            return
+        try:
+            table, taken = CodeTable.decode(data)
+        except KvwireError:
+            return
+        if taken == len(data):
+            self.tables[index] = table
+            self.bytes_held += len(data)
