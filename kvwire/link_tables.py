@@ -14,7 +14,8 @@ from kvwire.tiered import CodeTable
 from kvwire.wire import FrameType
 
 __all__ = ["ReceivedTables", "TableAnswer", "TableName", "TableState", "decode_answers",
-           "decode_names", "encode_answers", "encode_names", "encode_table"]
+           "decode_names", "decode_table", "encode_answers", "encode_names", "encode_table",
+           "holds_structure"]
 
 TABLE_NAME = Structure("TABLE_NAMES", table_index="I", reserved="I", table_name="16s")
 TABLE_ANSWER = Structure("TABLE_ANSWER", table_index="I", state="I")
@@ -74,6 +75,22 @@ def decode_answers(data: bytes) -> list[TableAnswer]:
     return answers
 
 
+def holds_structure(kind: int, payload: bytes) -> bool:
+    """Return whether a frame is about tables and has the length of its structure."""
+    if kind == FrameType.TABLE:
+        return len(payload) >= TABLE_FRAME.bytes
+    structure = {FrameType.TABLE_NAMES: TABLE_NAME, FrameType.TABLE_ANSWER: TABLE_ANSWER}.get(kind)
+    if structure is None:
+        return False
+    entries, rest = divmod(len(payload), structure.bytes)
+    return rest == 0 and 1 <= entries <= limits.TABLE_ENTRY_COUNT_MAX
+
+
+def decode_table(data: bytes) -> tuple[int, bytes]:
+    """Return the index and the bytes that a TABLE has for it."""
+    return _unpacked(TABLE_FRAME, data)["table_index"], data[TABLE_FRAME.bytes:]
+
+
 def encode_table(table_index: int, table: bytes) -> bytes:
     """Return the payload of a TABLE."""
     return TABLE_FRAME.pack({"table_index": table_index}) + table
@@ -89,13 +106,8 @@ class ReceivedTables:
 
     def answer(self, kind: int, payload: bytes) -> bytes | None:
         """Return the TABLE_ANSWER to a skippable frame, None to others and where it is skipped."""
-        entries, rest = divmod(len(payload), TABLE_NAME.bytes)
-        if kind == FrameType.TABLE_NAMES and not rest and (
-                1 <= entries <= limits.TABLE_ENTRY_COUNT_MAX):
-            return self.on_names(payload)
-        if kind == FrameType.TABLE and len(payload) >= TABLE_FRAME.bytes:
-            return self.on_table(payload)
-        return None
+        act = {FrameType.TABLE_NAMES: self.on_names, FrameType.TABLE: self.on_table}.get(kind)
+        return act(payload) if act and holds_structure(kind, payload) else None
 
     def on_names(self, payload: bytes) -> bytes:
         """Return the TABLE_ANSWER to a TABLE_NAMES."""
@@ -111,11 +123,11 @@ class ReceivedTables:
 
     def on_table(self, payload: bytes) -> bytes:
         """Return the TABLE_ANSWER to a TABLE."""
-        index = _unpacked(TABLE_FRAME, payload)["table_index"]
+        index, data = decode_table(payload)
         if index not in self.names:
             fail(ErrorCode.FIELD_INVALID, "TABLE: the table was not named", actual=index)
         if index not in self.tables:
-            self._keep(index, payload[TABLE_FRAME.bytes:])
+            self._keep(index, data)
         known = index in self.tables
         return encode_answers([TableAnswer(index, TableState.KNOWN if known
                                            else TableState.REFUSED)])

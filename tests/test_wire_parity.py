@@ -7,8 +7,14 @@ from test_wire import DECODERS, MANIFESTS, ROLES, STREAMS
 
 from kvwire import _native
 from kvwire.errors import ErrorCode, KvwireError
+from kvwire.link_tables import decode_answers, decode_names, decode_table, holds_structure
 from kvwire.manifest import Manifest
 from kvwire.wire import FrameReader, FrameType, Greeting, Role, encode_frame
+
+
+ABOUT_TABLES = {(Role.RECEIVER, FrameType.TABLE_NAMES): decode_names,
+                (Role.SENDER, FrameType.TABLE_ANSWER): decode_answers,
+                (Role.RECEIVER, FrameType.TABLE): decode_table}
 
 
 def reference_code(stream, reader):
@@ -17,6 +23,9 @@ def reference_code(stream, reader):
         for header, payload in machine.events(stream):
             if payload is not None and (decoder := DECODERS.get(header.type)):
                 decoder.decode(payload)
+            decode = ABOUT_TABLES.get((reader, header.type))
+            if decode and payload is not None and holds_structure(header.type, payload):
+                decode(payload)
         machine.finish()
     except KvwireError as error:
         return int(error.code)
