@@ -148,10 +148,11 @@ def test_any_interleaving_is_delivered(seed, lanes, tokens, codec, block, per_pu
 
 @settings(max_examples=120)
 @given(seed=st.integers(0, 1 << 32), lanes=st.integers(2, 4), cuts=st.lists(
-    st.tuples(st.integers(0, 400), st.integers(0, 3)), min_size=1, max_size=3))
-def test_lost_lanes_are_survived_while_one_is_left(seed, lanes, cuts):
+    st.tuples(st.integers(0, 400), st.integers(0, 3)), min_size=1, max_size=3),
+    codec=st.sampled_from([0, 2]))
+def test_lost_lanes_are_survived_while_one_is_left(seed, lanes, cuts, codec):
     spec, tokens = hybrid_spec(16), (0, 300)
-    network = Network(spec, tokens, lanes=lanes, seed=seed)
+    network = Network(spec, tokens, lanes=lanes, seed=seed, codec=codec)
     due = dict(cuts)
     steps = 0
     while network.step():
@@ -196,12 +197,13 @@ def test_losing_every_lane_is_survived_when_they_come_back(seed, lanes, cuts):
 
 
 @settings(max_examples=300)
-@given(seed=st.integers(0, 1 << 32), lanes=st.integers(1, 3), where=st.floats(0, 1))
-def test_a_flipped_bit_is_repaired_or_refused(seed, lanes, where):
+@given(seed=st.integers(0, 1 << 32), lanes=st.integers(1, 3), where=st.floats(0, 1),
+       codec=st.sampled_from([0, 2]))
+def test_a_flipped_bit_is_repaired_or_refused(seed, lanes, where, codec):
     spec, tokens = hybrid_spec(16), (0, 100)
-    clean = Network(spec, tokens, lanes=lanes, seed=seed)
+    clean = Network(spec, tokens, lanes=lanes, seed=seed, codec=codec)
     clean.run()
-    network = Network(spec, tokens, lanes=lanes, seed=seed)
+    network = Network(spec, tokens, lanes=lanes, seed=seed, codec=codec)
     network.flip_at = int(network.sent + where * (clean.sent - network.sent))
     network.run()
     if network.sender.outcome() is None:  # a flipped length: one side waits for more bytes

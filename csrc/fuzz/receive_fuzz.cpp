@@ -73,7 +73,7 @@ Honest capture(uint8_t codec, uint32_t blocks) {
 }
 
 const Honest& honest(uint64_t which) {
-    static const Honest all[] = {capture(0, 0), capture(1, 0), capture(0, 16)};
+    static const Honest all[] = {capture(0, 0), capture(1, 0), capture(0, 16), capture(2, 0)};
     return all[which];
 }
 
@@ -160,7 +160,7 @@ private:
 class Conversation {
 public:
     explicit Conversation(Random& choices)
-        : choices_(choices), honest_(honest(pick(choices, 0, 2))) {}
+        : choices_(choices), honest_(honest(pick(choices, 0, 3))) {}
 
     void run() {
         while (choices_.has_choices()) {
@@ -248,7 +248,7 @@ private:
         switch (pick(choices_, 0, 7)) {
             case 0: header.transfer_id = id_of(uint8_t(pick(choices_, 0, 4))); break;
             case 1: header.segment_index = uint32_t(pick(choices_, 0, 2)); break;
-            case 2: header.type = type_of(pick(choices_, 0, 17)); break;
+            case 2: header.type = type_of(pick(choices_, 0, 20)); break;
             default: break;
         }
         if (header.type == FrameType::CHUNK) {

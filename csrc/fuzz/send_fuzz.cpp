@@ -129,7 +129,7 @@ private:
 class Conversation {
 public:
     explicit Conversation(Random& choices)
-        : choices_(choices), codec_(uint8_t(pick(choices, 0, 1))),
+        : choices_(choices), codec_(uint8_t(pick(choices, 0, 2))),
           manifest_(small(pick(choices, 0, 1) ? 16 : 0)),
           sender_(pick(choices, 0, 1) ? 8192 : 4096) {}
 
@@ -237,7 +237,7 @@ private:
         Frame made = right_answer(source);
         if (pick(choices_, 0, 3) == 0) {
             change(made.payload, choices_);
-            if (pick(choices_, 0, 3) == 0) made.header.type = type_of(pick(choices_, 0, 17));
+            if (pick(choices_, 0, 3) == 0) made.header.type = type_of(pick(choices_, 0, 20));
         }
         return made;
     }
