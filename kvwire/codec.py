@@ -21,6 +21,7 @@ class Codec(IntEnum):
     RAW = 0
     LZ4 = 1
     TIERED = 2
+    QUANTISED = 3
 
     @classmethod
     def of(cls, codec: object) -> Codec:
