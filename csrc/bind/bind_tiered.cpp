@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind/bind_tiered.hpp"
 #include "codec/tiered.hpp"
 
 namespace py = pybind11;
@@ -20,12 +21,6 @@ namespace kvwire {
 namespace {
 
 using Table = std::shared_ptr<const CodeTable>;
-using PartTuple = std::tuple<uint32_t, std::optional<std::string>, uint32_t, uint32_t>;
-using Tables = std::map<uint32_t, std::string>;
-
-const uint8_t* bytes_of(std::string_view data) {
-    return reinterpret_cast<const uint8_t*>(data.data());
-}
 
 Table table_from(const std::string& bytes) {
     size_t taken = 0;
@@ -35,9 +30,7 @@ Table table_from(const std::string& bytes) {
     return table;
 }
 
-const char* name_or_null(const std::optional<std::string>& name) {
-    return name ? name->c_str() : nullptr;
-}
+}  // namespace
 
 std::vector<CodedPart> parts_from(const std::vector<PartTuple>& tuples, size_t raw_bytes) {
     std::vector<CodedPart> parts;
@@ -61,6 +54,17 @@ std::vector<CodedPart> parts_from(const std::vector<PartTuple>& tuples, size_t r
         throw Error(ErrorCode::USAGE, "the parts do not cover the bytes", raw_bytes, total);
     return parts;
 }
+
+TieredDecoder::TableOf table_of(const Tables& table_bytes) {
+    std::map<uint32_t, Table> tables;
+    for (const auto& [index, bytes] : table_bytes) tables[index] = table_from(bytes);
+    return [tables = std::move(tables)](uint32_t index) {
+        const auto found = tables.find(index);
+        return found == tables.end() ? nullptr : found->second;
+    };
+}
+
+namespace {
 
 size_t encode_all(TieredEncoder& encoder, const std::vector<CodedPart>& parts, const uint8_t* raw,
                   uint8_t* out, size_t out_max) {
@@ -98,17 +102,12 @@ std::optional<py::bytes> encode_bytes(const py::bytes& raw, const std::vector<Pa
 
 py::bytes decode_bytes(const py::bytes& payload, size_t raw_bytes, const Tables& table_bytes,
                        const std::optional<std::string>& variant) {
-    std::map<uint32_t, Table> tables;
-    for (const auto& [index, bytes] : table_bytes) tables[index] = table_from(bytes);
     const std::string_view source = payload;
     TieredDecoder decoder(name_or_null(variant));
     std::string raw(raw_bytes, '\xA5');
     const ErrorCode code =
         decode_all(decoder, bytes_of(source), source.size(),
-                   reinterpret_cast<uint8_t*>(raw.data()), raw_bytes, [&](uint32_t index) {
-                       const auto found = tables.find(index);
-                       return found == tables.end() ? nullptr : found->second;
-                   });
+                   reinterpret_cast<uint8_t*>(raw.data()), raw_bytes, table_of(table_bytes));
     if (code == ErrorCode::TABLE_UNKNOWN)
         throw Error(code, "a code table is not known here", 0, decoder.table_missing());
     if (code != ErrorCode::OK) throw Error(code, "the payload cannot be decoded");

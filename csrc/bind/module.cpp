@@ -8,6 +8,7 @@ void register_codec(pybind11::module_& module);
 void register_tiered(pybind11::module_& module);
 void register_calibration(pybind11::module_& module);
 void register_code_book(pybind11::module_& module);
+void register_quantised(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_wire(pybind11::module_& module);
 void register_probes(pybind11::module_& module);
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_native, module) {
     kvwire::register_codec(module);
     kvwire::register_tiered(module);
     kvwire::register_calibration(module);
+    kvwire::register_quantised(module);
     kvwire::register_plan(module);
     kvwire::register_code_book(module);
     kvwire::register_wire(module);

@@ -54,10 +54,13 @@ size_t quantised_bytes_max(const std::vector<QuantisedPart>& parts) {
     size_t bytes = 0;
     for (const QuantisedPart& part : parts) {
         // A part that goes EXACT after all is one opaque part, whatever `nested` says.
-        const size_t raw_bytes = size_t(part.raw_bytes());
-        const size_t opaque = tiered_bytes_max({CodedPart{uint32_t(raw_bytes), nullptr, 0, 0}});
+        const size_t elements = size_t(part.lattice.count());
+        const size_t opaque =
+            tiered_bytes_max({CodedPart{uint32_t(part.raw_bytes()), nullptr, 0, TABLE_NONE}});
         const size_t nested = part.nested.empty() ? 0 : tiered_bytes_max(part.nested);
-        bytes += HEADER_BYTES + std::max(opaque, nested) + padded(2 * scale_count(part));
+        const size_t codes =
+            is_grouped(part.rung) ? padded(packed_bytes(elements, code_bits(part.rung))) : 0;
+        bytes += HEADER_BYTES + padded(2 * scale_count(part)) + std::max({opaque, nested, codes});
     }
     return bytes;
 }
