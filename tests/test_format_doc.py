@@ -19,6 +19,8 @@ from kvwire.errors import ErrorCode
 from kvwire.layout import Axis, DType, GroupKind
 from kvwire.link_tables import TABLE_ANSWER, TABLE_FRAME, TABLE_NAME, TableState
 from kvwire.manifest import MANIFEST, MetadataType
+from kvwire.quantised import CODE_BITS, DTYPES, FLOATS, SCALED, Rung
+from kvwire.quantised import PART as QUANTISED_PART
 from kvwire.tiered import PART, TABLE, StripForm, decode_tiered, element_format
 from kvwire.wire import (
     FORMAT_VERSION, FRAME_MAGIC, GREETING, GREETING_MAGIC, HEADER, WRITERS, FrameType, Role,
@@ -77,6 +79,7 @@ STRUCTURES = {
     "table_answer": (TABLE_ANSWER, table("9.2", "offset", 1)),
     "table_frame": (TABLE_FRAME, [row for row in table("9.2", "offset", 2) if row[2] != "table"]),
     "code_table": (TABLE, [row for row in table("9.1", "offset", 1) if row[2] != "bases"]),
+    "quantised part": (QUANTISED_PART, table("9.3", "offset")),
 }
 
 
@@ -158,6 +161,19 @@ def test_enumerations():
         codec.name: codec.value for codec in Codec}
     assert {name: int(number) for number, name, _ in table("9.2", "number")} == {
         state.name: state.value for state in TableState}
+
+
+def test_rungs():
+    rows = table("9.3", "number")
+    assert {name: int(number) for number, name, *_ in rows} == {
+        rung.name: rung.value for rung in Rung}
+    for _, name, dtypes, axes, body in rows:
+        rung = Rung[name]
+        assert tuple(sorted(DType[dtype] for dtype in dtypes.split(", "))) == tuple(
+            sorted(DTYPES.get(rung, FLOATS)))
+        assert axes == ("row, column" if rung in SCALED else "row" if rung in CODE_BITS else "0")
+        if rung in CODE_BITS:
+            assert body == f"groups, codes of {CODE_BITS[rung]} bits"
 
 
 def test_limits():

@@ -334,9 +334,10 @@ def test_shapes_of_caches(rung, dtype):
     """NHD and HND pages, states; groups along tokens and along channels; beyond a strip."""
     if rung == Rung.BF16:
         dtype = DType.FP32
-    for extents, rows, columns in (((130, 192), 2, 0), ((130 * 3, 64), 1, 0), ((5, 3, 16, 64), 10, 0),
-                                   ((70, 3, 96), 2, 0), ((3, 40, 50), 3, 5), ((5000,), 1, 0),
-                                   ((7, 1, 4097), 4, 1), ((1, 1), 0, 0)):
+    for extents, rows, columns in (((130, 192), 2, 0), ((130 * 3, 64), 1, 0),
+                                   ((5, 3, 16, 64), 10, 0), ((70, 3, 96), 2, 0),
+                                   ((3, 40, 50), 3, 5), ((5000,), 1, 0), ((7, 1, 4097), 4, 1),
+                                   ((1, 1), 0, 0)):
         if rung == Rung.BF16:
             rows = 0
         for seed, kind in enumerate(("gauss", "denormals", "constant", "nearly constant")):

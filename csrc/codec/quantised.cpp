@@ -49,7 +49,6 @@ const std::vector<Variant>& variants() {
     [[maybe_unused]] const CpuFeatures& cpu = cpu_features();
     static const std::vector<Variant> variants = {
 #if defined(__x86_64__)
-        {"avx512", cpu.avx512f && cpu.avx512bw && cpu.avx512vl, kernels_avx512},
         {"avx2", cpu.avx2, kernels_avx2},
 #endif
         {"portable", true, kernels_portable},

@@ -104,7 +104,7 @@ private:
     std::vector<float> first_, second_;
 };
 
-// Names of the compiled variants, fastest first: "avx512", "avx2", "portable".
+// Names of the compiled variants, fastest first: "avx2", "portable".
 std::vector<TieredVariantInfo> quantised_variants();
 
 }  // namespace kvwire

@@ -26,7 +26,7 @@ struct Kernels {
     // False when one is NaN, infinite, or of a magnitude of 2^58 or more.
     bool (*can_round)(uint8_t dtype, const uint8_t* raw, size_t count);
 
-    // Takes the values into their ranges: of each one, or of all.
+    // Takes the values into their ranges: of each one; or of all, which are at most GROUP.
     void (*widen_range)(const float* values, size_t count, bool steps, float* low, float* high);
     // The same for magnitudes divided by `over`, 0 where that is 0; null: not divided.
     void (*raise_largest)(const float* values, size_t count, Numbers over, bool steps,
@@ -55,7 +55,6 @@ struct Kernels {
 const Kernels& kernels_portable();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
-const Kernels& kernels_avx512();
 #endif
 
 struct Variant {
@@ -64,10 +63,10 @@ struct Variant {
     const Kernels& (*kernels)();
 };
 
-// Fastest first: "avx512", "avx2", "portable".
+// Fastest first: "avx2", "portable". Wider vectors gain nothing: measured.
 const std::vector<Variant>& variants();
-// Those that `variant` names; null: those that the environment variable KVWIRE_QUANTISED names, else
-// the first supported ones. Throws std::invalid_argument for a name that is not among them.
+// Those that `variant` names; null: those that the environment variable KVWIRE_QUANTISED names,
+// else the first supported ones. Throws std::invalid_argument for a name that is not among them.
 const Kernels& kernels(const char* variant);
 
 }  // namespace kvwire::quantised

@@ -22,8 +22,7 @@ KVWIRE_INLINE void with(bool flag, Loop loop) {
 }
 
 KVWIRE_INLINE float quotient(float value, float by) {
-    const float ratio = value / by;
-    return by > 0 ? ratio : 0.0f;
+    return float_of(choose(by > 0, bits_of(value / by), 0));
 }
 
 template <class Format>
@@ -77,26 +76,19 @@ void widen_range(const float* values, size_t count, bool steps, float* low, floa
         for (size_t i = 0; i < count; ++i) high[i] = values[i] > high[i] ? values[i] : high[i];
         return;
     }
-    // Lanes, because a compiler may not reorder the comparisons of one.
-    constexpr size_t LANES = 16;
-    float lows[LANES], highs[LANES];
-    for (size_t lane = 0; lane < LANES; ++lane) lows[lane] = *low, highs[lane] = *high;
-    size_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        for (size_t lane = 0; lane < LANES; ++lane) {
-            const float value = values[i + lane];
-            lows[lane] = value < lows[lane] ? value : lows[lane];
-            highs[lane] = value > highs[lane] ? value : highs[lane];
-        }
+    // Folded in halves, because the compiler may not reorder comparisons by itself.
+    float lows[GROUP], highs[GROUP];
+    for (size_t i = 0; i < GROUP; ++i) lows[i] = *low, highs[i] = *high;
+    std::memcpy(lows, values, 4 * count);
+    std::memcpy(highs, values, 4 * count);
+    for (size_t half = GROUP / 2; half > 0; half /= 2) {
+        for (size_t i = 0; i < half; ++i)
+            lows[i] = lows[i + half] < lows[i] ? lows[i + half] : lows[i];
+        for (size_t i = 0; i < half; ++i)
+            highs[i] = highs[i + half] > highs[i] ? highs[i + half] : highs[i];
     }
-    for (; i < count; ++i) {
-        lows[0] = values[i] < lows[0] ? values[i] : lows[0];
-        highs[0] = values[i] > highs[0] ? values[i] : highs[0];
-    }
-    for (size_t lane = 0; lane < LANES; ++lane) {
-        *low = lows[lane] < *low ? lows[lane] : *low;
-        *high = highs[lane] > *high ? highs[lane] : *high;
-    }
+    *low = lows[0] < *low ? lows[0] : *low;
+    *high = highs[0] > *high ? highs[0] : *high;
 }
 
 // Magnitudes are ordered as their bits are.
@@ -167,13 +159,16 @@ void divide(float* values, size_t count, Numbers row, Numbers column) {
 }
 
 void multiply(float* values, size_t count, Numbers row, Numbers column) {
-    by_grid(values, count, row, column, [](float value, float r, float c) { return value * r * c; });
+    by_grid(values, count, row, column,
+            [](float value, float r, float c) { return value * r * c; });
 }
 
 void to_integers(const float* values, size_t count, uint8_t* codes) {
+    const uint32_t top = bits_of(127.0f);
     for (size_t i = 0; i < count; ++i) {
-        const float low = values[i] > -127.0f ? values[i] : -127.0f;
-        codes[i] = uint8_t(bits_of((low < 127.0f ? low : 127.0f) + SIGNED_RULER));
+        const uint32_t bits = bits_of(values[i]), size = bits & MAGNITUDE;
+        const float code = float_of(choose(size < top, size, top) | (bits & ~MAGNITUDE));
+        codes[i] = uint8_t(bits_of(code + SIGNED_RULER));
     }
 }
 
@@ -209,9 +204,13 @@ void unpack(const uint8_t* packed, size_t blocks, int bits, uint8_t* codes) {
     for (size_t block = 0; block < blocks; ++block, codes += BLOCK, packed += 8 * bits) {
         for (size_t i = 0; i < 32; ++i) codes[i] = packed[i] & 15;
         for (size_t i = 0; i < 32; ++i) codes[i + 32] = packed[i] >> 4;
-        for (int quarter = 0; bits == 6 && quarter < 4; ++quarter)
-            for (size_t i = 0; i < 16; ++i)
-                codes[16 * quarter + i] |= uint8_t((packed[32 + i] >> 2 * quarter & 3) << 4);
+        for (size_t i = 0; bits == 6 && i < 16; ++i) {
+            const uint8_t pairs = packed[32 + i];
+            codes[i] |= uint8_t((pairs & 3) << 4);
+            codes[16 + i] |= uint8_t((pairs >> 2 & 3) << 4);
+            codes[32 + i] |= uint8_t((pairs >> 4 & 3) << 4);
+            codes[48 + i] |= uint8_t(pairs >> 6 << 4);
+        }
     }
 }
 

@@ -24,6 +24,12 @@ KVWIRE_INLINE float float_of(uint32_t bits) {
 
 constexpr uint32_t MAGNITUDE = 0x7FFFFFFF;
 
+// By masks, because a compiler must not make branches of it.
+KVWIRE_INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+    const uint32_t mask = -uint32_t(condition);
+    return (yes & mask) | (no & ~mask);
+}
+
 // A format of 1 sign bit, `EXPONENT` bits and `MANTISSA` bits; `TOP` is its largest finite code.
 template <int EXPONENT, int MANTISSA, uint32_t TOP>
 struct SmallFloat {
@@ -40,7 +46,8 @@ struct SmallFloat {
         // Its last place is that of the format's subnormal numbers: the sum is rounded there.
         constexpr uint32_t ruler = uint32_t(127 + 23 + 1 - BIAS - MANTISSA) << 23;
         const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(ruler)) - ruler;
-        const uint32_t code = magnitude < uint32_t(128 - BIAS) << 23 ? subnormal : normal;
+        const uint32_t code =
+            choose(magnitude < uint32_t(128 - BIAS) << 23, subnormal, normal);
         return (code < TOP ? code : TOP) | (bits >> 31 << (EXPONENT + MANTISSA));
     }
 
@@ -59,7 +66,9 @@ using Fp16 = SmallFloat<5, 10, 0x7BFF>;
 using E4m3 = SmallFloat<4, 3, 0x7E>;
 
 // The next bf16 away from zero, and the next one below, as binary32. Of finite numbers.
-KVWIRE_INLINE float bf16_up(float value) { return float_of((bits_of(value) + 0xFFFF) & 0xFFFF0000); }
+KVWIRE_INLINE float bf16_up(float value) {
+    return float_of((bits_of(value) + 0xFFFF) & 0xFFFF0000);
+}
 KVWIRE_INLINE float bf16_down(float value) {
     const uint32_t bits = bits_of(value);
     return float_of((bits + (bits >> 31 ? 0xFFFF : 0)) & 0xFFFF0000);
