@@ -23,6 +23,7 @@ _HOME = {
     "attention": "layout", "latent": "layout", "sliding_window": "layout", "recurrent": "layout",
     "convolution": "layout", "auxiliary": "layout", "request_tensor": "layout",
     "CacheMemory": "memory", "CodeBook": "code_book",
+    "Lossy": "lossy",
     "Sender": "sender", "Transfer": "sender", "Offer": "sender", "Push": "sender",
     "Receiver": "receiver", "Ticket": "receiver", "Progress": "handles",
     "Link": "link", "LinkOptions": "link", "LinkStats": "link", "LaneStats": "link",
@@ -47,7 +48,8 @@ def backends() -> dict[str, object]:
     OpenSSL that TLS was built with, None if it was not. Forced by environment variables
     (KVWIRE_CRC32C, KVWIRE_LZ4, KVWIRE_TIERED)."""
     native = import_module("kvwire._native")
-    codecs = [name for bit, name in enumerate(("raw", "lz4", "tiered"))
+    names = ("raw", "lz4", "tiered", "quantised")
+    codecs = [name for bit, name in enumerate(names)
               if native.codecs_available() >> bit & 1]
     return {"crc32c": native.crc32c_active(), "crc32c_variants": native.crc32c_variants(),
             "codecs": codecs, "tiered": native.tiered_active(),

@@ -8,6 +8,7 @@ from enum import IntEnum
 import numpy as np
 
 from kvwire.errors import ErrorCode, UsageError
+from kvwire.quantised import decode_quantised
 from kvwire.structure import fail
 from kvwire.tensor_spec import DType
 from kvwire.tiered import CodeTable, Part, decode_tiered, encode_tiered
@@ -16,7 +17,7 @@ __all__ = ["Codec", "decode_chunk", "encode_chunk", "join_planes", "split_planes
 
 
 class Codec(IntEnum):
-    """How a chunk's payload is made of its raw bytes."""
+    """How a chunk's payload is made of its raw bytes. QUANTISED is for `Lossy`."""
 
     RAW = 0
     LZ4 = 1
@@ -27,7 +28,7 @@ class Codec(IntEnum):
     def of(cls, codec: object) -> Codec:
         """Return the `Codec` of a `Codec` or a name ("raw", "lz4", "tiered")."""
         found = cls.__members__.get(codec.upper()) if isinstance(codec, str) else codec
-        if found not in tuple(cls):
+        if found not in (cls.RAW, cls.LZ4, cls.TIERED):
             raise UsageError(f"codec is {codec!r}; it must be 'raw', 'lz4' or 'tiered'")
         return cls(found)
 
@@ -77,6 +78,8 @@ def decode_chunk(codec: Codec, payload: bytes, raw_bytes: int, item_bytes: int,
         return payload
     if codec == Codec.TIERED:
         return decode_tiered(payload, raw_bytes, table_of)
+    if codec == Codec.QUANTISED:
+        return decode_quantised(payload, raw_bytes, table_of)
     import lz4.block
     try:
         planes = lz4.block.decompress(payload, uncompressed_size=raw_bytes)

@@ -37,6 +37,7 @@ class Receiver(Endpoint):
         security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the sender's; None:
             cleartext, open to all who reach the port.
         allow_unauthenticated: listen beyond loopback without any security.
+        allow_lossy: let senders round what their callers told them to (`Lossy`).
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
@@ -46,7 +47,8 @@ class Receiver(Endpoint):
                  patience_s: float = 30.0, connect_timeout_s: float = 10.0,
                  lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(), io_threads: int = 0,
-                 security: Security | None = None, allow_unauthenticated: bool = False):
+                 security: Security | None = None, allow_unauthenticated: bool = False,
+                 allow_lossy: bool = False):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
             raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
                              f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
@@ -56,7 +58,7 @@ class Receiver(Endpoint):
             check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
         super().__init__(_native.ReceiverEndpoint({
             "window_bytes": window_bytes, "chunk_bytes_max": chunk_bytes_max,
-            "io_threads": io_threads_of(io_threads),
+            "io_threads": io_threads_of(io_threads), "allow_lossy": bool(allow_lossy),
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),

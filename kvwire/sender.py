@@ -16,6 +16,7 @@ from kvwire.handles import (
 )
 from kvwire.layout import CacheSpec
 from kvwire.link import GBPS, LinkOptions, TransferStats
+from kvwire.lossy import Lossy
 from kvwire.manifest import Manifest, encode_metadata
 from kvwire.memory import CacheMemory
 from kvwire.security import Security, check_listening, options_of
@@ -98,7 +99,7 @@ class Sender(Endpoint):
              source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
              codec: str | None = None, metadata: Mapping[str, object] | None = None,
              deadline_s: float | None = None, link: str | None = None,
-             priority: int = 0) -> Transfer:
+             priority: int = 0, lossy: Lossy | None = None) -> Transfer:
         """Open a transfer that fills `ticket`; returns at once, layers can be pushed at once.
 
         Args:
@@ -115,22 +116,23 @@ class Sender(Endpoint):
             priority: transfers of higher priority go first, equal ones in the order of their
                 opening; but every 16th chunk of a link is the oldest transfer's, so that none
                 waits for ever.
+            lossy: what may be rounded on the way, if the receiver allows it; None: nothing.
 
         Raises: UsageError. What the network or the peer does shows on the transfer.
         """
         native = self._open_checked()
         manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
-                                  destination_rank, metadata)
+                                  destination_rank, metadata, lossy)
         handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
                              self._codec_number(codec), seconds(deadline_s, "deadline_s"),
-                             priority_of(priority))
+                             priority_of(priority), self._roundings(lossy, manifest.spec))
         return self._started(Transfer(self, handle, memory, manifest.spec))
 
     def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
               source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
               codec: str | None = None, metadata: Mapping[str, object] | None = None,
               deadline_s: float | None = None, offer_id: str | bytes | None = None,
-              priority: int = 0) -> Offer:
+              priority: int = 0, lossy: Lossy | None = None) -> Offer:
         """Offer source memory for a receiver to pull; arguments as for `open`.
 
         Layers are pushed onto the offer as they are produced, before or after it is pulled.
@@ -139,9 +141,10 @@ class Sender(Endpoint):
         native = self._open_checked()
         name = _native.random_id() if offer_id is None else id_bytes(offer_id, "offer_id")
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
-                                  metadata)
+                                  metadata, lossy)
         handle = native.offer(name, manifest.encode(), memory.native, self._codec_number(codec),
-                              seconds(deadline_s, "deadline_s"), priority_of(priority))
+                              seconds(deadline_s, "deadline_s"), priority_of(priority),
+                              self._roundings(lossy, manifest.spec))
         return self._started(Offer(self, handle, memory, manifest.spec, name))
 
     def send(self, ticket: str | bytes, memory: CacheMemory, **options: object) -> Transfer:
@@ -150,7 +153,7 @@ class Sender(Endpoint):
 
     def _manifest(self, ticket: bytes, memory: CacheMemory, carry: CacheSpec | None,
                   source_rank: object, destination_rank: object,
-                  metadata: Mapping[str, object] | None) -> Manifest:
+                  metadata: Mapping[str, object] | None, lossy: Lossy | None) -> Manifest:
         if not isinstance(memory, CacheMemory):
             raise UsageError(f"{type(memory).__name__} is no CacheMemory: describe the arrays "
                              "with kvwire.CacheMemory(spec, arrays, ...)")
@@ -161,7 +164,12 @@ class Sender(Endpoint):
         source, sources = ranks_of(source_rank, "source_rank")
         destination, destinations = ranks_of(destination_rank, "destination_rank")
         return Manifest(ticket, spec, *memory.tokens, source, sources, destination, destinations,
-                        codecs=CODECS_SPOKEN, metadata=metadata or {})
+                        codecs=CODECS_SPOKEN | (lossy is not None) << Codec.QUANTISED,
+                        metadata=metadata or {})
+
+    @staticmethod
+    def _roundings(lossy: Lossy | None, spec: CacheSpec) -> list[tuple[int, int, int, bool]]:
+        return [] if lossy is None else lossy.roundings(spec)
 
     def _started(self, transfer: Transfer) -> Transfer:
         self._lend(transfer._native, transfer.memory)

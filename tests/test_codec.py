@@ -58,7 +58,7 @@ def test_planes_refuse_items_of_no_bytes():
 
 def test_codec_names():
     assert [_native.codec_name(number) for number in (0, 1, 2, 3, 255)] == [
-        "RAW", "LZ4", "TIERED", None, None]
+        "RAW", "LZ4", "TIERED", "QUANTISED", None]
 
 
 def test_raw_is_never_coded_and_has_one_length():
@@ -162,5 +162,5 @@ def test_environment_hides_lz4(shown):
         text=True,
         check=True,
     )
-    expected = {"0": ["5", "None", "False"], "1": ["7", "b'152637489'", "True"]}
+    expected = {"0": ["13", "None", "False"], "1": ["15", "b'152637489'", "True"]}
     assert done.stdout.split() == expected[shown]

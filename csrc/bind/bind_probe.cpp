@@ -169,7 +169,7 @@ class ReceiverProbe : public Probe<ReceiveLink> {
 public:
     explicit ReceiverProbe(uint32_t transfers_max) {
         ReceiveOptions options;
-        options.codecs = codecs_available();
+        options.codecs = codecs_available() & ~(1u << uint8_t(Codec::QUANTISED));
         options.transfers_max = transfers_max;
         options.chunk_bytes_max = uint32_t(limits::chunk_bytes_max);
         link_ = std::make_unique<ReceiveLink>(tickets_, options, [] {});
@@ -252,7 +252,7 @@ public:
         : lane_count_(lane_count), memory_(memory) {
         SendOptions options;
         options.chunk_bytes = chunk_bytes;
-        options.codecs = codecs_available();
+        options.codecs = codecs_available() & ~(1u << uint8_t(Codec::QUANTISED));
         link_ = std::make_unique<SendLink>(offers_, options);
         transfer_ = std::make_shared<SendTransfer>(
             id_from(transfer_id), decode_manifest(span_of(manifest_payload)), memory, codec, *this);
@@ -271,7 +271,7 @@ public:
         greeting.link_id.bytes.fill(7);
         greeting.lane_index = uint16_t(lane);
         greeting.lane_count = uint16_t(lane_count_);
-        greeting.codecs = codecs_available();
+        greeting.codecs = codecs_available() & ~(1u << uint8_t(Codec::QUANTISED));
         uint8_t bytes[GREETING_BYTES];
         encode_greeting(greeting, bytes);
         return {{lane, py::bytes(reinterpret_cast<char*>(bytes), GREETING_BYTES)}};

@@ -58,6 +58,8 @@ EndpointOptions options_from(const py::dict& given) {
     };
     options.send.code_book = std::make_shared<CodeBook>();
     options.codecs = options.send.codecs = options.receive.codecs = codecs_available();
+    if (!given.contains("allow_lossy") || !given["allow_lossy"].cast<bool>())
+        options.receive.codecs &= ~(1u << uint8_t(Codec::QUANTISED));
     take("io_threads", options.io_threads);
     take("connections_max", options.door.connections_max);
     take("connections_per_address_max", options.door.connections_per_address_max);
@@ -264,6 +266,16 @@ void bind_receiver(py::module_& module) {
         }, NoGil());
 }
 
+// group, tensor, rung, by_channel.
+using RoundingTuple = std::tuple<uint16_t, uint16_t, uint8_t, bool>;
+
+std::vector<Rounding> roundings_from(const std::vector<RoundingTuple>& tuples) {
+    std::vector<Rounding> roundings;
+    for (const auto& [group, tensor, rung, by_channel] : tuples)
+        roundings.push_back({group, tensor, Rung(rung), by_channel});
+    return roundings;
+}
+
 void bind_sender(py::module_& module) {
     py::class_<SenderEndpoint> sender(module, "SenderEndpoint");
     sender.def(py::init([](const py::dict& options) {
@@ -276,18 +288,22 @@ void bind_sender(py::module_& module) {
     sender
         .def("open", [=](SenderEndpoint& self, const std::string& link, const std::string& manifest,
                          const std::shared_ptr<MemoryMap>& memory, uint8_t codec,
-                         double deadline_s, int32_t priority) {
+                         double deadline_s, int32_t priority,
+                         const std::vector<RoundingTuple>& roundings) {
             return self.open(id_from(link), manifest_from(manifest), memory, codec, deadline_s,
-                             priority);
+                             priority, roundings_from(roundings));
         }, py::arg("link"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
-             py::arg("deadline_s"), py::arg("priority") = 0, NoGil())
+             py::arg("deadline_s"), py::arg("priority") = 0,
+             py::arg("roundings") = std::vector<RoundingTuple>(), NoGil())
         .def("offer", [=](SenderEndpoint& self, const std::string& offer,
                           const std::string& manifest, const std::shared_ptr<MemoryMap>& memory,
-                          uint8_t codec, double deadline_s, int32_t priority) {
+                          uint8_t codec, double deadline_s, int32_t priority,
+                          const std::vector<RoundingTuple>& roundings) {
             return self.offer(id_from(offer), manifest_from(manifest), memory, codec, deadline_s,
-                              priority);
+                              priority, roundings_from(roundings));
         }, py::arg("offer"), py::arg("manifest"), py::arg("memory"), py::arg("codec"),
-             py::arg("deadline_s"), py::arg("priority") = 0, NoGil())
+             py::arg("deadline_s"), py::arg("priority") = 0,
+             py::arg("roundings") = std::vector<RoundingTuple>(), NoGil())
         .def("link_alive", [](SenderEndpoint& self, const std::string& link) {
             return self.link_alive(id_from(link));
         }, NoGil());

@@ -126,7 +126,8 @@ py::dict format_constants() {
     constants["frame_types"] = frame_types();
     constants["errors"] = error_numbers();
     constants["limits"] = limit_values();
-    constants["codecs"] = py::dict(py::arg("RAW") = 0, py::arg("LZ4") = 1, py::arg("TIERED") = 2);
+    constants["codecs"] = py::dict(py::arg("RAW") = 0, py::arg("LZ4") = 1, py::arg("TIERED") = 2,
+                                      py::arg("QUANTISED") = 3);
     constants["greeting"] = greeting_fields();
     constants["header"] = header_fields();
     constants["group_kinds"] = upper(enum_names<GroupKind>(255, group_kind_name));

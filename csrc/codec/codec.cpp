@@ -48,7 +48,8 @@ bool decode_lz4(const uint8_t* coded, size_t coded_bytes, uint32_t item_bytes, u
 }  // namespace
 
 uint32_t codecs_available() {
-    return bit(Codec::RAW) | bit(Codec::TIERED) | (lz4_library() ? bit(Codec::LZ4) : 0);
+    return bit(Codec::RAW) | bit(Codec::TIERED) | bit(Codec::QUANTISED) |
+           (lz4_library() ? bit(Codec::LZ4) : 0);
 }
 
 const char* codec_name(Codec codec) {
@@ -56,6 +57,7 @@ const char* codec_name(Codec codec) {
         case Codec::RAW: return "RAW";
         case Codec::LZ4: return "LZ4";
         case Codec::TIERED: return "TIERED";
+        case Codec::QUANTISED: return "QUANTISED";
     }
     return nullptr;
 }
@@ -64,7 +66,7 @@ size_t coded_bytes_max(Codec codec, size_t raw_bytes) {
     switch (codec) {
         case Codec::RAW: return raw_bytes;
         case Codec::LZ4: return raw_bytes == 0 ? 0 : raw_bytes - 1;
-        case Codec::TIERED: return 0;
+        case Codec::TIERED: case Codec::QUANTISED: return 0;
     }
     return 0;
 }
@@ -72,7 +74,7 @@ size_t coded_bytes_max(Codec codec, size_t raw_bytes) {
 size_t encode(Codec codec, const uint8_t* raw, size_t raw_bytes, uint32_t item_bytes, uint8_t* out,
               size_t out_max, uint8_t* scratch) {
     switch (codec) {
-        case Codec::RAW: case Codec::TIERED: return 0;
+        case Codec::RAW: case Codec::TIERED: case Codec::QUANTISED: return 0;
         case Codec::LZ4: return encode_lz4(raw, raw_bytes, item_bytes, out, out_max, scratch);
     }
     return 0;
@@ -87,7 +89,7 @@ bool decode(Codec codec, const uint8_t* coded, size_t coded_bytes, uint32_t item
             return true;
         case Codec::LZ4:
             return decode_lz4(coded, coded_bytes, item_bytes, raw, raw_bytes, scratch);
-        case Codec::TIERED: return false;
+        case Codec::TIERED: case Codec::QUANTISED: return false;
     }
     return false;
 }

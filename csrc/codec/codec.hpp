@@ -7,7 +7,7 @@
 
 namespace kvwire {
 
-enum class Codec : uint8_t { RAW = 0, LZ4 = 1, TIERED = 2 };
+enum class Codec : uint8_t { RAW = 0, LZ4 = 1, TIERED = 2, QUANTISED = 3 };
 
 // Bit n is set when codec n can be used here: what a greeting says. Found out once.
 uint32_t codecs_available();
@@ -15,7 +15,8 @@ uint32_t codecs_available();
 // Name as in FORMAT.md, or nullptr for a number that is not in the table.
 const char* codec_name(Codec codec);
 
-// Of what follows TIERED knows nothing: its chunks are coded in parts (tiered.hpp).
+// Of what follows TIERED and QUANTISED know nothing: their chunks are coded in parts (tiered.hpp,
+// quantised.hpp).
 
 // The `out_max` with which encode() returns 0 only for bytes that do not shrink.
 size_t coded_bytes_max(Codec codec, size_t raw_bytes);

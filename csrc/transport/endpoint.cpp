@@ -305,10 +305,12 @@ void ReceiverEndpoint::end_all(const Error& why) {
 
 std::shared_ptr<TransferHandle> SenderEndpoint::make(Manifest manifest,
                                                      std::shared_ptr<const MemoryMap> memory,
-                                                     uint8_t codec, int32_t priority) {
+                                                     uint8_t codec, int32_t priority,
+                                                     std::vector<Rounding> roundings) {
     auto handle = std::make_shared<TransferHandle>(loops_, notifier_, *this, random_id(),
                                                    std::move(manifest), std::move(memory), codec);
     handle->transfer_->priority = priority;
+    handle->transfer_->roundings = std::move(roundings);
     return handle;
 }
 
@@ -325,8 +327,10 @@ void SenderEndpoint::start_deadline(const std::shared_ptr<TransferHandle>& handl
 std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest manifest,
                                                      std::shared_ptr<const MemoryMap> memory,
                                                      uint8_t codec, double deadline_s,
-                                                     int32_t priority) {
-    auto handle = make(std::move(manifest), std::move(memory), codec, priority);
+                                                     int32_t priority,
+                                                     std::vector<Rounding> roundings) {
+    auto handle = make(std::move(manifest), std::move(memory), codec, priority,
+                       std::move(roundings));
     const bool running = loops_->call([&] {
         handle->hold(handle);
         const auto link = find_link(link_id);
@@ -345,9 +349,11 @@ std::shared_ptr<TransferHandle> SenderEndpoint::open(const Id& link_id, Manifest
 std::shared_ptr<TransferHandle> SenderEndpoint::offer(const Id& offer_id, Manifest manifest,
                                                       std::shared_ptr<const MemoryMap> memory,
                                                       uint8_t codec, double deadline_s,
-                                                      int32_t priority) {
+                                                      int32_t priority,
+                                                      std::vector<Rounding> roundings) {
     const OfferBook::Key key{offer_id, manifest.source_rank, manifest.destination_rank};
-    auto handle = make(std::move(manifest), std::move(memory), codec, priority);
+    auto handle = make(std::move(manifest), std::move(memory), codec, priority,
+                       std::move(roundings));
     const bool running = loops_->call([&] {
         handle->hold(handle);
         handle->transfer_->offered = true;

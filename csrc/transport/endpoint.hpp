@@ -135,10 +135,12 @@ public:
 
     std::shared_ptr<TransferHandle> open(const Id& link_id, Manifest manifest,
                                          std::shared_ptr<const MemoryMap> memory, uint8_t codec,
-                                         double deadline_s, int32_t priority = 0);
+                                         double deadline_s, int32_t priority = 0,
+                                         std::vector<Rounding> roundings = {});
     std::shared_ptr<TransferHandle> offer(const Id& offer_id, Manifest manifest,
                                           std::shared_ptr<const MemoryMap> memory, uint8_t codec,
-                                          double deadline_s, int32_t priority = 0);
+                                          double deadline_s, int32_t priority = 0,
+                                         std::vector<Rounding> roundings = {});
     bool link_alive(const Id& link_id);
 
     // With the lock, for the handles.
@@ -149,7 +151,8 @@ public:
 
 private:
     std::shared_ptr<TransferHandle> make(Manifest manifest, std::shared_ptr<const MemoryMap> memory,
-                                         uint8_t codec, int32_t priority);
+                                         uint8_t codec, int32_t priority,
+                                         std::vector<Rounding> roundings);
     void end_all(const Error& why) override;
     std::shared_ptr<Link> link_of(const TransferHandle& handle);
     void start_deadline(const std::shared_ptr<TransferHandle>& handle, double deadline_s);

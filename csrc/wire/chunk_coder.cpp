@@ -86,17 +86,27 @@ void ChunkEncoder::note_parts(const Bytes& body) const {
 
 Landing ChunkDecoder::decode(const FrameHeader& header, const uint8_t* payload,
                              const Placement& placement, const ReceiveTables* tables) {
+    if (Codec(header.codec) == Codec::TIERED)
+        return decode_strips(tiered_, header, payload, placement, tables);
+    if (!quantised_) quantised_ = std::make_unique<QuantisedDecoder>();
+    return decode_strips(*quantised_, header, payload, placement, tables);
+}
+
+template <class Decoder>
+Landing ChunkDecoder::decode_strips(Decoder& decoder, const FrameHeader& header,
+                                    const uint8_t* payload, const Placement& placement,
+                                    const ReceiveTables* tables) {
     const auto table_of = [tables](uint32_t index) -> std::shared_ptr<const CodeTable> {
         return tables ? tables->find(index) : nullptr;
     };
     const ErrorCode found =
-        tiered_.begin(payload, header.payload_bytes, header.raw_bytes, table_of);
+        decoder.begin(payload, header.payload_bytes, header.raw_bytes, table_of);
     if (found != ErrorCode::OK) return {found, header.payload_crc};
     RunCursor cursor(placement, header.raw_offset, header.raw_bytes);
     uint32_t crc = 0;
-    while (const size_t bytes = tiered_.next_bytes()) {
+    while (const size_t bytes = decoder.next_bytes()) {
         uint8_t* const place = cursor.in_place(bytes);
-        if (!tiered_.strip(place ? place : strip_))
+        if (!decoder.strip(place ? place : strip_))
             return {ErrorCode::CODED_INVALID, header.payload_crc};
         crc = place ? crc32c(crc, place, bytes) : cursor.scatter(bytes, strip_, crc);
     }

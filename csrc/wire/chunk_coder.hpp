@@ -9,6 +9,7 @@
 
 #include "base/error.hpp"
 #include "codec/codec.hpp"
+#include "codec/quantised.hpp"
 #include "codec/tiered.hpp"
 #include "plan/placement.hpp"
 #include "wire/control.hpp"
@@ -50,13 +51,18 @@ struct Landing {
 
 class ChunkDecoder {
 public:
-    // Decodes the TIERED payload of `header`, whose own checksum was right, to its place.
-    // `tables`: the link's; null: it has none.
+    // Decodes the TIERED or QUANTISED payload of `header`, whose own checksum was right, to its
+    // place. `tables`: the link's; null: it has none.
     Landing decode(const FrameHeader& header, const uint8_t* payload, const Placement& placement,
                    const ReceiveTables* tables);
 
 private:
+    template <class Decoder>
+    Landing decode_strips(Decoder& decoder, const FrameHeader& header, const uint8_t* payload,
+                          const Placement& placement, const ReceiveTables* tables);
+
     TieredDecoder tiered_;
+    std::unique_ptr<QuantisedDecoder> quantised_;  // once it was needed
     alignas(64) uint8_t strip_[STRIP_BYTES_MAX];
 };
 

@@ -29,7 +29,7 @@ const Landing& ChunkTarget::land(uint32_t payload_crc) {
 Landing ChunkTarget::stage_out(uint32_t payload_crc) {
     if (payload_crc != header.payload_crc) return {ErrorCode::PAYLOAD_CORRUPT, payload_crc};
     if (!staging || !placement) return {ErrorCode::OK, payload_crc};  // computed in place
-    if (Codec(header.codec) == Codec::TIERED) {
+    if (header.codec >= uint8_t(Codec::TIERED)) {
         if (!decoder_) decoder_ = std::make_unique<ChunkDecoder>();
         return decoder_->decode(header, staging, *placement, tables);
     }

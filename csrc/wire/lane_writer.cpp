@@ -40,7 +40,8 @@ void LaneWriter::chunk(const FrameHeader& header, const Source& source) {
     entry.header = header;
     entry.source = source;
     entry.head.resize(HEADER_BYTES);
-    const bool from_pages = source.codec == Codec::RAW && source.placement->suits_iovecs();
+    const bool from_pages =
+        source.codec == Codec::RAW && !source.rounding && source.placement->suits_iovecs();
     if (!from_pages && !spare_.empty()) {
         entry.body = std::move(spare_.back());
         spare_.pop_back();
@@ -66,8 +67,11 @@ void LaneWriter::prepare(Entry& entry) {
     FrameHeader& header = entry.header;
     const Placement& placement = *entry.source.placement;
     const Source& source = entry.source;
-    if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding,
-                         source.tables, &header, &entry.body)) {
+    if (source.rounding) {
+        if (!rounder_) rounder_ = std::make_unique<ChunkRounder>();
+        rounder_->encode(placement, *source.rounding, &header, &entry.body);
+    } else if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding,
+                                source.tables, &header, &entry.body)) {
         header.codec = 0;
         header.payload_bytes = header.raw_bytes;
         if (placement.suits_iovecs()) {

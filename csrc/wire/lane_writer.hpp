@@ -17,6 +17,7 @@
 
 #include "plan/placement.hpp"
 #include "wire/chunk_coder.hpp"
+#include "wire/chunk_rounder.hpp"
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
 
@@ -35,8 +36,9 @@ public:
         void* owner = nullptr;
         Codec codec = Codec::RAW;  // when it makes the chunk smaller
         uint32_t item_bytes = 1;
-        const SegmentCoding* coding = nullptr;  // for Codec::TIERED
-        SendTables* tables = nullptr;           // of the link, likewise
+        const SegmentCoding* coding = nullptr;      // for Codec::TIERED
+        SendTables* tables = nullptr;               // of the link, likewise
+        const SegmentRounding* rounding = nullptr;  // where something is lossy: how it is coded
     };
     void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 
@@ -86,6 +88,7 @@ private:
     std::vector<Entry*> preparing_;
     std::vector<Bytes> spare_;
     ChunkEncoder encoder_;             // prepare()'s own
+    std::unique_ptr<ChunkRounder> rounder_;  // ... once it was needed
     size_t queued_bytes_ = 0;
     size_t queued_control_bytes_ = 0;  // an entry counts until all of it has left
     size_t lent_entries_ = 0;          // in the iovecs given out last

@@ -18,7 +18,9 @@ Lattice lattice(std::array<uint64_t, Lattice::AXES> extents, uint8_t row_axes,
     return made;
 }
 
-constexpr uint8_t axes(bool a, bool b, bool c, bool d) { return uint8_t(a | b << 1 | c << 2 | d << 3); }
+constexpr uint8_t axes(bool a, bool b, bool c, bool d) {
+    return uint8_t(a | b << 1 | c << 2 | d << 3);
+}
 
 }  // namespace
 

@@ -127,13 +127,17 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     transfer.in_flight_bytes += header.raw_bytes;
     lanes_.at(lane_index).writer.chunk(
         header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes,
-                 segment.coding.get(), &tables_});
+                 segment.coding.get(), &tables_, segment.rounding.get()});
+}
+
+bool SendLink::may_use(const SendTransfer& transfer, Codec codec) const {
+    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
+                               options_.codecs & peer_codecs_;
+    return permitted >> uint8_t(codec) & 1;
 }
 
 Codec SendLink::codec_of(const SendTransfer& transfer) const {
-    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
-                               options_.codecs & peer_codecs_;
-    return Codec(permitted >> transfer.codec & 1 ? transfer.codec : 0);
+    return may_use(transfer, Codec(transfer.codec)) ? Codec(transfer.codec) : Codec::RAW;
 }
 
 bool SendLink::commit(uint32_t lane) {

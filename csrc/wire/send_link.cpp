@@ -278,6 +278,14 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
             coding->append(manifest.model, manifest.groups[item.group], item);
         segment->coding = coding;
     }
+    if (!transfer.roundings.empty() && may_use(transfer, Codec::QUANTISED)) {
+        const Manifest& manifest = transfer.manifest;
+        const auto rounding = std::make_shared<SegmentRounding>(
+            transfer.roundings, segment->coding, manifest.token_stop);
+        for (const Item& item : announcement.items)
+            rounding->append(manifest.groups[item.group], item);
+        if (rounding->rounds_anything()) segment->rounding = rounding;
+    }
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
@@ -398,6 +406,7 @@ void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& s
     segment.chunks = {};
     segment.placement = {};
     segment.coding.reset();
+    segment.rounding.reset();
     segment.announcement.items = {};
     segment.announcement_payload = {};
     if (--transfer.pushes[segment.push].open_segments == 0)

@@ -17,6 +17,7 @@
 #include "wire/link_tables.hpp"
 #include "wire/manifest.hpp"
 #include "wire/turns.hpp"
+#include "wire/segment_rounding.hpp"
 
 namespace kvwire {
 
@@ -66,7 +67,8 @@ public:
         Bytes announcement_payload;
         Placement placement;
         uint32_t item_bytes = 1;
-        std::shared_ptr<const SegmentCoding> coding;  // null: without the tiered code
+        std::shared_ptr<const SegmentCoding> coding;      // null: without the tiered code
+        std::shared_ptr<const SegmentRounding> rounding;  // null: nothing in it is lossy
         std::vector<Chunk> chunks;
         uint32_t next_unsent = 0;
         uint32_t crcs_known = 0;
@@ -90,6 +92,7 @@ public:
     const uint8_t codec;
     TransferObserver& observer;
     int32_t priority = 0;                  // higher goes first; set before it is opened
+    std::vector<Rounding> roundings;       // what may be lossy; likewise
     uint64_t serial = 0;                   // in the order of opening on the link
 
     std::optional<Grant> grant;
@@ -189,6 +192,7 @@ private:
     void send_chunk(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment,
                     uint32_t chunk_index);
     bool take_checksum(uint32_t lane, const FrameHeader& header, SendTransfer::Segment& segment);
+    bool may_use(const SendTransfer& transfer, Codec codec) const;
     Codec codec_of(const SendTransfer& transfer) const;
     bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
                              SendTransfer::Chunk& chunk, const FrameHeader& header);
