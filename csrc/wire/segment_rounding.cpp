@@ -165,7 +165,7 @@ void SegmentRounding::exact_bytes(const Cut& out, uint64_t from, uint64_t to) co
     part.dtype = BYTES_DTYPE;
     part.lattice = lattice({1, 1, 1, to - from}, 0);
     std::vector<CodeEntry*> entries;
-    if (coding_) coding_->parts(out.placement, from, to - from, &part.nested, &entries);
+    if (coding_) coding_->parts(out.placement, from, to - from, nullptr, &part.nested, &entries);
     out.parts->push_back(std::move(part));
 }
 
