@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ __all__ = ["CongestionThresholds", "CongestionWatch", "LaneStats", "Link", "Link
 
 WINDOW_S = 1.0
 CONGESTION_STATES = ("open", "disorder", "cwr", "recovery", "loss")
+SIGNS = frozenset({"loss", "rtt", "backlog"})
 GBPS = 8e-9  # of one byte per second
 PACED_MAX_GBPS = 1e9  # above it the kernel means "not at all"
 
@@ -278,7 +280,7 @@ class CongestionWatch:
         self._links = links
         self._callback = callback
         self._thresholds = thresholds
-        self._seen: dict[tuple[str, str], float] = {}  # (link, sign): when last
+        self._absent: dict[str, dict[str, float]] = {}  # by link, sign: since when
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvwire-congestion", daemon=True)
         self._thread.start()
@@ -308,9 +310,11 @@ class CongestionWatch:
                 continue
             now_s = time.monotonic()
             signs = self._thresholds.signs(stats)
-            new = {sign for sign in signs if now_s - self._seen.get((link.id, sign), -1e9)
-                   > self._thresholds.quiet_s}
-            self._seen.update({(link.id, sign): now_s for sign in signs})
+            absent = self._absent.setdefault(link.id, dict.fromkeys(SIGNS, -math.inf))
+            new = {sign for sign in signs
+                   if now_s - absent.pop(sign, now_s) > self._thresholds.quiet_s}
+            for sign in SIGNS - signs:
+                absent.setdefault(sign, now_s)
             if new:
                 self._tell(frozenset(new), stats)
 

@@ -145,7 +145,7 @@ def watchers():
     return [t for t in threading.enumerate() if t.name == "kvwire-congestion"]
 
 
-EVERYTHING = CongestionThresholds(loss_rate=-1, poll_s=0.001, quiet_s=0.05)
+EVERYTHING = CongestionThresholds(loss_rate=-1, poll_s=0.001, quiet_s=0)
 
 
 def test_signs_are_told_once_when_they_begin(ends):
@@ -153,7 +153,7 @@ def test_signs_are_told_once_when_they_begin(ends):
     ends[0].on_congestion(lambda signs, stats: told.append((signs, stats)), EVERYTHING)
     eventually(lambda: told)
     time.sleep(0.3)
-    assert told[0][0] == {"loss"} and told[0][1].link == ends[0].links()[0].id
+    assert "loss" in told[0][0] and told[0][1].link == ends[0].links()[0].id
     assert len([signs for signs, _ in told if "loss" in signs]) == 1
     assert len(watchers()) == 1
     ends[0].on_congestion(None)

@@ -167,7 +167,7 @@ def test_without_a_lease_a_link_ends_with_its_last_lane():
         start = time.monotonic()
         fails(pair.transfer, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
         fails(pair.ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("close", ["sender", "receiver"])
