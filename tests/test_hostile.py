@@ -197,7 +197,7 @@ def test_frames_of_the_other_role_are_refused(receiver, kind):
 def test_skippable_types_are_skipped(receiver):
     opened = Opened(receiver)
     for size in (0, 1, 1 << 20):
-        opened.peer.send(0x80 + size % 7, opened.id, bytes(size))
+        opened.peer.send(0xF0 + size % 7, opened.id, bytes(size))
     opened.announce(items=[Item(9, 0, 0)])
     opened.refused(ErrorCode.SEGMENT_INVALID)
 
