@@ -20,9 +20,10 @@ public:
         std::memset(base_, kPoison, usable_);
         data_ = base_ + usable_ - size;
     }
-    explicit Fenced(const std::vector<uint8_t>& bytes) : Fenced(bytes.size()) {
-        std::copy(bytes.begin(), bytes.end(), data_);
+    Fenced(const uint8_t* bytes, size_t size) : Fenced(size) {
+        std::copy_n(bytes, size, data_);
     }
+    explicit Fenced(const std::vector<uint8_t>& bytes) : Fenced(bytes.data(), bytes.size()) {}
     ~Fenced() { spare()[usable_].push_back(base_); }
     Fenced(const Fenced&) = delete;
     Fenced& operator=(const Fenced&) = delete;
