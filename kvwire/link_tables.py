@@ -102,6 +102,7 @@ class ReceivedTables:
 
     names: dict[int, bytes] = field(default_factory=dict)
     tables: dict[int, CodeTable] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
     bytes_held: int = 0
 
     def answer(self, kind: int, payload: bytes) -> bytes | None:
@@ -116,9 +117,7 @@ class ReceivedTables:
             if self.names.setdefault(said.table_index, said.table_name) != said.table_name:
                 fail(ErrorCode.FIELD_INVALID, "TABLE_NAMES: the number has another name",
                      actual=said.table_index)
-            known = said.table_index in self.tables
-            answers.append(TableAnswer(said.table_index,
-                                       TableState.KNOWN if known else TableState.WANTED))
+            answers.append(TableAnswer(said.table_index, self._state(said.table_index)))
         return encode_answers(answers)
 
     def on_table(self, payload: bytes) -> bytes:
@@ -126,13 +125,17 @@ class ReceivedTables:
         index, data = decode_table(payload)
         if index not in self.names:
             fail(ErrorCode.FIELD_INVALID, "TABLE: the table was not named", actual=index)
-        if index not in self.tables:
-            self._keep(index, data)
-        known = index in self.tables
-        return encode_answers([TableAnswer(index, TableState.KNOWN if known
-                                           else TableState.REFUSED)])
+        if self._state(index) == TableState.WANTED:
+            self._take(index, data)
+        return encode_answers([TableAnswer(index, self._state(index))])
 
-    def _keep(self, index: int, data: bytes) -> None:
+    def _state(self, index: int) -> TableState:
+        if index in self.tables:
+            return TableState.KNOWN
+        return TableState.REFUSED if index in self.refused else TableState.WANTED
+
+    def _take(self, index: int, data: bytes) -> None:
+        self.refused.add(index)
         if hashlib.sha256(data).digest()[:16] != self.names[index] or (
                 self.bytes_held + len(data) > limits.TABLE_BYTES_MAX):
             return
@@ -141,5 +144,6 @@ class ReceivedTables:
         except KvwireError:
             return
         if taken == len(data):
+            self.refused.remove(index)
             self.tables[index] = table
             self.bytes_held += len(data)

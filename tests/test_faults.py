@@ -24,15 +24,20 @@ class Run:
     """One transfer through one proxy, and how it ended."""
 
     def __init__(self, receiver, *faults, spec=TINY, tokens=TINY_TOKENS, lanes=1,
-                 chunk_bytes=1 << 18, metadata=None, lease_s=0, all_lanes_first=False, **proxy):
-        self.source = Held(spec, tokens, 1)
-        self.target = Held(spec, tokens, 2, writable=True)
-        self.ticket = receiver.expect(self.target.memory)
+                 chunk_bytes=1 << 18, metadata=None, lease_s=0, all_lanes_first=False,
+                 codec="raw", contents=Held, **proxy):
+        self.source, self.tokens = contents(spec, tokens, 1), tokens
         self.proxy = Proxy(receiver.address, *faults, **proxy)
         self.sender = kvwire.Sender(self.proxy.address, lanes=lanes, chunk_bytes=chunk_bytes,
-                                    lease_s=lease_s)  # 0: the link is not waited for
+                                    codec=codec, lease_s=lease_s)  # 0: the link is not waited for
         if all_lanes_first:  # without a lease, the first few would end the link with themselves
             assert eventually(lambda: self._lanes_at(receiver) == lanes)
+        self.send(receiver, metadata)
+
+    def send(self, receiver, metadata=None):
+        """Send the source to another target, over the same link."""
+        self.target = Held(self.source.spec, self.tokens, 2, writable=True)
+        self.ticket = receiver.expect(self.target.memory)
         self.transfer = self.sender.send(self.ticket.id, self.source.memory, metadata=metadata)
 
     def _lanes_at(self, receiver):

@@ -116,6 +116,9 @@ def test_bytes_of_another_name_are_refused(opened, data):
     assert opened.table(1, data) == [(1, TableState.REFUSED)]
     assert opened.chunk([Part(CHUNK_BYTES, TABLE, 0, 1)]) == ErrorCode.TABLE_UNKNOWN
     assert opened.chunk([Part(CHUNK_BYTES, TABLE)], attempt=1) is None
+    for _ in range(2):  # which is final
+        assert opened.name((1, TABLE.name)) == [(1, TableState.REFUSED)]
+        assert opened.table(1, TABLE.encode()) == [(1, TableState.REFUSED)]
 
 
 def test_a_table_that_breaks_a_rule_is_refused_under_its_own_name(opened):

@@ -9,7 +9,7 @@ namespace {
 
 using namespace fuzz;
 
-constexpr size_t ELEMENTS_MAX = 9000;
+constexpr size_t ELEMENTS_MAX = STRIP_ELEMENTS + 500;
 constexpr uint32_t LINK_TABLE = 7;
 
 void decode_by_all(const Bytes& payload, size_t raw_bytes, const std::map<uint32_t, Table>& tables,
@@ -28,8 +28,8 @@ void round_trip(Random& choices) {
     for (uint64_t left = pick(choices, 1, 3); left > 0; --left) {
         const uint8_t dtype = uint8_t(pick(choices, 1, 5));
         const Table table = any_table(dtype, choices);
-        const uint64_t many = pick(choices, 0, 3);
-        const size_t count = pick(choices, 1, many == 0 ? ELEMENTS_MAX : 300);
+        const uint64_t many = pick(choices, 0, 9);
+        const size_t count = pick(choices, 1, many == 0 ? ELEMENTS_MAX : 100);
         const size_t before = raw.size(), bytes = count * table->format().item_bytes;
         raw.resize(before + bytes);
         fill_elements(&raw[before], count, dtype, choices);
@@ -52,8 +52,9 @@ void round_trip(Random& choices) {
         CHECK(encode_fenced(variant, parts, raw, room) == payload);
     decode_by_all(payload, raw.size(), tables, &raw);
     const size_t less = pick(choices, 0, payload.size() - 1);
-    for (const char* variant : supported_variants())
-        CHECK(encode_fenced(variant, parts, raw, less).empty());
+    const std::vector<const char*> variants = supported_variants();
+    const char* const any = variants[pick(choices, 0, variants.size() - 1)];
+    CHECK(encode_fenced(any, parts, raw, less).empty());
     change(payload, choices);
     decode_by_all(payload, raw.size(), tables, nullptr);
 }

@@ -96,7 +96,7 @@ TEST(codec_raw_is_always_there_and_never_shrinks) {
 }
 
 TEST(codec_numbers_that_are_not_in_the_table_are_refused) {
-    const auto unknown = static_cast<Codec>(2);
+    const auto unknown = static_cast<Codec>(255);
     uint8_t a[8] = {}, b[8] = {}, c[8] = {};
     CHECK(codec_name(unknown) == nullptr);
     CHECK_EQ(coded_bytes_max(unknown, 8), 0u);

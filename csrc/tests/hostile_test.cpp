@@ -5,6 +5,7 @@
 #include <set>
 
 #include "tests/link_world.hpp"
+#include "wire/reader.hpp"
 
 namespace kvwire {
 namespace {
@@ -17,6 +18,7 @@ const std::vector<Type> TYPES = {
     Type::MANIFEST, Type::GRANT, Type::SEGMENT, Type::CHUNK, Type::SEGMENT_END,
     Type::END, Type::RECEIPT, Type::REPAIR, Type::ABORT, Type::PULL,
     Type::DONE, Type::INDEX, Type::COMMIT, Type::CLOSE, SKIPPABLE,
+    Type::TABLE_NAMES, Type::TABLE_ANSWER, Type::TABLE,
 };
 const Error CANCELLED(ErrorCode::CANCELLED, "cancelled");
 
@@ -33,6 +35,13 @@ struct Truth {
     Random random{7};
     Memory memory{small(), random};
 };
+
+const CodeTable& table() {
+    static const auto made = CodeTable::make(uint8_t(DType::BF16), {2}, {0, 1, 2}, {}, {120});
+    return *made;
+}
+
+ByteSpan span(const Bytes& bytes) { return {bytes.data(), bytes.size()}; }
 
 // One honest frame of each type; of CHUNK the first, and the second under `last_chunk`.
 struct Frames {
@@ -76,6 +85,11 @@ Frames capture() {
     add(Type::COMMIT, Bytes(COMMIT_BYTES));
     add(Type::CLOSE, {}, Id{});
     add(SKIPPABLE, Bytes(5));
+    add(Type::TABLE_NAMES, encode(std::vector<TableName>{{1, table_name(span(table().bytes()))}}),
+        Id{});
+    add(Type::TABLE_ANSWER, encode(std::vector<TableAnswer>{{1, TableState::WANTED}}), Id{});
+    add(Type::TABLE, FieldWriter().number(uint32_t(1)).zeros(4)
+                         .data(table().bytes().data(), table().bytes().size()).take(), Id{});
     return frames;
 }
 
@@ -86,7 +100,16 @@ const Frames& honest() {
 
 Bytes honest_bytes(Type type) { return honest().by_type.at(type).bytes(); }
 
+std::string states_of_tables(const Bytes& payload) {
+    static const char* const names[] = {"KNOWN", "WANTED", "REFUSED"};
+    std::string text;
+    for (const TableAnswer& answer : decode_table_answer(span(payload)))
+        text += (text.empty() ? "" : " ") + std::string(names[uint32_t(answer.state) - 1]);
+    return text;
+}
+
 // What a side says on lane 0, and the error for which it closed it: "ABORT 208", "lane 111".
+// Of an answer about tables, what they are.
 template <class Side>
 std::string reaction(Side& side) {
     std::string text;
@@ -96,6 +119,7 @@ std::string reaction(Side& side) {
             const Error error = decode_abort({each.payload.data(), each.payload.size()});
             name = (each.header.transfer_id.is_zero() ? "lane " : "ABORT ") + show(error.code);
         }
+        if (each.type() == Type::TABLE_ANSWER) name = states_of_tables(each.payload);
         text += (text.empty() ? "" : " ") + name;
     }
     CHECK_EQ(side.is_open(0), text.find("lane") == std::string::npos);
@@ -106,11 +130,20 @@ std::string reaction(Side& side) {
 
 struct ReceiverState {
     std::string name;
-    std::vector<std::string> after;  // MANIFEST, SEGMENT, CHUNK, SEGMENT_END, END
+    std::vector<std::string> after;  // those of TOLD
     std::function<void(ReceiverEnd&)> reach;
 };
+const std::vector<Type> TOLD = {Type::MANIFEST, Type::SEGMENT, Type::CHUNK, Type::SEGMENT_END,
+                                Type::END, Type::TABLE_NAMES, Type::TABLE};
 
-// b bind, c cancel; honest frames on lane 0: m s 1 2 e E a; on lane 1 a part of chunk 0: h.
+Bytes wrong_table() {
+    Frame made = honest().by_type.at(Type::TABLE);
+    made.payload.back() ^= 1;
+    return made.bytes();
+}
+
+// b bind, c cancel; honest frames on lane 0: m s 1 2 e E a, of tables n t, T other bytes; on lane
+// 1 a part of chunk 0: h.
 void hear(ReceiverEnd& receiver, const std::string& script) {
     Random random(3);
     for (const char step : script) {
@@ -125,6 +158,9 @@ void hear(ReceiverEnd& receiver, const std::string& script) {
             case 'E': receiver.feed(0, honest_bytes(Type::END)); break;
             case 'a': receiver.feed(0, honest_bytes(Type::ABORT)); break;
             case 'c': receiver.cancel(); break;
+            case 'n': receiver.feed(0, honest_bytes(Type::TABLE_NAMES)); break;
+            case 't': receiver.feed(0, honest_bytes(Type::TABLE)); break;
+            case 'T': receiver.feed(0, wrong_table()); break;
             default: receiver.feed(1, Bytes(chunk.begin(), chunk.begin() + HEADER_BYTES + 100));
         }
     }
@@ -132,7 +168,10 @@ void hear(ReceiverEnd& receiver, const std::string& script) {
 }
 
 ReceiverState receiver_state(const std::string& name, const std::string& script,
-                             std::vector<std::string> after) {
+                             std::vector<std::string> after,
+                             const std::string& named = "WANTED",
+                             const std::string& sent = "lane 106") {
+    after.insert(after.end(), {named, sent});
     return {name, std::move(after), [script](ReceiverEnd& receiver) { hear(receiver, script); }};
 }
 
@@ -154,15 +193,19 @@ std::vector<ReceiverState> receiver_states() {
         receiver_state("done", "bms12eE", {"DONE", "", "", "", "DONE"}),
         receiver_state("aborted", "bmsa", {gone, gone, gone, gone, gone}),
         receiver_state("cancelled", "bms1c", {gone, gone, gone, gone, gone}),
+        receiver_state("table named", "bmsn", {"GRANT", "", "RECEIPT", "", ""}, "WANTED", "KNOWN"),
+        receiver_state("table known", "nbmst", {"GRANT", "", "RECEIPT", "", ""}, "KNOWN", "KNOWN"),
+        receiver_state("table refused", "nTbms", {"GRANT", "", "RECEIPT", "", ""}, "REFUSED",
+                       "REFUSED"),
     };
 }
 
 std::string expected_reaction(const ReceiverState& state, Type type) {
-    static const std::vector<Type> told = {Type::MANIFEST, Type::SEGMENT, Type::CHUNK,
-                                           Type::SEGMENT_END, Type::END};
-    for (size_t i = 0; i < told.size(); ++i)
-        if (told[i] == type) return state.after[i];
-    if (type == Type::ABORT || type == Type::CLOSE || type == SKIPPABLE) return "";
+    static const std::set<Type> unanswered = {Type::ABORT, Type::CLOSE, Type::TABLE_ANSWER,
+                                              SKIPPABLE};
+    for (size_t i = 0; i < TOLD.size(); ++i)
+        if (TOLD[i] == type) return state.after[i];
+    if (unanswered.count(type)) return "";
     return "lane 111";
 }
 
@@ -171,7 +214,8 @@ std::string expected_reaction(const ReceiverState& state, Type type) {
 struct SenderWorld {
     Truth truth;
     std::unique_ptr<Source> source =
-        std::make_unique<Source>(TRANSFER, small(), *truth.memory.map, truth.random);
+        std::make_unique<Source>(TRANSFER, small(), *truth.memory.map, truth.random,
+                                 uint8_t(Codec::TIERED));
     SenderEnd sender;
 };
 
@@ -181,8 +225,8 @@ struct SenderState {
     std::function<void(SenderWorld&)> reach;
 };
 
-// o open, O offer, p push and finish, g grant, w grant of one chunk, r receipts, R of the segment,
-// d done, c cancel.
+// o open, O offer, p push and finish, g grant, w grant of one chunk, t of a coded one, r receipts,
+// R of the segment, d done, c cancel; of its table W wanted, K known.
 void act(SenderWorld& world, const std::string& script) {
     SendLink& link = world.sender.link;
     SendTransfer& transfer = *world.source->transfer;
@@ -200,6 +244,12 @@ void act(SenderWorld& world, const std::string& script) {
                 break;
             case 'w': hear(frame(Type::GRANT, encode(Grant{4096, 1, 4096}))); break;
             case 'g': hear(frame(Type::GRANT, encode(Grant{1 << 20, 1, 4096}))); break;
+            case 't': hear(frame(Type::GRANT, encode(Grant{4096, 5, 4096}))); break;
+            case 'W': hear(honest().by_type.at(Type::TABLE_ANSWER)); break;
+            case 'K':
+                hear(frame(Type::TABLE_ANSWER,
+                           encode(std::vector<TableAnswer>{{1, TableState::KNOWN}}), Id{}));
+                break;
             case 'r': hear(frame(Type::RECEIPT, encode(std::vector<ReceiptEntry>{{0, 0, 2, 0}})));
                 break;
             case 'R':
@@ -221,11 +271,16 @@ SenderState sender_state(const std::string& name, const std::string& script,
 std::vector<SenderState> sender_states() {
     const std::string early = "lane 111", invalid = "lane 106";
     const std::map<Type, std::string> gone = {{Type::PULL, "ABORT 220"}};
+    std::map<Type, std::string> coded = {{Type::RECEIPT, "CHUNK SEGMENT_END END"},
+                                         {Type::REPAIR, "CHUNK"}, {Type::DONE, invalid},
+                                         {Type::TABLE_ANSWER, ""}};
+    std::map<Type, std::string> named = coded;
+    named[Type::TABLE_ANSWER] = "TABLE";
     return {
         sender_state("never seen", "", gone),
-        sender_state("opened", "op", {{Type::GRANT, "SEGMENT CHUNK CHUNK SEGMENT_END END"},
-                                      {Type::RECEIPT, early}, {Type::REPAIR, early},
-                                      {Type::DONE, early}}),
+        sender_state("opened", "op",
+                     {{Type::GRANT, "SEGMENT CHUNK CHUNK SEGMENT_END END TABLE_NAMES"},
+                      {Type::RECEIPT, early}, {Type::REPAIR, early}, {Type::DONE, early}}),
         sender_state("granted", "og", {{Type::RECEIPT, invalid}, {Type::REPAIR, invalid},
                                        {Type::DONE, invalid}}),
         sender_state("in flight", "opw", {{Type::RECEIPT, "CHUNK SEGMENT_END END"},
@@ -236,6 +291,9 @@ std::vector<SenderState> sender_states() {
         sender_state("done", "opgrRd", gone),
         sender_state("cancelled", "opgc", gone),
         sender_state("offered", "O", {{Type::PULL, "MANIFEST"}}),
+        sender_state("table named", "opt", named),
+        sender_state("table sent", "optW", coded),
+        sender_state("table known", "optK", coded),
     };
 }
 
@@ -244,7 +302,8 @@ std::string expected_reaction(const SenderState& state, Type type) {
                                        Type::SEGMENT_END, Type::END, Type::INDEX, Type::COMMIT};
     if (own.count(type)) return "lane 111";
     const auto found = state.after.find(type);
-    return found == state.after.end() ? "" : found->second;
+    if (found != state.after.end()) return found->second;
+    return type == Type::TABLE_ANSWER ? "lane 106" : "";  // it was never named
 }
 
 // ---- valid but wrong

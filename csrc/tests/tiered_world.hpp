@@ -85,8 +85,7 @@ inline std::vector<uint8_t> encode_fenced(const char* variant, const std::vector
     TieredEncoder encoder(variant);
     encoder.begin(parts, out.data(), out_max);
     for (size_t at = 0, bytes; (bytes = encoder.next_bytes()) > 0; at += bytes) {
-        const Fenced strip(std::vector<uint8_t>(raw.begin() + long(at),
-                                                raw.begin() + long(at + bytes)));
+        const Fenced strip(raw.data() + at, bytes);
         encoder.strip(strip.data());
     }
     const size_t coded = encoder.finish();

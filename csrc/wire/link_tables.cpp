@@ -81,8 +81,10 @@ uint32_t SendTables::index_of(const std::shared_ptr<const CodeTable>& table) {
     const auto found = index_.find(table.get());
     if (found != index_.end()) return named_[found->second - 1].is_known ? found->second : 0;
     const Bytes& bytes = table->bytes();
-    if (named_.size() >= limits::table_count_max || bytes.size() > NAMED_BYTES_MAX)
+    if (named_.size() >= limits::table_count_max || bytes.size() > NAMED_BYTES_MAX ||
+        bytes_ + table->memory_bytes() > limits::table_bytes_max)
         return TABLE_INSIDE;
+    bytes_ += table->memory_bytes();
     named_.push_back({table, table_name({bytes.data(), bytes.size()}), false, false, false});
     index_[table.get()] = uint32_t(named_.size());
     unsaid_.push_back(uint32_t(named_.size()));
@@ -155,44 +157,61 @@ ReceiveTables::ReceiveTables(std::shared_ptr<TableStore> store, std::shared_ptr<
 
 std::vector<TableAnswer> ReceiveTables::on_names(ByteSpan payload) {
     std::vector<TableAnswer> answers;
-    for (const TableName& said : decode_table_names(payload)) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        Named& named = named_.emplace(said.index, Named{said.name, nullptr}).first->second;
-        if (named.name != said.name)
-            throw Error(ErrorCode::FIELD_INVALID, "TABLE_NAMES: the number has another name", 0,
-                        said.index);
-        TableState state = named.table ? TableState::KNOWN : TableState::WANTED;
-        if (!named.table)
-            if (auto table = store_->find(said.name)) state = keep(named, std::move(table));
-        answers.push_back({said.index, state});
-    }
+    for (const TableName& said : decode_table_names(payload)) answers.push_back(on_name(said));
     return answers;
+}
+
+TableAnswer ReceiveTables::on_name(const TableName& said) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto found = named_.find(said.index);
+    if (found == named_.end()) {
+        if (!bytes_.has_room(NAME_STATE_BYTES, limits::table_bytes_max))
+            return {said.index, TableState::REFUSED};
+        bytes_ += NAME_STATE_BYTES;
+        found = named_.emplace(said.index, Named{said.name, nullptr}).first;
+    }
+    Named& named = found->second;
+    if (named.name != said.name)
+        throw Error(ErrorCode::FIELD_INVALID, "TABLE_NAMES: the number has another name", 0,
+                    said.index);
+    if (state_of(named) == TableState::WANTED)
+        if (auto table = store_->find(said.name)) keep(named, std::move(table));
+    return {said.index, state_of(named)};
 }
 
 TableAnswer ReceiveTables::on_table(ByteSpan payload) {
     const uint32_t index = decode_table_index(payload);
-    const ByteSpan bytes{payload.data + TABLE_FIXED_BYTES, payload.size - TABLE_FIXED_BYTES};
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = named_.find(index);
     if (found == named_.end())
         throw Error(ErrorCode::FIELD_INVALID, "TABLE: the table was not named", 0, index);
     Named& named = found->second;
-    if (named.table) return {index, TableState::KNOWN};
-    size_t taken = 0;
-    auto table = CodeTable::parse(bytes.data, bytes.size, &taken);
-    if (!table || taken != bytes.size || table_name(bytes) != named.name)
-        return {index, TableState::REFUSED};
-    const TableState state = keep(named, table);
-    if (state == TableState::KNOWN) store_->put(named.name, std::move(table));
-    return {index, state};
+    if (state_of(named) == TableState::WANTED)
+        take(named, {payload.data + TABLE_FIXED_BYTES, payload.size - TABLE_FIXED_BYTES});
+    return {index, state_of(named)};
 }
 
-TableState ReceiveTables::keep(Named& named, std::shared_ptr<const CodeTable> table) {
-    if (!bytes_.has_room(table->memory_bytes(), limits::table_bytes_max))
-        return TableState::REFUSED;
+// Once for each number: a peer cannot make us work on the same one again.
+void ReceiveTables::take(Named& named, ByteSpan bytes) {
+    named.is_refused = true;
+    if (bytes.size > CodeTable::BYTES_MAX || table_name(bytes) != named.name) return;
+    size_t taken = 0;
+    auto table = CodeTable::parse(bytes.data, bytes.size, &taken);
+    if (!table || taken != bytes.size) return;
+    keep(named, table);
+    if (named.table) store_->put(named.name, std::move(table));
+}
+
+void ReceiveTables::keep(Named& named, std::shared_ptr<const CodeTable> table) {
+    named.is_refused = !bytes_.has_room(table->memory_bytes(), limits::table_bytes_max);
+    if (named.is_refused) return;
     bytes_ += table->memory_bytes();
     named.table = std::move(table);
-    return TableState::KNOWN;
+}
+
+TableState ReceiveTables::state_of(const Named& named) {
+    if (named.table) return TableState::KNOWN;
+    return named.is_refused ? TableState::REFUSED : TableState::WANTED;
 }
 
 std::shared_ptr<const CodeTable> ReceiveTables::find(uint32_t index) const {

@@ -58,6 +58,7 @@ private:
     std::vector<Named> named_;  // index - 1
     std::unordered_map<const CodeTable*, uint32_t> index_;
     std::deque<uint32_t> unsaid_;
+    uint64_t bytes_ = 0;  // of memory, of those in named_
 };
 
 // Tables by name, from all links of an endpoint. Any thread may use it.
@@ -91,13 +92,18 @@ private:
     struct Named {
         Id name;
         std::shared_ptr<const CodeTable> table;
+        bool is_refused = false;
     };
-    TableState keep(Named& named, std::shared_ptr<const CodeTable> table);
+    static constexpr uint64_t NAME_STATE_BYTES = 96;  // a Named and its place in the map
+    TableAnswer on_name(const TableName& said);
+    void take(Named& named, ByteSpan bytes);
+    void keep(Named& named, std::shared_ptr<const CodeTable> table);
+    static TableState state_of(const Named& named);
 
     const std::shared_ptr<TableStore> store_;
     mutable std::mutex mutex_;
     std::map<uint32_t, Named> named_;
-    Share bytes_;
+    Share bytes_;  // of memory: a small table may be spread out
 };
 
 }  // namespace kvwire
