@@ -38,7 +38,7 @@ def parts(segment: int, offset: int, raw: bytes) -> list[QuantisedPart]:
 
 CHANNELS = np.array([[0.5, 1.0, 2.0, -1.0, 0.25], [8.0, 16.0, 11.5, 12.0, 9.0]], np.float32)
 EXAMPLE = """\
-**Example.** `INT4` makes of ten `BF16` elements, five tokens of two channels in turn, {bytes} bytes:
+**Example.** `INT4` makes of ten `BF16` elements, five tokens of two channels, {bytes} bytes:
 
 | channel | 0 | 1 |
 |---|---|---|
