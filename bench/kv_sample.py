@@ -8,7 +8,6 @@ published code initialises them, driven by SmolLM2's hidden states. Needs what t
 from __future__ import annotations
 
 import hashlib
-import math
 import pydoc_data.topics
 import shutil
 import sys
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench import recurrences
 from bench.build import ROOT
+from bench.recurrences import convolved, projected, time_step_bias
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,6 @@ _FOLDER = ROOT / ".build" / "kv-sample"
 
 _HEADS, _HEAD_DIM = 8, 128               # of Gated DeltaNet and KDA
 _MAMBA_HEADS, _MAMBA_HEAD_DIM, _MAMBA_STATE_DIM = 16, 64, 128
-_KERNEL = 4
-_INITIAL_STD = 0.02
-_TIME_STEP_MIN, _TIME_STEP_MAX = 0.001, 0.1
 _SEED = 0
 
 
@@ -50,7 +48,8 @@ def make() -> Path:
         UsageError: a package of the demo is missing.
     """
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in _TOPICS)
-    version = hashlib.sha256(Path(__file__).read_bytes() + text.encode()).hexdigest()[:12]
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, recurrences.__file__))
+    version = hashlib.sha256(sources + text.encode()).hexdigest()[:12]
     folder = _FOLDER / version
     if folder.exists():
         return folder
@@ -101,45 +100,23 @@ def _states(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         torch.manual_seed(_SEED)
         x = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
         width, shape = _HEADS * _HEAD_DIM, (len(x), _HEADS, _HEAD_DIM)
-        keys = normalize(_convolved(_projected(x, width)).view(shape), dim=-1)
-        values = _convolved(_projected(x, width)).view(shape)
-        writes = torch.sigmoid(_projected(x, _HEADS))
+        keys = normalize(convolved(projected(x, width)).view(shape), dim=-1)
+        values = convolved(projected(x, width)).view(shape)
+        writes = torch.sigmoid(projected(x, _HEADS))
         per_head = -(torch.empty(_HEADS).uniform_(0.01, 16)
-                     * softplus(_projected(x, _HEADS) + _time_step_bias(_HEADS)))
-        low_rank = _projected(_projected(x, _HEAD_DIM // 2), width) + _time_step_bias(width)
+                     * softplus(projected(x, _HEADS) + time_step_bias(_HEADS)))
+        low_rank = projected(projected(x, _HEAD_DIM // 2), width) + time_step_bias(width)
         per_key = -(torch.empty(_HEADS, 1).uniform_(1, 16) * softplus(low_rank).view(shape))
-        steps = softplus(_projected(x, _MAMBA_HEADS) + _time_step_bias(_MAMBA_HEADS))
-        channels = _convolved(_projected(x, _MAMBA_HEADS * _MAMBA_HEAD_DIM))
+        steps = softplus(projected(x, _MAMBA_HEADS) + time_step_bias(_MAMBA_HEADS))
+        channels = convolved(projected(x, _MAMBA_HEADS * _MAMBA_HEAD_DIM))
         return {
             "gdn": _delta_rule(keys, values, writes, per_head[:, :, None].exp()),
             "kda": _delta_rule(keys, values, writes, per_key.exp()),
             "mamba2": _mamba2(
                 channels.view(len(x), _MAMBA_HEADS, _MAMBA_HEAD_DIM) * steps[:, :, None],
-                _convolved(_projected(x, _MAMBA_STATE_DIM)),
+                convolved(projected(x, _MAMBA_STATE_DIM)),
                 (-steps * torch.empty(_MAMBA_HEADS).uniform_(1, 16)).exp()),
         }
-
-
-def _projected(x: torch.Tensor, width: int) -> torch.Tensor:
-    import torch
-    return x @ (torch.randn(width, x.shape[1]) * _INITIAL_STD).T
-
-
-def _convolved(x: torch.Tensor) -> torch.Tensor:
-    """Convolve each channel over the last few tokens, then SiLU."""
-    import torch
-    from torch.nn.functional import conv1d, pad, silu
-    bound = 1 / math.sqrt(_KERNEL)
-    weights = torch.empty(x.shape[1], 1, _KERNEL).uniform_(-bound, bound)
-    return silu(conv1d(pad(x.T[None], (_KERNEL - 1, 0)), weights, groups=x.shape[1])[0].T)
-
-
-def _time_step_bias(count: int) -> torch.Tensor:
-    """Biases after which softplus gives time steps spread evenly over their logarithms."""
-    import torch
-    low, high = math.log(_TIME_STEP_MIN), math.log(_TIME_STEP_MAX)
-    step = torch.exp(torch.empty(count).uniform_(low, high))
-    return step + torch.log(-torch.expm1(-step))
 
 
 def _delta_rule(keys: torch.Tensor, values: torch.Tensor, writes: torch.Tensor,

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import kvwire
 from bench import measure
 from bench.recurrences import recurrences, relative_errors
-from kvwire import _native
+from kvwire import Lossy, _native
 from kvwire.quantised import QuantisedPart, Rung
 from kvwire.tensor_spec import DType
 
@@ -52,7 +53,15 @@ class Scheme:
     edges: bool = True
     keys_per_token: bool = False
 
+    @property
+    def lossy(self) -> Lossy | None:
+        """What a sender is told for it; None: no sender does it."""
+        if not self.edges or self.keys_per_token:
+            return None
+        return Lossy(*(KEY_VALUE_NAMES.get(rung) for rung in (self.keys, self.values)))
 
+
+KEY_VALUE_NAMES = {Rung.INT8: "int8", Rung.INT6: "int6", Rung.INT4: "int4", Rung.E4M3: "fp8"}
 SCHEMES = (
     Scheme("bf16"), Scheme("int8", Rung.INT8, Rung.INT8), Scheme("e4m3", Rung.E4M3, Rung.E4M3),
     Scheme("int6", Rung.INT6, Rung.INT6), Scheme("int8 K, int4 V", Rung.INT8, Rung.INT4),
@@ -111,9 +120,49 @@ def round_state(state: torch.Tensor, rung: Rung, rows: int,
     return torch.from_numpy(rounded), travelling
 
 
-# Axes of the rows' and of the columns' scales.
-STATE_RUNGS = {"bf16": (Rung.BF16, 0, 0), "int8 rows × columns": (Rung.INT8_GRID, 0b011, 0b101),
-               "e4m3 per head": (Rung.E4M3, 0b001, 0)}
+# Axes of the rows' and of the columns' scales, and what a sender calls it.
+STATE_RUNGS = {"bf16": (Rung.BF16, 0, 0, "bf16"),
+               "int8 rows × columns": (Rung.INT8_GRID, 0b011, 0b101, "int8"),
+               "e4m3 per head": (Rung.E4M3, 0b001, 0, "fp8")}
+
+
+class Wire:
+    """A link between two ends here, on which what is rounded is also coded (`codec="tiered"`)."""
+
+    def __enter__(self) -> Wire:
+        self._receiver = kvwire.Receiver("127.0.0.1:0", allow_lossy=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._receiver.close()
+
+    def bytes_of(self, group: kvwire.LayerGroup, arrays: dict, tokens: int, lossy: Lossy) -> int:
+        """Return how many payload bytes a transfer of `arrays` takes, tables made for it inside."""
+        spec = kvwire.CacheSpec("quality", (group,))
+        target = {name: np.zeros_like(array) for name, array in arrays.items()}
+        with kvwire.Sender(self._receiver.address, codec="tiered") as sender:
+            ticket = self._receiver.expect(
+                kvwire.CacheMemory(spec, target, tokens=tokens, writable=True))
+            sent = sender.send(ticket.id, kvwire.CacheMemory(spec, arrays, tokens=tokens),
+                               lossy=lossy).result(120)
+            ticket.result(120)
+        return sent.wire_bytes
+
+    def kv_bytes(self, layers: list, scheme: Scheme) -> float:
+        """As above, of [(keys, values)] of bf16 [token, head, dim]; NaN: no sender does it."""
+        if scheme.lossy is None:
+            return math.nan
+        tokens, heads, dim = layers[0][0].shape
+        arrays = {(number, name): words for number, pair in enumerate(layers)
+                  for name, words in zip("kv", pair)}
+        return self.bytes_of(kvwire.attention(range(len(layers)), kv_heads=heads, head_dim=dim,
+                                              dtype="bf16"), arrays, tokens, scheme.lossy)
+
+    def state_bytes(self, state: np.ndarray, rung: str) -> int:
+        """As above, of a state [head, key, value] of fp32."""
+        heads, keys, values = state.shape
+        group = kvwire.recurrent([0], heads=heads, key_dim=keys, value_dim=values, order="KV")
+        return self.bytes_of(group, {(0, "state"): state}, 1, Lossy(states=rung))
 
 
 # ---- keys and values
@@ -172,13 +221,17 @@ def _rounded_layers(layers: list, scheme: Scheme) -> tuple[list, int]:
     return rounded, travelling
 
 
-def measure_kv(model: object, schemes: Sequence[Scheme] = SCHEMES,
+def _ratio(raw_bytes: float, wire_bytes: float) -> float | None:
+    return None if math.isnan(wire_bytes) else round(raw_bytes / wire_bytes, 3)
+
+
+def measure_kv(model: object, wire: Wire, schemes: Sequence[Scheme] = SCHEMES,
                segments_max: int = 4) -> list[dict[str, object]]:
     """Return a row for each scheme, over segments of prose and of code in equal number."""
     import torch
     from transformers import DynamicCache
-    sums = {scheme.name: dict.fromkeys(("kl", "same", "nll", "tokens", "raw", "coded"), 0.0)
-            for scheme in schemes}
+    sums = {scheme.name: dict.fromkeys(("kl", "same", "nll", "tokens", "raw", "coded", "wire"),
+                                       0.0) for scheme in schemes}
     pieces = [_cut(model, [text], PREFIX_TOKENS + SCORED_TOKENS)[:max(1, segments_max // 2)]
               for text in _texts()]
     for number, ids in enumerate(piece for of_text in pieces for piece in of_text):
@@ -201,9 +254,11 @@ def measure_kv(model: object, schemes: Sequence[Scheme] = SCHEMES,
             total["tokens"] += len(found)
             total["raw"] += raw_bytes
             total["coded"] += travelling
+            total["wire"] += wire.kv_bytes(layers, scheme)
     measure.progress("")
     scored = {name: total["tokens"] * (1 - 1 / SCORED_TOKENS) for name, total in sums.items()}
     return [{"kind": "kv", "rung": name, "ratio": round(total["raw"] / total["coded"], 3),
+             "ratio_then_tiers": _ratio(total["raw"], total["wire"]),
              "kl": round(total["kl"] / total["tokens"], 6),
              "same_top": round(total["same"] / total["tokens"], 4),
              "perplexity": round(math.exp(total["nll"] / scored[name]), 4),
@@ -236,15 +291,18 @@ def _hidden(model: object, tokens: int) -> torch.Tensor:
     return hidden
 
 
-def measure_states(model: object, steps: Sequence[int] = STEPS,
+def measure_states(model: object, wire: Wire, steps: Sequence[int] = STEPS,
                    warm_up: int = WARM_UP_TOKENS) -> list[dict[str, object]]:
     """Return a row for each recurrence, rung and number of further steps."""
-    rows, ratios = [], {}
+    rows, ratios, of_wire = [], {}, {}
 
     def rounder(name: str) -> Callable:
         def rounded(state: torch.Tensor) -> torch.Tensor:
-            placed, travelling = round_state(state, *STATE_RUNGS[name])
-            ratios[name] = round(4 * state.numel() / travelling, 3)
+            *how, sent_as = STATE_RUNGS[name]
+            placed, travelling = round_state(state, *how)
+            raw_bytes = 4 * state.numel()
+            ratios[name] = round(raw_bytes / travelling, 3)
+            of_wire[name] = _ratio(raw_bytes, wire.state_bytes(state.contiguous().numpy(), sent_as))
             return placed
         return rounded
 
@@ -253,7 +311,8 @@ def measure_states(model: object, steps: Sequence[int] = STEPS,
         measure.progress(f"{recurrence.name}: {steps[-1]} steps")
         errors = relative_errors(recurrence, rounders, warm_up, list(steps))
         rows += [{"kind": "state", "recurrence": recurrence.name, "rung": rung,
-                  "ratio": ratios[rung], "steps": error["steps"],
+                  "ratio": ratios[rung], "ratio_then_tiers": of_wire[rung],
+                  "steps": error["steps"],
                   "state_error": float(f"{error['state']:.3g}"),
                   "read_error": float(f"{error['read']:.3g}")}
                  for rung, of_rung in errors.items() for error in of_rung]
@@ -265,22 +324,27 @@ def measure_states(model: object, steps: Sequence[int] = STEPS,
 
 def print_tables(rows: list[dict[str, object]]) -> None:
     if kv := [row for row in rows if row["kind"] == "kv"]:
-        print(f"\n{'keys and values':24} {'ratio':>6} {'KL (nats)':>10} {'same top':>9} "
-              f"{'perplexity':>11}")
+        print(f"\n{'keys and values':24} {'ratio':>6} {'then tiers':>10} {'KL (nats)':>10} "
+              f"{'same top':>9} {'perplexity':>11}")
         for row in kv:
-            print(f"{row['rung']:24} {row['ratio']:6.2f} {row['kl']:10.5f} "
+            tiers = row["ratio_then_tiers"] or "–"
+            print(f"{row['rung']:24} {row['ratio']:6.2f} {tiers:>10} {row['kl']:10.5f} "
                   f"{100 * row['same_top']:8.2f}% {row['perplexity']:11.3f}")
     states = [row for row in rows if row["kind"] == "state"]
     if not states:
         return
     steps = sorted({row["steps"] for row in states})
-    print(f"\n{'relative error of what is read, after':44} "
+    print(f"\n{'relative error of what is read, after':44} ratio then tiers "
           + " ".join(f"{count:>9}" for count in steps))
     for recurrence in dict.fromkeys(row["recurrence"] for row in states):
         for rung in STATE_RUNGS:
             errors = {row["steps"]: row["read_error"] for row in states
                       if (row["recurrence"], row["rung"]) == (recurrence, rung)}
-            print(f"{recurrence:20} {rung:23} " + " ".join(f"{errors[n]:9.1e}" for n in steps))
+            first = next(row for row in states
+                         if (row["recurrence"], row["rung"]) == (recurrence, rung))
+            print(f"{recurrence:20} {rung:23} {first['ratio']:5.2f} "
+                  f"{first['ratio_then_tiers']:10.2f} "
+                  + " ".join(f"{errors[n]:9.1e}" for n in steps))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,11 +360,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_packages([TRAINED])
     model = load(TRAINED)
     rows = []
-    if options.only != "states":
-        rows += measure_kv(model, segments_max=2 if options.quick else 4)
-    if options.only != "kv":
-        rows += measure_states(model, (0, 256, 1024) if options.quick else STEPS,
-                               512 if options.quick else WARM_UP_TOKENS)
+    with Wire() as wire:
+        if options.only != "states":
+            rows += measure_kv(model, wire, segments_max=2 if options.quick else 4)
+        if options.only != "kv":
+            rows += measure_states(model, wire, (0, 256, 1024) if options.quick else STEPS,
+                                   512 if options.quick else WARM_UP_TOKENS)
     print_tables(rows)
     if options.json:
         import torch

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Recurrence", "recurrences", "relative_errors"]
+__all__ = ["Recurrence", "convolved", "projected", "recurrences", "relative_errors",
+           "time_step_bias"]
 
 HEADS, HEAD_DIM = 4, 128           # of Gated DeltaNet and KDA
 MAMBA_HEADS, MAMBA_HEAD_DIM, MAMBA_STATE_DIM = 8, 64, 128
@@ -95,16 +96,16 @@ def _delta_inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
     import torch
     from torch.nn.functional import normalize
     shape = (len(x), HEADS, HEAD_DIM)
-    keys, values, queries = (_convolved(_projected(x, HEADS * HEAD_DIM)).view(shape)
+    keys, values, queries = (convolved(projected(x, HEADS * HEAD_DIM)).view(shape)
                              for _ in range(3))
     return {"keys": normalize(keys, dim=-1), "values": values,
-            "queries": normalize(queries, dim=-1), "writes": torch.sigmoid(_projected(x, HEADS))}
+            "queries": normalize(queries, dim=-1), "writes": torch.sigmoid(projected(x, HEADS))}
 
 
 def _decays_per_head(x: torch.Tensor) -> torch.Tensor:
     import torch
     from torch.nn.functional import softplus
-    steps = softplus(_projected(x, HEADS) + _time_step_bias(HEADS))
+    steps = softplus(projected(x, HEADS) + time_step_bias(HEADS))
     return (-torch.empty(HEADS).uniform_(0.01, 16) * steps).exp()[:, :, None]
 
 
@@ -112,7 +113,7 @@ def _decays_per_key(x: torch.Tensor) -> torch.Tensor:
     import torch
     from torch.nn.functional import softplus
     width = HEADS * HEAD_DIM
-    low_rank = _projected(_projected(x, HEAD_DIM // 2), width) + _time_step_bias(width)
+    low_rank = projected(projected(x, HEAD_DIM // 2), width) + time_step_bias(width)
     speed = torch.empty(HEADS, 1).uniform_(1, 16)
     return (-speed * softplus(low_rank).view(len(x), HEADS, HEAD_DIM)).exp()
 
@@ -122,21 +123,22 @@ def _mamba_inputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
     others'."""
     import torch
     from torch.nn.functional import softplus
-    steps = softplus(_projected(x, MAMBA_HEADS) + _time_step_bias(MAMBA_HEADS))
-    channels = _convolved(_projected(x, MAMBA_HEADS * MAMBA_HEAD_DIM))
-    into, out_of = (_convolved(_projected(x, MAMBA_STATE_DIM))[:, None, :].expand(
+    steps = softplus(projected(x, MAMBA_HEADS) + time_step_bias(MAMBA_HEADS))
+    channels = convolved(projected(x, MAMBA_HEADS * MAMBA_HEAD_DIM))
+    into, out_of = (convolved(projected(x, MAMBA_STATE_DIM))[:, None, :].expand(
         -1, MAMBA_HEADS, -1) for _ in range(2))
     decays = (-steps * torch.empty(MAMBA_HEADS).uniform_(1, 16)).exp()
     return {"keys": into, "queries": out_of, "writes": None, "decays": decays[:, :, None],
             "values": channels.view(len(x), MAMBA_HEADS, MAMBA_HEAD_DIM) * steps[:, :, None]}
 
 
-def _projected(x: torch.Tensor, width: int) -> torch.Tensor:
+def projected(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Return `x` [token, channel] by random weights of `width` columns."""
     import torch
     return x @ (torch.randn(width, x.shape[1]) * _INITIAL_STD).T
 
 
-def _convolved(x: torch.Tensor) -> torch.Tensor:
+def convolved(x: torch.Tensor) -> torch.Tensor:
     """Convolve each channel over the last few tokens, then SiLU."""
     import torch
     from torch.nn.functional import conv1d, pad, silu
@@ -145,7 +147,7 @@ def _convolved(x: torch.Tensor) -> torch.Tensor:
     return silu(conv1d(pad(x.T[None], (_KERNEL - 1, 0)), weights, groups=x.shape[1])[0].T)
 
 
-def _time_step_bias(count: int) -> torch.Tensor:
+def time_step_bias(count: int) -> torch.Tensor:
     """Biases after which softplus gives time steps spread evenly over their logarithms."""
     import torch
     low, high = math.log(_TIME_STEP_MIN), math.log(_TIME_STEP_MAX)

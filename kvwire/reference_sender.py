@@ -12,6 +12,7 @@ from kvwire.codec import Codec, encode_chunk
 from kvwire.control import Abort, Done, End, Grant, Item, Receipt, Repair, Segment, SegmentEnd
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
 from kvwire.manifest import Manifest
+from kvwire.quantised import QuantisedPart, decode_quantised, encode_quantised
 from kvwire.tensor_spec import DType
 from kvwire.wire import (
     CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
@@ -21,6 +22,7 @@ __all__ = ["ReferenceSender"]
 
 Writes = list[tuple[int, bytes]]
 Place = tuple[int, int]  # segment index, chunk index
+Rounding = Callable[[int, int, bytes], Sequence[QuantisedPart]]
 
 
 @dataclass
@@ -44,13 +46,15 @@ class ReferenceSender:
         segments: for each its items and its raw bytes.
         codec: what chunks are coded with.
         codecs: what the greetings say.
+        rounding: (segment index, offset, raw bytes) -> parts of a chunk, for QUANTISED; without
+            effect where that is not granted.
         seed: shuffles chunks and lanes; None: in order, lane after lane.
     """
 
     def __init__(self, manifest: Manifest, segments: Sequence[tuple[Sequence[Item], bytes]], *,
                  transfer_id: bytes, link_id: bytes, lane_count: int = 1,
                  chunk_bytes: int = limits.CHUNK_BYTES_MIN, codec: Codec = Codec.RAW,
-                 codecs: int = CODECS_SPOKEN,
+                 codecs: int = CODECS_SPOKEN, rounding: Rounding | None = None,
                  metadata: dict[str, object] | None = None, seed: int | None = None):
         self.done: Done | None = None
         self.error: KvwireError | None = None
@@ -58,6 +62,7 @@ class ReferenceSender:
         self._manifest, self._transfer_id, self._codec = manifest, transfer_id, codec
         self._segments = [Segment(len(raw), chunk_bytes, tuple(items)) for items, raw in segments]
         self._raw = [bytes(raw) for _, raw in segments]
+        self._rounding, self._rounded = rounding, {}  # payloads by place
         self._dtypes = [_dtype(manifest, items[0]) for items, _ in segments]
         self._metadata = metadata or {}
         self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count, codecs)
@@ -76,6 +81,17 @@ class ReferenceSender:
         self._end_lane: int | None = None
         self._turn = 0
         self._writes: Writes = []
+
+    def _round(self, index: int) -> bytes:
+        """Keep the payloads of a segment's chunks; return its raw bytes as placed."""
+        segment, raw, placed = self._segments[index], self._raw[index], []
+        for chunk in range(segment.chunk_count):
+            offset = chunk * segment.chunk_bytes
+            part = raw[offset:offset + segment.chunk_raw_bytes(chunk)]
+            payload = encode_quantised(part, self._rounding(index, offset, part))
+            self._rounded[index, chunk] = payload
+            placed.append(decode_quantised(payload, len(part)))
+        return b"".join(placed)
 
     def start(self) -> Writes:
         """Return the greetings of all lanes, and the manifest on the first."""
@@ -176,6 +192,8 @@ class ReferenceSender:
             return
         if header.type == FrameType.GRANT:
             self._grant = self._grant or Grant.decode(payload)
+            if self._rounding and self._grant.codecs >> Codec.QUANTISED & 1 and not self._rounded:
+                self._raw = [self._round(index) for index in range(len(self._segments))]
         elif header.type == FrameType.RECEIPT:
             self._on_receipt(Receipt.decode(payload))
         elif header.type == FrameType.REPAIR:
@@ -231,7 +249,9 @@ class ReferenceSender:
         offset = chunk * self._segments[index].chunk_bytes
         raw = self._raw[index][offset:offset + self._chunk_bytes(place)]
         agreed = self._codec if self._grant.codecs >> self._codec & 1 else Codec.RAW
-        codec, payload = encode_chunk(agreed, raw, self._dtypes[index])
+        codec, payload = agreed, self._rounded.get(place, raw)
+        if agreed != Codec.QUANTISED or len(payload) >= len(raw):
+            codec, payload = encode_chunk(agreed, raw, self._dtypes[index])
         self._write(lane, FrameType.CHUNK, payload, segment_index=index, attempt=attempt,
                     raw_offset=offset, raw_bytes=len(raw), raw_crc=crc32c(raw), codec=codec)
 

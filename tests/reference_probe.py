@@ -21,7 +21,8 @@ class ReferenceProbe:
 
     def __init__(self, tickets=(), **options):
         self._receiver = ReferenceReceiver({
-            manifest.ticket_id: self._ticket(manifest) for manifest in tickets}, **options)
+            manifest.ticket_id: self._ticket(manifest) for manifest in tickets},
+            codecs=sum(1 << codec for codec in Codec), **options)
         self.feed = self._receiver.feed
         self.lane_lost = self._receiver.lane_lost
         self.lane_opened = self._receiver.lane_opened

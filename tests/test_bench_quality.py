@@ -57,6 +57,22 @@ def test_a_delta_rule_forgets_what_it_overwrites():
         first, last = errors["halved"]
         assert first["state"] == pytest.approx(0.5, rel=1e-3)
         assert last["state"] < 0.5 * first["state"]
-    rows = [{"kind": "state", "recurrence": "gdn", "rung": rung, "steps": 5, "read_error": 0.5}
+    rows = [{"kind": "state", "recurrence": "gdn", "rung": rung, "steps": 5, "read_error": 0.5,
+             "ratio": 2.0, "ratio_then_tiers": 2.5}
             for rung in quality.STATE_RUNGS]
     quality.print_tables(rows)
+
+
+def test_what_travels_is_what_a_sender_sends():
+    random = np.random.default_rng(2)
+    state = (random.standard_normal((2, 64, 64)) * 2.0 ** random.uniform(-6, 6, (2, 64, 1))
+             ).astype(np.float32)
+    keys, values = words(1500), words(1500)
+    with quality.Wire() as wire:
+        for rung, *_, sent_as in quality.STATE_RUNGS.values():
+            ratio = state.nbytes / wire.state_bytes(state, sent_as)
+            assert ratio > {Rung.BF16: 2.6, Rung.INT8_GRID: 3.7, Rung.E4M3: 4.2}[rung]
+        for scheme in quality.SCHEMES:
+            found = wire.kv_bytes([(keys, values)], scheme)
+            rounded = quality._rounded_layers([(keys, values)], scheme)[1]
+            assert (scheme.lossy is None and np.isnan(found)) or 0.6 < found / rounded < 0.99

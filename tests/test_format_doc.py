@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from vectors import lossy, tiered
 from vectors.generate import example
 from vectors.read import HERE, stored_vectors
-from vectors.tiered import ELEMENTS, example as tiered_example
 
 import kvwire
 from kvwire import _native, limits
@@ -19,7 +19,7 @@ from kvwire.errors import ErrorCode
 from kvwire.layout import Axis, DType, GroupKind
 from kvwire.link_tables import TABLE_ANSWER, TABLE_FRAME, TABLE_NAME, TableState
 from kvwire.manifest import MANIFEST, MetadataType
-from kvwire.quantised import CODE_BITS, DTYPES, FLOATS, SCALED, Rung
+from kvwire.quantised import CODE_BITS, DTYPES, FLOATS, SCALED, Rung, decode_quantised
 from kvwire.quantised import PART as QUANTISED_PART
 from kvwire.tiered import PART, TABLE, StripForm, decode_tiered, element_format
 from kvwire.wire import (
@@ -230,16 +230,29 @@ def test_elements_and_strips_of_the_tiered_code():
     assert int(row[0]) == TABLE.bytes
 
 
-def test_the_worked_example_of_the_tiered_code():
-    assert tiered_example() in TEXT
-    block = TEXT[TEXT.index("**Example.** A part"):]
+def dump_after(words):
+    """Return the bytes of the first dump after `words`."""
+    block = TEXT[TEXT.index(words):]
     block = block[:block.index("```", block.index("```") + 3)]
     data = b""
     for offset, digits in re.findall(r"^([0-9a-f]{4})  ([0-9a-f ]+)$", block, re.M):
         assert int(offset, 16) == len(data)
         data += bytes.fromhex(digits)
-    raw = ELEMENTS.tobytes()
+    return data
+
+
+def test_the_worked_example_of_the_tiered_code():
+    assert tiered.example() in TEXT
+    data, raw = dump_after("**Example.** A part"), tiered.ELEMENTS.tobytes()
     assert decode_tiered(data, len(raw)) == raw == _native.tiered_decode(data, len(raw))
+
+
+def test_the_worked_example_of_the_lossy_rungs():
+    assert lossy.example() in TEXT
+    data, raw = dump_after("**Example.** `INT4`"), lossy.example_raw()
+    assert data == lossy.example_payload()
+    placed = decode_quantised(data, len(raw))
+    assert placed == _native.quantised_decode(data, len(raw)) != raw
 
 
 def test_each_error_that_bytes_can_raise_has_a_vector():

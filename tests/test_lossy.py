@@ -173,3 +173,59 @@ def test_what_cannot_be_rounded_is_a_usage_error():
     with pytest.raises(UsageError, match="fused"):
         Lossy(keys="int4").roundings(kvwire.CacheSpec("m", (fused,)))
     assert Lossy(keys="int4", values="int4").roundings(kvwire.CacheSpec("m", (fused,)))
+
+
+LAYERS = (0, 1)
+STATES = kvwire.CacheSpec("states", (
+    kvwire.recurrent(LAYERS, heads=8, key_dim=128, value_dim=128),))
+PAGES = kvwire.CacheSpec("pages", (
+    kvwire.attention(LAYERS, kv_heads=4, head_dim=64, dtype="bf16", block_tokens=BLOCK),))
+
+
+def spread_state(random) -> np.ndarray:
+    """A state's scale depends on its row and on its column."""
+    rows, columns = (2.0 ** random.uniform(-6, 6, (8, *ends)) for ends in ((128, 1), (1, 128)))
+    return (random.standard_normal((8, 128, 128)) * rows * columns).astype(np.float32)
+
+
+def spread_pages(random) -> np.ndarray:
+    """A key's scale depends on its channel."""
+    channels = 2.0 ** random.uniform(-4, 0, (4, 64))
+    return words_like(random.standard_normal((64, BLOCK, 4, 64)) * channels, DType.BF16)
+
+
+def send_twice(spec, filled, lossy, codec):
+    """Return what arrived in two transfers over one link, and bytes on the wire of each."""
+    random = np.random.default_rng(3)
+    names = ("state",) if spec is STATES else ("k", "v")
+    source = {(layer, name): filled(random) for layer in LAYERS for name in names}
+    paged = {} if spec is STATES else {"block_ids": range(64)}
+    arrived, wire_bytes = [], []
+    with kvwire.Receiver("127.0.0.1:0", allow_lossy=True) as receiver, \
+            kvwire.Sender(receiver.address, codec=codec) as sender:
+        for _ in range(2):
+            target = {key: np.zeros_like(array) for key, array in source.items()}
+            memory, into = (kvwire.CacheMemory(spec, arrays, tokens=64 * BLOCK,
+                                               writable=arrays is target, **paged)
+                            for arrays in (source, target))
+            ticket = receiver.expect(into, deadline_s=60)
+            sent = sender.send(ticket.id, memory, lossy=lossy).result(60)
+            ticket.result(60)
+            assert sent.repaired_chunks == 0
+            arrived.append(target)
+            wire_bytes.append(sent.wire_bytes)
+    raw_bytes = sum(array.nbytes for array in source.values())
+    return arrived, [raw_bytes / count for count in wire_bytes]
+
+
+@pytest.mark.parametrize("spec, filled, lossy, ratio", [
+    (STATES, spread_state, Lossy(states="bf16"), 2.7),
+    (STATES, spread_state, Lossy(states="fp8"), 4.3),
+    (PAGES, spread_pages, Lossy(keys="fp8", values="fp8"), 2.1)])
+def test_what_was_rounded_is_coded(spec, filled, lossy, ratio):
+    """By tables of its own, the same bytes as without, and no worse in the next transfer."""
+    plain, (of_plain, _) = send_twice(spec, filled, lossy, "raw")
+    coded, ratios = send_twice(spec, filled, lossy, "tiered")
+    assert ratios[0] > ratio > 1.05 * of_plain and ratios[1] >= 0.999 * ratios[0]
+    for found in coded:
+        assert all(found[key].tobytes() == array.tobytes() for key, array in plain[0].items())

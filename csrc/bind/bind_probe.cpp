@@ -169,7 +169,7 @@ class ReceiverProbe : public Probe<ReceiveLink> {
 public:
     explicit ReceiverProbe(uint32_t transfers_max) {
         ReceiveOptions options;
-        options.codecs = codecs_available() & ~(1u << uint8_t(Codec::QUANTISED));
+        options.codecs = codecs_available();
         options.transfers_max = transfers_max;
         options.chunk_bytes_max = uint32_t(limits::chunk_bytes_max);
         link_ = std::make_unique<ReceiveLink>(tickets_, options, [] {});

@@ -25,6 +25,16 @@ bool QuantisedPart::valid() const {
     return dtype == FP32 || dtype == FP16 || dtype == quantised::BF16;
 }
 
+std::optional<uint8_t> rounded_dtype(Rung rung) {
+    if (rung == Rung::BF16) return quantised::BF16;
+    if (rung == Rung::E4M3) return quantised::E4M3;
+    return std::nullopt;
+}
+
+size_t nested_offset(const QuantisedPart& part) {
+    return HEADER_BYTES + padded(2 * scale_count(part));
+}
+
 std::vector<TieredVariantInfo> quantised_variants() {
     std::vector<TieredVariantInfo> infos;
     for (const Variant& variant : variants()) infos.push_back({variant.name, variant.supported});

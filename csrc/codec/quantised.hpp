@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "codec/lattice.hpp"
@@ -23,13 +24,18 @@ struct QuantisedPart {
     Rung rung = Rung::EXACT;
     uint8_t dtype = 0;  // a number of FORMAT.md section 7.1; BYTES where they go EXACT
     Lattice lattice;
-    // For the elements as they travel; none: one opaque part.
+    // For the elements as they travel; none: one opaque part. No rung with groups has any.
     std::vector<CodedPart> nested;
 
     uint64_t raw_bytes() const;
     // Whether FORMAT.md allows rung, dtype and axes together, and the extents are not 0.
     bool valid() const;
 };
+
+// The elements that a rung rounds to and the tiered code can make smaller; nothing: there are none.
+std::optional<uint8_t> rounded_dtype(Rung rung);
+// Where in a coded part its nested payload begins.
+size_t nested_offset(const QuantisedPart& part);
 
 // What any encoder may need for these parts: `out` of this size is always enough.
 size_t quantised_bytes_max(const std::vector<QuantisedPart>& parts);
@@ -47,11 +53,16 @@ public:
     size_t encode(const std::vector<QuantisedPart>& parts, const uint8_t* raw, uint8_t* out,
                   size_t out_max);
 
+    // The elements of a part, of a rung without groups, as they travel, until the next call;
+    // null: it goes EXACT.
+    const uint8_t* narrowed(const QuantisedPart& part, const uint8_t* raw);
+
 private:
     size_t part(const QuantisedPart& part, const uint8_t* raw, uint8_t* out, size_t out_max);
     size_t nested(const std::vector<CodedPart>& parts, const uint8_t* bytes, size_t count,
                   uint8_t* out, size_t out_max);
     size_t scaled(const QuantisedPart& part, const uint8_t* raw, uint8_t* out, size_t out_max);
+    void narrow(const QuantisedPart& part, const uint8_t* raw);
     size_t grouped(const QuantisedPart& part, const uint8_t* raw, uint8_t* out, size_t out_max);
     void find_grid(const QuantisedPart& part, const uint8_t* raw);
     void find_groups(const QuantisedPart& part, const uint8_t* raw);

@@ -93,12 +93,6 @@ size_t QuantisedEncoder::part(const QuantisedPart& part, const uint8_t* raw, uin
     switch (part.rung) {
         case Rung::EXACT: body_bytes = nested(part.nested, raw, raw_bytes, body, body_max); break;
         case Rung::BF16:
-            narrow_.resize(raw_bytes / 2);
-            strips(part, raw, [&](size_t at, size_t count, const float* values) {
-                kernels_.narrow(quantised::BF16, values, count, narrow_.data() + 2 * at);
-            });
-            body_bytes = nested(part.nested, narrow_.data(), narrow_.size(), body, body_max);
-            break;
         case Rung::E4M3:
         case Rung::INT8_GRID: body_bytes = scaled(part, raw, body, body_max); break;
         default: body_bytes = grouped(part, raw, body, body_max);
@@ -146,12 +140,32 @@ void QuantisedEncoder::find_grid(const QuantisedPart& part, const uint8_t* raw) 
 
 size_t QuantisedEncoder::scaled(const QuantisedPart& part, const uint8_t* raw, uint8_t* out,
                                 size_t out_max) {
-    const Lattice& lattice = part.lattice;
     const size_t scale_bytes = padded(2 * scale_count(part));
     if (out_max < scale_bytes) return 0;
-    find_grid(part, raw);
+    narrow(part, raw);
     store_scales(first_, second_, out);
-    narrow_.resize(size_t(lattice.count()));
+    const size_t nested_bytes = nested(part.nested, narrow_.data(), narrow_.size(),
+                                       out + scale_bytes, out_max - scale_bytes);
+    return nested_bytes ? scale_bytes + nested_bytes : 0;
+}
+
+const uint8_t* QuantisedEncoder::narrowed(const QuantisedPart& part, const uint8_t* raw) {
+    if (part.rung == Rung::EXACT || !can_round(part, raw)) return nullptr;
+    narrow(part, raw);
+    return narrow_.data();
+}
+
+// narrow_, and their scales.
+void QuantisedEncoder::narrow(const QuantisedPart& part, const uint8_t* raw) {
+    const Lattice& lattice = part.lattice;
+    narrow_.resize(size_t(lattice.count()) * (part.rung == Rung::BF16 ? 2 : 1));
+    first_.clear();
+    second_.clear();
+    if (part.rung == Rung::BF16)
+        return strips(part, raw, [&](size_t at, size_t count, const float* values) {
+            kernels_.narrow(quantised::BF16, values, count, narrow_.data() + 2 * at);
+        });
+    find_grid(part, raw);
     strips(part, raw, [&](size_t at, size_t count, float* values) {
         lattice.lines(at, count, [&](const Lattice::Line& line) {
             kernels_.divide(values + line.at, line.count, {&first_[line.row], lattice.row_steps()},
@@ -160,9 +174,6 @@ size_t QuantisedEncoder::scaled(const QuantisedPart& part, const uint8_t* raw, u
         const auto code = part.rung == Rung::E4M3 ? kernels_.to_e4m3 : kernels_.to_integers;
         code(values, count, narrow_.data() + at);
     });
-    const size_t nested_bytes = nested(part.nested, narrow_.data(), narrow_.size(),
-                                       out + scale_bytes, out_max - scale_bytes);
-    return nested_bytes ? scale_bytes + nested_bytes : 0;
 }
 
 // first_: the groups' scales, second_: their minima.

@@ -8,7 +8,7 @@
 
 namespace kvwire::quantised {
 
-constexpr uint8_t FP32 = 1, FP16 = 2, BF16 = 3, BYTES = 7;  // FORMAT.md section 7.1
+constexpr uint8_t FP32 = 1, FP16 = 2, BF16 = 3, E4M3 = 4, BYTES = 7;  // FORMAT.md section 7.1
 
 constexpr size_t GROUP = 64;  // places of a row that share a scale and a minimum
 constexpr size_t BLOCK = 64;  // codes that are packed together

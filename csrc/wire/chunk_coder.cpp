@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "base/bytes.hpp"
 #include "checksum/crc32c.hpp"
 #include "plan/run_cursor.hpp"
 #include "wire/link_tables.hpp"
@@ -11,7 +10,6 @@
 namespace kvwire {
 namespace {
 
-constexpr size_t PART_BYTES = 16, PART_CODED_BYTES_AT = 4;
 // Tables are named once at most, and what went wrong twice goes raw.
 constexpr uint32_t CODED_ATTEMPTS_MAX = 2;
 
@@ -48,8 +46,8 @@ size_t ChunkEncoder::encode_tiered(const Placement& placement, const SegmentCodi
     if (!tiered_) tiered_ = std::make_unique<TieredEncoder>();
     scratch_.resize(std::max(scratch_.size(), STRIP_BYTES_MAX));
     body->resize(header->raw_bytes);
-    coding.parts(placement, header->raw_offset, header->raw_bytes, tables, &parts_,
-                 &entries_);
+    coding.parts(SegmentCoding::samples_of(placement), header->raw_offset, header->raw_bytes,
+                 tables, &parts_, &entries_);
     tiered_->begin(parts_, body->data(), header->raw_bytes - 1);
     RunCursor cursor(placement, header->raw_offset, header->raw_bytes);
     uint32_t crc = 0;
@@ -64,24 +62,8 @@ size_t ChunkEncoder::encode_tiered(const Placement& placement, const SegmentCodi
     }
     header->raw_crc = crc;
     const size_t bytes = tiered_->finish();
-    if (bytes > 0) note_parts(*body);
+    if (bytes > 0) note_parts(body->data(), parts_, entries_.data());
     return bytes;
-}
-
-// Tells each table what its part came to.
-void ChunkEncoder::note_parts(const Bytes& body) const {
-    size_t at = 0;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-        const size_t coded_bytes = load_le<uint32_t>(body.data() + at + PART_CODED_BYTES_AT);
-        at += coded_bytes;
-        if (!entries_[i]) continue;
-        const CodeTable& table = *parts_[i].table;
-        const uint64_t elements = parts_[i].raw_bytes / table.format().item_bytes;
-        const size_t table_bytes =
-            parts_[i].table_index == TABLE_INSIDE ? table.bytes().size() : 0;
-        entries_[i]->coded(8.0 * double(coded_bytes - PART_BYTES - table_bytes) / double(elements),
-                           elements);
-    }
 }
 
 Landing ChunkDecoder::decode(const FrameHeader& header, const uint8_t* payload,

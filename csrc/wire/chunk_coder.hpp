@@ -36,7 +36,6 @@ private:
                       Bytes* body);
     size_t encode_tiered(const Placement& placement, const SegmentCoding& coding,
                          SendTables* tables, FrameHeader* header, Bytes* body);
-    void note_parts(const Bytes& body) const;
 
     std::unique_ptr<TieredEncoder> tiered_;
     std::vector<CodedPart> parts_;

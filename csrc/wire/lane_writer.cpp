@@ -69,7 +69,7 @@ void LaneWriter::prepare(Entry& entry) {
     const Source& source = entry.source;
     if (source.rounding) {
         if (!rounder_) rounder_ = std::make_unique<ChunkRounder>();
-        rounder_->encode(placement, *source.rounding, &header, &entry.body);
+        rounder_->encode(placement, *source.rounding, source.tables, &header, &entry.body);
     } else if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding,
                                 source.tables, &header, &entry.body)) {
         header.codec = 0;

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "base/bytes.hpp"
 #include "wire/link_tables.hpp"
 
 namespace kvwire {
 namespace {
 
+constexpr size_t PART_BYTES = 16, PART_CODED_BYTES_AT = 4;
 constexpr uint64_t SAMPLE_ELEMENTS_MIN = 2048;      // fewer make no table
 constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled as a whole
 constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
@@ -58,7 +60,7 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
     }
 }
 
-void SegmentCoding::parts(const Placement& placement, uint64_t offset, uint64_t bytes,
+void SegmentCoding::parts(const Samples& samples, uint64_t offset, uint64_t bytes,
                           SendTables* tables, std::vector<CodedPart>* parts,
                           std::vector<CodeEntry*>* entries) const {
     parts->clear();
@@ -67,12 +69,12 @@ void SegmentCoding::parts(const Placement& placement, uint64_t offset, uint64_t 
     auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
                                 [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
     for (; run != runs_.end() && run->offset < stop; ++run)
-        append_part(placement, *run, std::max(offset, run->offset),
+        append_part(samples, *run, std::max(offset, run->offset),
                     std::min(stop, run->offset + run->bytes), tables, parts, entries);
 }
 
 // Elements that the chunk's ends cut are opaque.
-void SegmentCoding::append_part(const Placement& placement, const Run& run, uint64_t from,
+void SegmentCoding::append_part(const Samples& samples, const Run& run, uint64_t from,
                                 uint64_t to, SendTables* tables,
                                 std::vector<CodedPart>* parts,
                                 std::vector<CodeEntry*>* entries) const {
@@ -83,7 +85,7 @@ void SegmentCoding::append_part(const Placement& placement, const Run& run, uint
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
     std::shared_ptr<const CodeTable> table = run.entry->table(
-        run.tokens, [&] { return calibrated(placement, best_sample(run)).table; });
+        run.tokens, [&] { return calibrated(samples, best_sample(run)).table; });
     if (!table) return append_opaque(to - from, parts, entries);
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);
@@ -114,13 +116,13 @@ const SegmentCoding::Run& SegmentCoding::best_sample(const Run& run) const {
 
 std::optional<Calibration> SegmentCoding::calibrate(const Placement& placement) const {
     if (runs_.empty() || !runs_[0].entry) return std::nullopt;
-    Calibration made = calibrated(placement, best_sample(runs_[0]));
+    Calibration made = calibrated(samples_of(placement), best_sample(runs_[0]));
     if (!made.table) return std::nullopt;
     runs_[0].entry->put(made.table);
     return made;
 }
 
-Calibration SegmentCoding::calibrated(const Placement& placement, const Run& run) const {
+Calibration SegmentCoding::calibrated(const Samples& samples, const Run& run) const {
     const Tensor& tensor = tensors_[run.tensor];
     const uint64_t width = item_bytes(tensor.dtype);
     const uint64_t elements = (run.bytes - run.skipped_bytes) / width;
@@ -141,14 +143,39 @@ Calibration SegmentCoding::calibrated(const Placement& placement, const Run& run
     Calibrator calibrator(uint8_t(tensor.dtype), pattern.extents, std::move(candidates), coded);
     const uint64_t wanted = is_state && elements <= STATE_ELEMENTS_MAX ? elements
                                                                       : sample_elements(bases);
-    std::vector<uint8_t> raw;
-    for (const SampleRun& sample : sample_runs(elements, wanted)) {
-        const uint64_t at = run.skipped_bytes / width + sample.start;
-        raw.resize(sample.elements * width);
-        placement.gather(run.offset + at * width, raw.size(), raw.data());
-        calibrator.add(at % period, raw.data(), sample.elements);
-    }
+    const uint64_t skipped = run.skipped_bytes / width;
+    samples({run.offset + run.skipped_bytes, elements, width, wanted},
+            [&](uint64_t first, const uint8_t* raw, size_t count) {
+                calibrator.add((skipped + first) % period, raw, count);
+            });
+    if (calibrator.elements() < SAMPLE_ELEMENTS_MIN) return {};
     return calibrator.finish();
+}
+
+SegmentCoding::Samples SegmentCoding::samples_of(const Placement& placement) {
+    return [&placement](const Wanted& wanted, const Add& add) {
+        std::vector<uint8_t> raw;
+        for (const SampleRun& run : sample_runs(wanted.elements, wanted.wanted)) {
+            raw.resize(run.elements * wanted.width);
+            placement.gather(wanted.offset + run.start * wanted.width, raw.size(), raw.data());
+            add(run.start, raw.data(), run.elements);
+        }
+    };
+}
+
+void note_parts(const uint8_t* payload, const std::vector<CodedPart>& parts,
+                CodeEntry* const* entries) {
+    for (const CodedPart& part : parts) {
+        const size_t coded_bytes = load_le<uint32_t>(payload + PART_CODED_BYTES_AT);
+        payload += coded_bytes;
+        CodeEntry* const entry = *entries++;
+        if (!entry) continue;
+        const uint64_t elements = part.raw_bytes / part.table->format().item_bytes;
+        const size_t table_bytes =
+            part.table_index == TABLE_INSIDE ? part.table->bytes().size() : 0;
+        entry->coded(8.0 * double(coded_bytes - PART_BYTES - table_bytes) / double(elements),
+                     elements);
+    }
 }
 
 }  // namespace kvwire

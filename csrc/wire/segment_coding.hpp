@@ -3,6 +3,7 @@
 // lane's thread may ask it.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +18,10 @@ namespace kvwire {
 
 class SendTables;
 
+// Tells each table what its part of the payload came to.
+void note_parts(const uint8_t* payload, const std::vector<CodedPart>& parts,
+                CodeEntry* const* entries);
+
 class SegmentCoding {
 public:
     static constexpr uint64_t SINK_TOKENS = 64;  // attention's first ones are unlike the others
@@ -29,10 +34,20 @@ public:
     // In the order of the segment's items.
     void append(const std::string& model, const GroupDesc& group, const Item& item);
 
-    // The parts of a chunk, and of each the entry that its table is from (null: opaque). Reads
-    // samples from `placement` where a table has yet to be made.
+    // Elements to make a table of: about `wanted` of the `elements` from `offset` on, `width` bytes
+    // each. add(place of the first among them, their bytes, count) takes some.
+    struct Wanted {
+        uint64_t offset, elements, width, wanted;
+    };
+    using Add = std::function<void(uint64_t first, const uint8_t* raw, size_t count)>;
+    using Samples = std::function<void(const Wanted& wanted, const Add& add)>;
+    // Those that `placement` holds.
+    static Samples samples_of(const Placement& placement);
+
+    // The parts of a chunk, and of each the entry that its table is from (null: opaque). Takes
+    // samples where a table has yet to be made.
     // `tables`: those of the link, in place of tables inside where it can be; null: all go inside.
-    void parts(const Placement& placement, uint64_t offset, uint64_t bytes, SendTables* tables,
+    void parts(const Samples& samples, uint64_t offset, uint64_t bytes, SendTables* tables,
                std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
 
     // Makes the table of the only item anew, from where it is longest. Nothing: the dtype has no
@@ -58,12 +73,12 @@ private:
     };
 
     size_t tensor_of(const GroupDesc& group, const Item& item);
-    void append_part(const Placement& placement, const Run& run, uint64_t from, uint64_t to,
+    void append_part(const Samples& samples, const Run& run, uint64_t from, uint64_t to,
                      SendTables* tables, std::vector<CodedPart>* parts,
                      std::vector<CodeEntry*>* entries) const;
     const Run& best_sample(const Run& run) const;
     // Without a table: there is too little of it.
-    Calibration calibrated(const Placement& placement, const Run& run) const;
+    Calibration calibrated(const Samples& samples, const Run& run) const;
 
     const std::shared_ptr<CodeBook> book_;
     const uint32_t chunk_bytes_;

@@ -6,6 +6,7 @@ namespace kvwire {
 namespace {
 
 constexpr uint64_t GROUP = 64;
+constexpr uint64_t SAMPLE_CHUNKS_MIN = 16;  // so that each of so many heads is met
 constexpr uint8_t BYTES_DTYPE = uint8_t(DType::BYTES);
 
 Lattice lattice(std::array<uint64_t, Lattice::AXES> extents, uint8_t row_axes,
@@ -24,7 +25,7 @@ constexpr uint8_t axes(bool a, bool b, bool c, bool d) {
 
 }  // namespace
 
-void SegmentRounding::append(const GroupDesc& group, const Item& item) {
+void SegmentRounding::append(const std::string& model, const GroupDesc& group, const Item& item) {
     const TensorDesc& desc = group.tensors[item.tensor];
     const auto found = std::find_if(roundings_.begin(), roundings_.end(), [&](const Rounding& r) {
         return r.group == item.group && r.tensor == item.tensor;
@@ -39,6 +40,13 @@ void SegmentRounding::append(const GroupDesc& group, const Item& item) {
     run.width = item_bytes(desc.dtype);
     run.has_tokens = desc.has_tokens();
     run.first_token = item.token_start;
+    const auto narrow = exact_ ? rounded_dtype(run.rung) : std::nullopt;
+    if (narrow) {
+        GroupDesc as_rounded = group;
+        as_rounded.tensors[item.tensor].dtype = DType(*narrow);
+        rounded_.append(model, as_rounded, item);
+        run.rounded_width = item_bytes(DType(*narrow));
+    }
     const StreamPattern pattern = stream_pattern(group.kind, desc);
     run.extents = pattern.extents;
     for (int axis = 0; axis < StreamPattern::AXES; ++axis) {
@@ -48,22 +56,26 @@ void SegmentRounding::append(const GroupDesc& group, const Item& item) {
     for (const Stretch& stretch : stretches(desc, item)) {
         run.offset = bytes_;
         run.bytes = stretch.bytes;
+        run.rounded_offset = rounded_bytes_;
         const uint64_t all_tokens = run.has_tokens ? stretch.bytes / desc.row_bytes() : 1;
         run.tokens = pattern.token_axis >= 0 ? stretch.tokens : all_tokens;
         runs_.push_back(run);
         bytes_ += stretch.bytes;
+        rounded_bytes_ += stretch.bytes / run.width * run.rounded_width;
         run.first_token += all_tokens;
     }
 }
 
 void SegmentRounding::parts(const Placement& placement, uint64_t offset, uint64_t bytes,
-                            std::vector<QuantisedPart>* parts) const {
+                            SendTables* tables, std::vector<QuantisedPart>* parts,
+                            std::vector<CodeEntry*>* entries) const {
     parts->clear();
+    entries->clear();
     const uint64_t stop = offset + bytes;
     auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
                                 [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
     for (; run != runs_.end() && run->offset < stop; ++run)
-        cut({placement, parts}, *run, std::max(offset, run->offset),
+        cut({&placement, tables, parts, entries}, *run, std::max(offset, run->offset),
             std::min(stop, run->offset + run->bytes));
 }
 
@@ -86,7 +98,7 @@ void SegmentRounding::cut_state(const Cut& out, const Run& run, uint64_t first,
     part.dtype = run.dtype;
     if (run.rung == Rung::BF16) {
         part.lattice = lattice({1, 1, 1, last - first}, 0);
-        return out.parts->push_back(part);
+        return append_rounded(out, run, first, std::move(part));
     }
     const uint64_t columns = run.extents[3], rows = run.extents[2], matrix = rows * columns;
     while (first < last) {
@@ -105,7 +117,7 @@ void SegmentRounding::cut_state(const Cut& out, const Run& run, uint64_t first,
                                ? lattice({1, matrices, of_rows, columns}, axes(0, 1, 0, 0))
                                : lattice({1, matrices, of_rows, columns}, axes(0, 1, 1, 0),
                                          axes(0, 1, 0, 1));
-            out.parts->push_back(part);
+            append_rounded(out, run, first, part);
         }
         first = stop;
     }
@@ -123,7 +135,7 @@ void SegmentRounding::cut_tokens(const Cut& out, const Run& run, uint64_t first,
                    is_edge(token + units * run.tokens, run.tokens) == edge)
                 ++units;
             if (edge) exact(out, run, first, first + units * unit);
-            else rounded(out, run, units, run.outer, run.tokens);
+            else rounded(out, run, first, units, run.outer, run.tokens);
             first += units * unit;
         } else {
             const uint64_t stop = std::min(last, (first / slice + 1) * slice);
@@ -148,7 +160,7 @@ void SegmentRounding::cut_rows(const Cut& out, const Run& run, uint64_t first, u
         while ((tokens + 1) * run.inner <= last - first && is_edge(token + tokens, 1) == edge)
             ++tokens;
         if (edge) exact(out, run, first, first + tokens * run.inner);
-        else rounded(out, run, 1, 1, tokens);
+        else rounded(out, run, first, 1, 1, tokens);
         first += tokens * run.inner;
         token += tokens;
     }
@@ -164,14 +176,67 @@ void SegmentRounding::exact_bytes(const Cut& out, uint64_t from, uint64_t to) co
     QuantisedPart part;
     part.dtype = BYTES_DTYPE;
     part.lattice = lattice({1, 1, 1, to - from}, 0);
-    std::vector<CodeEntry*> entries;
-    if (coding_) coding_->parts(out.placement, from, to - from, nullptr, &part.nested, &entries);
+    if (exact_ && out.placement)
+        nest(out, *exact_, SegmentCoding::samples_of(*out.placement), from, to - from, &part);
     out.parts->push_back(std::move(part));
 }
 
+void SegmentRounding::append_rounded(const Cut& out, const Run& run, uint64_t first,
+                                     QuantisedPart part) const {
+    if (run.rounded_width && out.placement) {
+        const auto samples = [&](const SegmentCoding::Wanted& wanted,
+                                 const SegmentCoding::Add& add) {
+            sample(*out.placement, wanted, add);
+        };
+        nest(out, rounded_, samples, run.rounded_offset + first * run.rounded_width,
+             part.lattice.count() * run.rounded_width, &part);
+    }
+    out.parts->push_back(std::move(part));
+}
+
+void SegmentRounding::nest(const Cut& out, const SegmentCoding& coding,
+                           const SegmentCoding::Samples& samples, uint64_t offset, uint64_t bytes,
+                           QuantisedPart* part) {
+    std::vector<CodeEntry*> entries;
+    coding.parts(samples, offset, bytes, out.tables, &part->nested, &entries);
+    out.entries->insert(out.entries->end(), entries.begin(), entries.end());
+}
+
+// Rounded as their chunks round them, since their scales depend on those.
+void SegmentRounding::sample(const Placement& placement, const SegmentCoding::Wanted& wanted,
+                             const SegmentCoding::Add& add) const {
+    const Run& run = *(std::upper_bound(runs_.begin(), runs_.end(), wanted.offset,
+                                        [](uint64_t at, const Run& r) {
+                                            return at < r.rounded_offset;
+                                        }) - 1);
+    const uint64_t start = (wanted.offset - run.rounded_offset) / wanted.width;
+    const uint64_t from = run.offset + start * run.width;
+    const uint64_t to = from + wanted.elements * run.width;
+    const uint64_t first = from / chunk_bytes_, stop = (to + chunk_bytes_ - 1) / chunk_bytes_;
+    const uint64_t chunks =
+        std::max(SAMPLE_CHUNKS_MIN, wanted.wanted * run.width / chunk_bytes_ + 1);
+    const uint64_t step = std::max<uint64_t>(1, (stop - first) / chunks);
+    QuantisedEncoder encoder;
+    std::vector<QuantisedPart> parts;
+    std::vector<uint8_t> raw;
+    for (uint64_t chunk = first; chunk < stop; chunk += step) {
+        uint64_t at = std::max(chunk * chunk_bytes_, from);
+        const uint64_t chunk_stop = std::min((chunk + 1) * chunk_bytes_, to);
+        parts.clear();
+        cut({nullptr, nullptr, &parts, nullptr}, run, at, chunk_stop);
+        for (const QuantisedPart& part : parts) {
+            raw.resize(part.raw_bytes());
+            placement.gather(at, raw.size(), raw.data());
+            if (const uint8_t* narrow = encoder.narrowed(part, raw.data()))
+                add((at - from) / run.width, narrow, size_t(part.lattice.count()));
+            at += raw.size();
+        }
+    }
+}
+
 // Elements [unit, outer, token, inner].
-void SegmentRounding::rounded(const Cut& out, const Run& run, uint64_t units, uint64_t outer,
-                              uint64_t tokens) const {
+void SegmentRounding::rounded(const Cut& out, const Run& run, uint64_t first, uint64_t units,
+                              uint64_t outer, uint64_t tokens) const {
     QuantisedPart part;
     part.rung = run.rung;
     part.dtype = run.dtype;
@@ -192,7 +257,7 @@ void SegmentRounding::rounded(const Cut& out, const Run& run, uint64_t units, ui
         part.lattice = lattice({1, 1, units * outer * tokens * inner / line, line},
                                axes(0, 0, 1, 0));
     }
-    out.parts->push_back(std::move(part));
+    append_rounded(out, run, first, std::move(part));
 }
 
 bool SegmentRounding::is_edge(uint64_t first_token, uint64_t tokens) const {

@@ -281,9 +281,10 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     if (!transfer.roundings.empty() && may_use(transfer, Codec::QUANTISED)) {
         const Manifest& manifest = transfer.manifest;
         const auto rounding = std::make_shared<SegmentRounding>(
-            transfer.roundings, segment->coding, manifest.token_stop);
+            transfer.roundings, segment->coding, options_.code_book, announcement.chunk_bytes,
+            manifest.token_stop);
         for (const Item& item : announcement.items)
-            rounding->append(manifest.groups[item.group], item);
+            rounding->append(manifest.model, manifest.groups[item.group], item);
         if (rounding->rounds_anything()) segment->rounding = rounding;
     }
     segment->announcement_payload = encode(announcement);

@@ -1,7 +1,7 @@
 """Writes tests/vectors with the reference implementation; the same bytes each time.
 
     python tests/vectors/generate.py            add the vectors that are missing
-    python tests/vectors/generate.py --example  print the worked example of FORMAT.md section 13
+    python tests/vectors/generate.py --example  print the worked examples of FORMAT.md
 
 Vectors are only ever added: to change one, give it a new name.
 """
@@ -131,7 +131,7 @@ def closed(sent: list[bytes]) -> bool:
 def transfer(name: str, contains: str, spec: CacheSpec, tokens: tuple[int, int], *,
              lane_count: int = 1, into: CacheSpec | None = None, codec: Codec = Codec.RAW,
              damage=lambda data: data, seed: int | None = None, chunk_bytes: int = 4096,
-             metadata: dict | None = None, items_per_segment: int = 1, fill=filled
+             metadata: dict | None = None, items_per_segment: int = 1, fill=filled, rounding=None
              ) -> list[Vector]:
     """Return the streams of one whole transfer, all lanes, both directions."""
     source = fill(spec, *tokens)
@@ -144,7 +144,7 @@ def transfer(name: str, contains: str, spec: CacheSpec, tokens: tuple[int, int],
     codecs = CODECS_SPOKEN | 1 << codec
     sender = ReferenceSender(manifest, segments, transfer_id=TRANSFER, link_id=LINK, codec=codec,
                              codecs=codecs, lane_count=lane_count, seed=seed,
-                             chunk_bytes=chunk_bytes,
+                             chunk_bytes=chunk_bytes, rounding=rounding,
                              metadata={"first_token": 42} if metadata else None)
     sent, answered = run(sender, ReferenceReceiver({TICKET: ticket}, codecs=codecs),
                          lane_count, damage)
@@ -288,6 +288,7 @@ def cache_file() -> list[Vector]:
 
 
 def valid_vectors() -> list[Vector]:
+    from vectors import lossy
     heads = CacheSpec("hnd", (attention([0], kv_heads=2, head_dim=4, block_tokens=4, order="HND",
                                         fused=True),))
     return [
@@ -302,6 +303,12 @@ def valid_vectors() -> list[Vector]:
                   codec=Codec.LZ4, items_per_segment=3),
         *transfer("tiered", "chunks coded by the tiered code, tables inside", hybrid_spec(),
                   (0, 200), codec=Codec.TIERED, items_per_segment=3, fill=filled_with_numbers),
+        *transfer("lossy", "chunks of all rungs, and what is nested coded by tables inside",
+                  lossy.SPEC, (0, 400), codec=Codec.QUANTISED, fill=filled_with_numbers,
+                  rounding=lossy.parts),
+        *transfer("lossy_repaired", "a lossy chunk with a flipped bit, and its second attempt",
+                  lossy.SPEC, (0, 40), codec=Codec.QUANTISED, fill=filled_with_numbers,
+                  rounding=lossy.parts, damage=damage_once()),
         *transfer("repaired", "a chunk with a flipped bit, and its second attempt",
                   hybrid_spec(), (0, 20), damage=damage_once()),
         *transfer("zero_tokens", "no token: states only", hybrid_spec(), (9, 9)),
@@ -374,8 +381,8 @@ def all_vectors() -> list[Vector]:
 
 def main() -> None:
     if "--example" in sys.argv:
-        from vectors.tiered import example as tiered_example
-        print(example(), tiered_example(), sep="\n\n")
+        from vectors import lossy, tiered
+        print(example(), tiered.example(), lossy.example(), sep="\n\n")
         return
     vectors = all_vectors()
     for vector in vectors:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from vectors.generate import (
     CODECS_SPOKEN, LINK, TICKET, TRANSFER, Vector, file_bytes, minimal_spec, transfer,
 )
-from vectors.invalid_coded import lz4_chunks, tiered_chunks
+from vectors.invalid_coded import lossy_chunks, lz4_chunks, tiered_chunks
 
 from kvwire.checksum import crc32c
 from kvwire.control import (
@@ -364,6 +364,7 @@ def chunks(broken: Broken) -> None:
                END=payload_with(abort, abort[_HEADER:-1] + b"\xff"))
     lz4_chunks(broken)
     tiered_chunks(broken)
+    lossy_chunks(broken)
 
 
 def answers(broken: Broken) -> None:

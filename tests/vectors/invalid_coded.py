@@ -1,4 +1,4 @@
-"""Invalid vectors of coded chunks (FORMAT.md §9) and of the tables of a link (§9.2)."""
+"""Invalid vectors of coded chunks (FORMAT.md §9), lossy ones too, and of a link's tables (§9.2)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kvwire.errors import ErrorCode
 from kvwire.layout import CacheSpec, DType, auxiliary
 from kvwire.link_tables import TableName, encode_names, encode_table
 from kvwire.manifest import Manifest
+from kvwire.quantised import PART as ROUNDED
+from kvwire.quantised import QuantisedPart, Rung, encode_quantised
 from kvwire.tiered import PART, TABLE, CodeTable, Part, encode_tiered
 from kvwire.wire import HEADER, FrameType, Greeting, Role, encode_frame
 
@@ -117,3 +119,73 @@ def tiered_chunks(broken) -> None:
             ("table_not_named", field, "a TABLE that was not named", FrameType.TABLE,
              encode_table(1, _TABLE.encode()))):
         broken.raw(name, error, contains, greeting + encode_frame(kind, payload=payload))
+
+
+def _rounded(rung: Rung, elements: int, rows: int = 0, columns: int = 0,
+             nested: tuple[Part, ...] = ()) -> bytes:
+    raw = number_like(elements, DType.FP32).tobytes()
+    return encode_quantised(raw, [QuantisedPart(rung, DType.FP32, (elements // 10, 10), rows,
+                                                columns, nested)])
+
+
+def _lossy_payloads() -> list[tuple[str, ErrorCode, str, bytes]]:
+    """As `_payloads`: of 1,010 elements of FP32 in groups, in a grid, or narrowed."""
+    invalid, scales = ErrorCode.CODED_INVALID, ROUNDED.bytes
+    groups, grid = _rounded(Rung.INT6, 1010, 2), _rounded(Rung.INT8_GRID, 1010, 1, 2)
+    e4m3, bf16 = _rounded(Rung.E4M3, 1010, 1), _rounded(Rung.BF16, 1010)
+    of_link = _rounded(Rung.BF16, 1010, nested=(Part(2020, _TABLE, 0, 3),))
+    group_count = 10 * 2  # of 101 places
+    codes = scales + 4 * group_count
+    high_scale, at = (0x5D80).to_bytes(2, "little"), {n: o for n, (o, _) in ROUNDED.fields.items()}
+    changes = [
+        ("raw_bytes", "raw_bytes is not what extents say", groups, at["raw_bytes"], b"\xc4"),
+        ("coded_bytes", "coded_bytes is no multiple of 16", groups, at["coded_bytes"], b"\x01"),
+        ("rung", "rung 7", groups, at["rung"], b"\x07"),
+        ("dtype", "BF16 makes nothing of fp16", bf16, at["dtype"], b"\x02"),
+        ("row_axes", "row_axes 16", groups, at["row_axes"], b"\x10"),
+        ("column_axes", "groups with columns", groups, at["column_axes"], b"\x08"),
+        ("reserved", "reserved is not 0", groups, at["reserved"], b"\1"),
+        ("extents", "an extent of 0", groups, at["extents"], bytes(4)),
+        ("scale_large", "a scale of 2^60", groups, scales, high_scale),
+        ("scale_negative", "a negative scale", grid, scales + 1,
+         bytes([grid[scales + 1] | 0x80])),
+        ("minimum_nan", "a minimum that is NaN", groups, scales + 2 * group_count, b"\xc0\xff"),
+        ("scale_padding", "padding of the scales is not 0", e4m3,
+         scales + 2 * 101 + 1, b"\1"),
+        ("code_behind", "a code behind the last is not 0", groups,
+         codes + 15 * 48 + 31, b"\x10"),
+        ("nan", "an e4m3 code that is NaN", e4m3, scales + 208 + 16 + 16, b"\x7f"),
+        ("nested", "a nested part of too few bytes", bf16, scales, b"\x10"),
+    ]
+    found = [(f"quantised_{name}", invalid, contains, _with(payload, where, value))
+             for name, contains, payload, where, value in changes]
+    return [*found,
+            ("quantised_short", invalid, "a part for a fraction of the chunk",
+             _rounded(Rung.INT8, 500, 2)),
+            ("quantised_no_part", invalid, "less than a part", bytes(31)),
+            ("quantised_table_unknown", ErrorCode.TABLE_UNKNOWN, "a table that was never named",
+             of_link),
+            ("quantised_exact", ErrorCode.RAW_CORRUPT, "rounded, and raw_crc is of what it was",
+             groups)]
+
+
+def lossy_chunks(broken) -> None:
+    """Chunks of 1,010 elements, of a sender that may round them."""
+    spec = CacheSpec("z", (auxiliary([0], "scale", heads=1, dtype="fp32"),))
+    lossy = 1 | 1 << Codec.QUANTISED
+    raw = number_like(1010, DType.FP32).tobytes()
+    segment = Segment(4040, 4096, (Item(0, 0, 0, 0, 1010),))
+
+    def stream(codecs: int, payload: bytes) -> tuple[bytes, list[Manifest]]:
+        expected = Manifest(TICKET, spec, 0, 1010, codecs=codecs)
+        return Greeting(Role.SENDER, LINK, codecs=lossy).encode() + encode_frame(
+            FrameType.MANIFEST, TRANSFER, expected.encode()) + encode_frame(
+            FrameType.SEGMENT, TRANSFER, segment.encode()) + encode_frame(
+            FrameType.CHUNK, TRANSFER, payload, raw_bytes=4040, raw_crc=crc32c(raw),
+            codec=Codec.QUANTISED), [expected]
+
+    for name, error, contains, payload in _lossy_payloads():
+        broken.raw(name, error, contains, *stream(lossy, payload))
+    broken.raw("quantised_not_agreed", ErrorCode.CODEC_UNSUPPORTED,
+               "a lossy chunk, the manifest has raw only",
+               *stream(1, _rounded(Rung.INT6, 1010, 2)))
