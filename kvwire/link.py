@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kvwire.codec import Codec
 from kvwire.errors import KvwireError, UsageError
+from kvwire.layout import DType, GroupKind
 
-__all__ = ["CongestionThresholds", "CongestionWatch", "LaneStats", "Link", "LinkOptions",
-           "LinkStats", "TransferStats"]
+__all__ = ["CodecChoice", "CodecEstimate", "CongestionThresholds", "CongestionWatch", "LaneStats",
+           "Link", "LinkOptions", "LinkStats", "TransferStats"]
 
 WINDOW_S = 1.0
 CONGESTION_STATES = ("open", "disorder", "cwr", "recovery", "loss")
@@ -94,6 +96,49 @@ class LaneStats:
 
 
 @dataclass(frozen=True)
+class CodecEstimate:
+    """What codec "auto" knows of one codec, for one kind of tensor. None: not measured.
+
+    Attributes:
+        codec: "raw", "lz4" or "tiered".
+        ratio: raw bytes for each byte of payload, lately.
+        encode_gbps, decode_gbps: cache that one core codes here and decodes at the receiver, in
+            10^9 bits a second; checksums count.
+        throughput_gbps: cache that the link would bring with it.
+    """
+
+    codec: str
+    ratio: float
+    encode_gbps: float | None
+    decode_gbps: float | None
+    throughput_gbps: float | None
+
+
+@dataclass(frozen=True)
+class CodecChoice:
+    """What codec "auto" has chosen for one kind of tensor.
+
+    Attributes:
+        group_kind, dtype: the kind, as in `CacheSpec`.
+        codec: the chosen one.
+        why: a sentence.
+        bandwidth_gbps: what the link carries, whatever the bytes mean.
+        send_gbps, receive_gbps: of that one core can send here, and receive there. None: not
+            measured.
+        estimates: of each codec that may be used.
+    """
+
+    group_kind: str
+    dtype: str
+    codec: str
+    why: str
+    bandwidth_gbps: float | None
+    send_gbps: float | None
+    receive_gbps: float | None
+    estimates: tuple[CodecEstimate, ...]
+
+
+@dataclass(frozen=True)
 class LinkStats:
     """All lanes of a link together; sums, unless it says otherwise.
 
@@ -111,6 +156,7 @@ class LinkStats:
         capacity_gbps: `LinkOptions.bandwidth_max_gbps`, or the highest goodput that a poll has
             seen so far.
         utilisation: goodput over capacity, 0 to 1.
+        codecs: what codec "auto" has chosen; empty without it.
     """
 
     link: str
@@ -129,6 +175,7 @@ class LinkStats:
     backlog_bytes: int
     capacity_gbps: float
     utilisation: float
+    codecs: tuple[CodecChoice, ...]
 
 
 @dataclass(frozen=True)
@@ -206,12 +253,13 @@ class Link:
 
         Raises: UsageError when the link is gone.
         """
-        born_ns, now_ns, verified_bytes, backlog_bytes, lanes = self._native.link_stats(self._name)
+        (born_ns, now_ns, verified_bytes, backlog_bytes, lanes,
+         choices) = self._native.link_stats(self._name)
         now = _Sample(now_ns / 1e9, verified_bytes,
                       {lane[0]: (lane[3], lane[4], lane[5]) for lane in lanes})
         with self._lock:
             before = self._before(now, born_ns / 1e9)
-            return self._summary(now, before, backlog_bytes, lanes)
+            return self._summary(now, before, backlog_bytes, lanes, _codec_choices(*choices))
 
     def _before(self, now: _Sample, born_s: float) -> _Sample:
         """Remember `now`; return the sample that rates are counted from."""
@@ -225,7 +273,7 @@ class Link:
         return samples[0]
 
     def _summary(self, now: _Sample, before: _Sample, backlog_bytes: int,
-                 native_lanes: list[tuple]) -> LinkStats:
+                 native_lanes: list[tuple], codecs: tuple[CodecChoice, ...]) -> LinkStats:
         window_s = max(now.time_s - before.time_s, 1e-6)
         moved, sent, again = zip(*(
             [b - a for a, b in zip(before.lanes.get(serial, (0, 0, 0)), counters)]
@@ -248,7 +296,8 @@ class Link:
             in_flight_bytes=sum(lane.in_flight_bytes for lane in lanes),
             queue_bytes=sum(lane.queue_bytes for lane in lanes), backlog_bytes=backlog_bytes,
             capacity_gbps=capacity_gbps,
-            utilisation=min(goodput_gbps / capacity_gbps, 1.0) if capacity_gbps else 0.0)
+            utilisation=min(goodput_gbps / capacity_gbps, 1.0) if capacity_gbps else 0.0,
+            codecs=codecs)
 
 
 @dataclass(frozen=True)
@@ -256,6 +305,21 @@ class _Sample:
     time_s: float
     verified_bytes: int
     lanes: dict[int, tuple[int, int, int]]  # by serial: moved, sent, retransmitted bytes
+
+
+def _codec_choices(bandwidth: float, send: float, receive: float, kinds: list[tuple]
+                   ) -> tuple[CodecChoice, ...]:
+    def gbps(bytes_per_s: float) -> float | None:
+        return bytes_per_s * GBPS or None
+
+    def estimate(codec: int, ratio: float, *rates: float) -> CodecEstimate:
+        return CodecEstimate(Codec(codec).name.lower(), ratio, *map(gbps, rates))
+
+    return tuple(
+        CodecChoice(GroupKind(group).name.lower(), DType(dtype).name.lower(),
+                    Codec(codec).name.lower(), why, gbps(bandwidth), gbps(send), gbps(receive),
+                    tuple(estimate(*candidate) for candidate in candidates))
+        for group, dtype, codec, why, candidates in kinds)
 
 
 def _lane_stats(lane: tuple, moved_bytes: int, sent_bytes: int, again_bytes: int,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Offer", "Push", "Sender", "Transfer"]
 
+_AUTO = 0xFF  # CODEC_AUTO in csrc/wire/send_link.hpp
+
 
 class Sender(Endpoint):
     """Sends caches. Dials a receiver, or listens for receivers that dial.
@@ -39,8 +41,10 @@ class Sender(Endpoint):
         lanes: TCP connections of the link, 1 to 64; "auto": 4, and more on a long link, up to 32,
             as the bandwidth measured times the round trip asks for.
         io_threads: 0: one for each core that the process may use, up to 4.
-        codec: "raw", "lz4" or "tiered", the default of transfers. A chunk that does not shrink,
-            or a peer that lacks the codec, gets raw bytes.
+        codec: "raw", "lz4", "tiered" or "auto", the default of transfers. A chunk that does not
+            shrink, or a peer that lacks the codec, gets raw bytes. "auto": on each link and for
+            each kind of tensor the one that is measured to bring most cache, always lossless;
+            `LinkStats.codecs` says which, and why.
         code_book: the tables that "tiered" begins with, and keeps what it makes in; None: its own.
         chunk_bytes: payload of one frame; 256 KiB stays in the cache between checksum and copy.
         connect_timeout_s: to give up on a dialled lane.
@@ -78,7 +82,7 @@ class Sender(Endpoint):
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native(), **options_of(security)}), link_options)
-        self._codec = Codec.of(codec)
+        self._codec = _codec_number(codec)
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
         self._lanes = lane_count(lanes)
@@ -176,7 +180,7 @@ class Sender(Endpoint):
         return transfer
 
     def _codec_number(self, codec: str | None) -> int:
-        return int(self._codec if codec is None else Codec.of(codec))
+        return self._codec if codec is None else _codec_number(codec)
 
     def _live_link(self) -> bytes:
         if self._peer is None:
@@ -319,3 +323,7 @@ class Push:
 
     def __await__(self) -> Generator[object, None, None]:
         return self._transfer._endpoint._until(self._transfer, self.done).__await__()
+
+
+def _codec_number(codec: object) -> int:
+    return _AUTO if codec == "auto" else int(Codec.of(codec))

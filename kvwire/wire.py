@@ -71,6 +71,7 @@ class FrameType(IntEnum):
     TABLE_NAMES = 0x82
     TABLE_ANSWER = 0x83
     TABLE = 0x84
+    SPEEDS = 0x85
 
 
 SKIPPABLE_TYPE_MIN = 0x80
@@ -89,6 +90,7 @@ WRITERS = {
     FrameType.COMMIT: _FILE, FrameType.CLOSE: _BOTH, FrameType.PING: _BOTH, FrameType.PONG: _BOTH,
     FrameType.TABLE_NAMES: frozenset((Role.SENDER,)), FrameType.TABLE_ANSWER: _RECEIVER,
     FrameType.TABLE: frozenset((Role.SENDER,)),
+    FrameType.SPEEDS: _RECEIVER,
 }
 """Which roles write a frame type (§6)."""
 

@@ -21,6 +21,7 @@ from kvwire.link_tables import TABLE_ANSWER, TABLE_FRAME, TABLE_NAME, TableState
 from kvwire.manifest import MANIFEST, MetadataType
 from kvwire.quantised import CODE_BITS, DTYPES, FLOATS, SCALED, Rung, decode_quantised
 from kvwire.quantised import PART as QUANTISED_PART
+from kvwire.speeds import SPEED, SPEEDS
 from kvwire.tiered import PART, TABLE, StripForm, decode_tiered, element_format
 from kvwire.wire import (
     FORMAT_VERSION, FRAME_MAGIC, GREETING, GREETING_MAGIC, HEADER, WRITERS, FrameType, Role,
@@ -73,6 +74,7 @@ STRUCTURES = {
     "segment_end": (SEGMENT_END, table("7.6", "offset")), "end": (END, table("7.7", "offset")),
     "receipt": (RECEIPT, table("7.8", "offset", 0)), "repair": (REPAIR, table("7.8", "offset", 1)),
     "done": (DONE, table("7.8", "offset", 2)), "abort": (ABORT, table("7.9", "offset")),
+    "speeds": (SPEEDS, table("7.12", "offset", 0)), "speed": (SPEED, table("7.12", "offset", 1)),
     "pull": (PULL, table("7.10", "offset")), "commit": (COMMIT, table("7.11", "offset")),
     "part": (PART, table("9.1", "offset", 0)),
     "table_name": (TABLE_NAME, table("9.2", "offset", 0)),
@@ -136,6 +138,7 @@ PAYLOAD_BYTES = {
     "8, else skipped": (0, 1000, 1),
     "24 × names, else skipped": (0, 1000, 1), "8 × answers, else skipped": (0, 1000, 1),
     "8 + table, else skipped": (0, 1000, 1),
+    "16 + 16 × speeds, else skipped": (0, 1000, 1),
     "24 × entries": (24, 24 * limits.REPAIR_COUNT_MAX, 24),
     "32 + message": (32, 32 + limits.MESSAGE_BYTES_MAX, 1),
     "16 × segments + 8 × chunks": (0, limits.INDEX_BYTES_MAX, 8),

@@ -120,7 +120,8 @@ class Readings:
     def link_stats(self, name):
         time_s, verified, lanes = self.readings.pop(0)
         return 0, int(time_s * 1e9), verified, 0, [
-            (serial, 0, 0, acked, sent, again, *[0] * 10) for serial, acked, sent, again in lanes]
+            (serial, 0, 0, acked, sent, again, *[0] * 10) for serial, acked, sent, again in lanes
+        ], (0, 0, 0, [])
 
 
 def test_rates_cover_the_last_second_or_the_time_since_the_last_poll():

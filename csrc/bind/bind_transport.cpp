@@ -103,10 +103,26 @@ py::dict stats_of(Endpoint& endpoint) {
     return result;
 }
 
-// (born_ns, now_ns, verified_bytes, backlog_bytes, lanes); of each lane (serial, index, congestion
-// state, bytes acknowledged or received, sent, sent again, delivery and pacing in bytes per second,
-// RTT and least RTT in us, bytes in flight, queued, of the window, us busy, held back by the
-// receiver, by the buffer).
+// (bandwidth, send, receive, kinds): bytes per second; of each kind (group, dtype, codec, why,
+// candidates), of each candidate (codec, ratio, encode, decode, throughput).
+py::tuple choices_of(const LinkReading& reading) {
+    py::list kinds;
+    for (const ChoiceReport& choice : reading.choices) {
+        py::list candidates;
+        for (const CandidateReport& c : choice.candidates)
+            candidates.append(py::make_tuple(uint8_t(c.codec), c.ratio, c.encode_bytes_per_s,
+                                             c.decode_bytes_per_s, c.throughput_bytes_per_s));
+        kinds.append(py::make_tuple(uint8_t(choice.kind.group), uint8_t(choice.kind.dtype),
+                                    uint8_t(choice.chosen), choice.why, candidates));
+    }
+    return py::make_tuple(reading.bandwidth_bytes_per_s, reading.send_bytes_per_s,
+                          reading.receive_bytes_per_s, kinds);
+}
+
+// (born_ns, now_ns, verified_bytes, backlog_bytes, lanes, choices_of()); of each lane (serial,
+// index, congestion state, bytes acknowledged or received, sent, sent again, delivery and pacing in
+// bytes per second, RTT and least RTT in us, bytes in flight, queued, of the window, us busy, held
+// back by the receiver, by the buffer).
 py::tuple link_reading_of(Endpoint& endpoint, const std::string& link) {
     LinkReading reading;
     {
@@ -126,7 +142,7 @@ py::tuple link_reading_of(Endpoint& endpoint, const std::string& link) {
             tcp.buffer_limited_us));
     }
     return py::make_tuple(reading.born_ns, reading.now_ns, reading.verified_bytes,
-                          reading.backlog_bytes, lanes);
+                          reading.backlog_bytes, lanes, choices_of(reading));
 }
 
 // (verified_bytes, wire_bytes, repaired_chunks, granted, ended, error)

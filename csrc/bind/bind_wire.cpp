@@ -12,6 +12,7 @@
 #include "bind/convert.hpp"
 #include "wire/format.hpp"
 #include "wire/receive_link.hpp"
+#include "wire/speeds.hpp"
 
 namespace py = pybind11;
 
@@ -29,7 +30,7 @@ py::dict enum_names(int count, Namer namer) {
 py::dict frame_types() {
     py::dict names = enum_names<FrameType>(int(FrameType::CLOSE), frame_type_name);
     for (const FrameType type : {FrameType::PING, FrameType::PONG, FrameType::TABLE_NAMES,
-                                 FrameType::TABLE_ANSWER, FrameType::TABLE})
+                                 FrameType::TABLE_ANSWER, FrameType::TABLE, FrameType::SPEEDS})
         names[py::str(frame_type_name(type))] = int(type);
     return names;
 }
@@ -82,6 +83,7 @@ py::dict limit_values() {
     KVWIRE_LIMIT(table_count_max);
     KVWIRE_LIMIT(table_entry_count_max);
     KVWIRE_LIMIT(table_bytes_max);
+    KVWIRE_LIMIT(speed_count_max);
 #undef KVWIRE_LIMIT
     return values;
 }
@@ -147,7 +149,8 @@ public:
             case FrameType::ABORT: (void)decode_abort(payload); return;
             case FrameType::CLOSE:
             case FrameType::PING:
-            case FrameType::PONG: return;
+            case FrameType::PONG:
+            case FrameType::SPEEDS: return;
             case FrameType::MANIFEST: return expect(from_sender, decode_manifest, header, payload);
             case FrameType::SEGMENT: return expect(from_sender, decode_segment, header, payload);
             case FrameType::SEGMENT_END:
@@ -219,6 +222,11 @@ void register_wire(py::module_& module) {
     module.def("decode_manifest", [](const std::string& payload) {
         return to_python(encode(decode_manifest(span_of(payload))));
     }, "Decodes and encodes again: the same bytes, or the error.");
+    module.def("decode_speeds", [](const std::string& payload) -> py::object {
+        Speeds speeds;
+        if (!decode(span_of(payload), &speeds)) return py::none();
+        return to_python(encode(speeds));
+    }, "Decodes and encodes again; None: it says nothing.");
 }
 
 }  // namespace kvwire

@@ -237,7 +237,8 @@ struct Ears : FrameHandler {
             case FrameType::DONE: decode_done(payload); break;
             case FrameType::CLOSE:
             case FrameType::PING:
-            case FrameType::PONG: break;
+            case FrameType::PONG:
+            case FrameType::SPEEDS: break;
             default: throw Error(ErrorCode::STATE_INVALID, "not a receiver's frame");
         }
     }

@@ -47,6 +47,10 @@ Endpoint::Endpoint(Role role, EndpointOptions options)
 
 Endpoint::~Endpoint() = default;  // the two kinds close themselves
 
+uint32_t Endpoint::cores() const {
+    return uint32_t(std::min(thread_count(options_), Affinity::cores()));
+}
+
 Greeting Endpoint::greeting() const {
     Greeting greeting;
     greeting.role = role_;
@@ -141,6 +145,7 @@ std::shared_ptr<Link> Endpoint::make_link(const Id& link_id) {
     ReceiveOptions receive = options_.receive;
     receive.pool = pool_;
     receive.table_store = table_store_;
+    receive.threads = uint16_t(cores());
     if (role_ == Role::RECEIVER)
         link->receive = std::make_unique<ReceiveLink>(
             tickets_, receive, [this, weak = std::weak_ptr<Link>(link)] {
@@ -388,6 +393,7 @@ void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items, int32
         transfer.pushes.back().priority = priority;
         return;
     }
+    link->send->set_now(Loops::now_ns());
     link->send->push(transfer, std::move(items), priority);
     link->pump();
 }

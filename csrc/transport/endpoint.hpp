@@ -67,6 +67,7 @@ public:
     Role role() const { return role_; }
     const EndpointOptions& options() const { return options_; }
     EndpointStats& counters() { return counters_; }
+    uint32_t cores() const;  // that its I/O threads can use
     Greeting greeting() const;
     std::unique_ptr<Stream> wrap(Fd fd, bool dialled) const;
     // What an accepted lane must prove; finds or makes its link. Throws what it is refused with.

@@ -15,6 +15,7 @@ constexpr size_t TURN_BYTES = 8 << 20;
 // A peer that does not read its answers is not read from either.
 constexpr size_t ANSWERS_BYTES_MAX = 256 << 10;
 
+constexpr size_t TIMED_BYTES_MIN = 32 << 10;  // less says more of the call than of the bytes
 constexpr int RECEIVE_MARK_BYTES = 64 << 10;
 constexpr size_t LOOK_BYTES = 2 << 20;
 
@@ -79,9 +80,10 @@ void Lane::open() {
     if (endpoint_.find_link(link_->id) != link_)
         throw Error(ErrorCode::LINK_UNKNOWN, "the link ended before this lane was admitted");
     entry_.admitted();
+    is_same_host_ = kvwire::is_same_host(stream_->fd());
     writer_ = &link_->lane_opened(own_.lane_index, shared_from_this(), admission_->peer());
     state_ = State::OPEN;
-    follows_ = is_same_host(stream_->fd()) && 2 * own_.lane_count > Affinity::cores();
+    follows_ = is_same_host_ && 2 * own_.lane_count > Affinity::cores();
     opened_ns_ = Loops::now_ns();
     set_patience(stream_->fd(), endpoint_.options().liveness().lease_ns / 1'000'000);
     reader_ = std::make_unique<LaneReader>(
@@ -133,8 +135,12 @@ IoStatus Lane::shake_section(Lock& lock) {
 IoResult Lane::receive_section(Lock& lock, const iovec* iov, size_t count) {
     reader_->begin_section();
     const Section section(lock, reading_);
+    const bool timed = reader_->wants_times();
+    const uint64_t began_ns = timed ? thread_cpu_ns() : 0;
     const IoResult got = stream_->receive(iov, count);
+    const uint64_t received_ns = timed ? thread_cpu_ns() : 0;
     if (got.status == IoStatus::OK) reader_->digest(got.bytes);
+    if (timed) reader_->note_times(received_ns - began_ns, thread_cpu_ns() - received_ns);
     reader_->end_section();
     if (follows_) follow(got.bytes);
     return got;
@@ -191,6 +197,9 @@ bool Lane::write_batch(Lock& lock, size_t* bytes) {
     ++endpoint_.counters().send_calls;
     check_sent();
     endpoint_.counters().bytes_sent += sent_.bytes;
+    if (send_ns_ && sent_.bytes >= TIMED_BYTES_MIN && link_->send)
+        link_->send->choice().sent(sent_.bytes, send_ns_);
+    send_ns_ = 0;
     loop_.moved(sent_.bytes);
     *bytes += sent_.bytes;
     settle();
@@ -204,7 +213,10 @@ void Lane::prepare_section(Lock& lock) {
 
 void Lane::send_section(Lock& lock, const iovec* iov, size_t count) {
     const Section section(lock, writer_->in_section);
+    const bool timed = total(iov, count) >= TIMED_BYTES_MIN && sent_sampler_.next();
+    const uint64_t began_ns = timed ? thread_cpu_ns() : 0;
     sent_ = stream_->send(iov, count);
+    send_ns_ = timed ? thread_cpu_ns() - began_ns : 0;
 }
 
 void Lane::check_sent() {

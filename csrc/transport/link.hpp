@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "base/cpu_clock.hpp"
 #include "transport/doorkeeper.hpp"
 #include "transport/lane_plan.hpp"
 #include "transport/link_reading.hpp"
@@ -44,6 +45,7 @@ public:
     void flush_and_close(const Error& why);
     uint64_t opened_ns() const { return opened_ns_; }
     void report(Liveness& liveness) const;  // what the kernel knows of its progress
+    bool is_same_host() const { return is_same_host_; }
 
 private:
     enum class State { CONNECTING, HANDSHAKE, WAITING, ADMISSION, OPEN, CLOSED };
@@ -92,6 +94,9 @@ private:
     std::unique_ptr<LaneReader> reader_;
     LaneWriter* writer_ = nullptr;
     bool blocked_ = false;
+    bool is_same_host_ = false;
+    Sampler sent_sampler_;
+    uint64_t send_ns_ = 0;  // of a core, by the section; 0: not measured
     uint64_t opened_ns_ = 0;
     uint32_t interest_ = 0;
     bool follows_ = false;       // its thread goes where its bytes come in

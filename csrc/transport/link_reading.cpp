@@ -25,6 +25,12 @@ LinkReading Link::reading() const {
     reading.verified_bytes = machine().verified_bytes();
     reading.backlog_bytes = send ? send->backlog_bytes() : 0;
     for (const auto& [index, lane] : lanes_) reading.lanes.push_back(lane->reading());
+    if (!send) return reading;
+    const CodecChoice& choice = send->choice();
+    reading.bandwidth_bytes_per_s = choice.bandwidth_bytes_per_s();
+    reading.send_bytes_per_s = choice.send_bytes_per_s();
+    reading.receive_bytes_per_s = double(choice.peer().receive_bytes_per_s);
+    reading.choices = choice.report();
     return reading;
 }
 

@@ -7,6 +7,7 @@
 
 #include "transport/socket.hpp"
 #include "transport/tcp_info.hpp"
+#include "wire/codec_choice.hpp"
 
 namespace kvwire {
 
@@ -24,6 +25,9 @@ struct LinkReading {
     uint64_t verified_bytes = 0;  // raw, in place at the receiver and proved
     uint64_t backlog_bytes = 0;   // raw, pushed and not verified; a sender's
     std::vector<LaneReading> lanes;
+    // Of codec "auto"; rates as CodecChoice has them.
+    double bandwidth_bytes_per_s = 0, send_bytes_per_s = 0, receive_bytes_per_s = 0;
+    std::vector<ChoiceReport> choices;
 };
 
 }  // namespace kvwire

@@ -39,6 +39,7 @@ LaneWriter& Link::lane_opened(uint32_t lane, std::shared_ptr<Lane> socket, const
     had_lanes_ = true;
     if (first)
         for (const auto& [other, redial] : redials_) redial_later(other);
+    if (send) send->choice().set_cores({endpoint_.cores(), lanes_[lane]->is_same_host()});
     endpoint_.link_up(*this);
     schedule_upkeep(now_ns, true);
     return receive ? receive->lane_opened(lane)

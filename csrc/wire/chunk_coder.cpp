@@ -19,6 +19,7 @@ bool ChunkEncoder::encode(Codec codec, const Placement& placement, uint32_t item
                           const SegmentCoding* coding, SendTables* tables,
                           FrameHeader* header, Bytes* body) {
     size_t bytes = 0;
+    was_usual_ = true;
     if (codec == Codec::LZ4) bytes = encode_lz4(placement, item_bytes, header, body);
     if (codec == Codec::TIERED && coding && header->attempt < CODED_ATTEMPTS_MAX)
         bytes = encode_tiered(placement, *coding, header->attempt == 0 ? tables : nullptr,
@@ -46,8 +47,8 @@ size_t ChunkEncoder::encode_tiered(const Placement& placement, const SegmentCodi
     if (!tiered_) tiered_ = std::make_unique<TieredEncoder>();
     scratch_.resize(std::max(scratch_.size(), STRIP_BYTES_MAX));
     body->resize(header->raw_bytes);
-    coding.parts(SegmentCoding::samples_of(placement), header->raw_offset, header->raw_bytes,
-                 tables, &parts_, &entries_);
+    was_usual_ = coding.parts(SegmentCoding::samples_of(placement), header->raw_offset,
+                              header->raw_bytes, tables, &parts_, &entries_);
     tiered_->begin(parts_, body->data(), header->raw_bytes - 1);
     RunCursor cursor(placement, header->raw_offset, header->raw_bytes);
     uint32_t crc = 0;

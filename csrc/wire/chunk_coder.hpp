@@ -30,6 +30,8 @@ public:
     bool encode(Codec codec, const Placement& placement, uint32_t item_bytes,
                 const SegmentCoding* coding, SendTables* tables, FrameHeader* header,
                 Bytes* body);
+    // The last chunk was coded as others of its kind will be: its tables were there already.
+    bool was_usual() const { return was_usual_; }
 
 private:
     size_t encode_lz4(const Placement& placement, uint32_t item_bytes, FrameHeader* header,
@@ -40,6 +42,7 @@ private:
     std::unique_ptr<TieredEncoder> tiered_;
     std::vector<CodedPart> parts_;
     std::vector<CodeEntry*> entries_;  // of parts_
+    bool was_usual_ = true;
     Bytes gathered_, scratch_;
 };
 

@@ -21,7 +21,7 @@ enum class FrameType : uint8_t {
     MANIFEST = 0x01, GRANT = 0x02, SEGMENT = 0x03, CHUNK = 0x04, SEGMENT_END = 0x05, END = 0x06,
     RECEIPT = 0x07, REPAIR = 0x08, ABORT = 0x09, PULL = 0x0A, DONE = 0x0B, INDEX = 0x0C,
     COMMIT = 0x0D, CLOSE = 0x0E, PING = 0x80, PONG = 0x81,
-    TABLE_NAMES = 0x82, TABLE_ANSWER = 0x83, TABLE = 0x84,
+    TABLE_NAMES = 0x82, TABLE_ANSWER = 0x83, TABLE = 0x84, SPEEDS = 0x85,
 };
 constexpr uint8_t SKIPPABLE_TYPE_MIN = 0x80;
 
@@ -50,7 +50,8 @@ constexpr size_t MANIFEST_FIXED_BYTES = 64, GRANT_BYTES = 16, SEGMENT_FIXED_BYTE
                  ITEM_BYTES = 24, SEGMENT_END_BYTES = 8, END_FIXED_BYTES = 24, RECEIPT_BYTES = 16,
                  REPAIR_BYTES = 24, ABORT_FIXED_BYTES = 32, PULL_BYTES = 48, DONE_BYTES = 16,
                  COMMIT_BYTES = 32, PING_BYTES = 8, TABLE_NAME_BYTES = 24,
-                 TABLE_ANSWER_BYTES = 8, TABLE_FIXED_BYTES = 8;
+                 TABLE_ANSWER_BYTES = 8, TABLE_FIXED_BYTES = 8, SPEEDS_FIXED_BYTES = 16,
+                 SPEED_BYTES = 16;
 
 // Section 10.
 namespace limits {
@@ -68,7 +69,7 @@ constexpr uint64_t chunk_bytes_min = 4096, chunk_bytes_max = 4194304, payload_by
                    greeting_timeout_ms = 5000, admission_key_bytes_min = 16,
                    admissions_max = 256, admissions_per_address_max = 64, lease_ms = 10000,
                    stall_ms = 200, table_count_max = 4096, table_entry_count_max = 1024,
-                   table_bytes_max = 16777216;
+                   table_bytes_max = 16777216, speed_count_max = 64;
 static_assert(chunk_bytes_max % chunk_bytes_min == 0);
 static_assert(SEGMENT_FIXED_BYTES + item_count_max * ITEM_BYTES <= control_bytes_max);
 static_assert(receipt_count_max * RECEIPT_BYTES <= control_bytes_min);

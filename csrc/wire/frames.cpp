@@ -139,6 +139,7 @@ bool FrameHeader::is_known() const {
         case FrameType::TABLE_NAMES: return holds_entries(TABLE_NAME_BYTES);
         case FrameType::TABLE_ANSWER: return holds_entries(TABLE_ANSWER_BYTES);
         case FrameType::TABLE: return payload_bytes >= TABLE_FIXED_BYTES;
+        case FrameType::SPEEDS: return true;  // what it holds is judged by who hears it
         default: return !skippable();
     }
 }
@@ -164,6 +165,7 @@ const char* frame_type_name(FrameType type) {
         case FrameType::TABLE: return "TABLE";
         case FrameType::PING: return "PING";
         case FrameType::PONG: return "PONG";
+        case FrameType::SPEEDS: return "SPEEDS";
     }
     return uint8_t(type) >= SKIPPABLE_TYPE_MIN ? "skippable frame" : "unknown frame";
 }

@@ -10,6 +10,7 @@
 
 namespace kvwire {
 namespace {
+constexpr uint32_t TIMED_BYTES_MIN = 32 << 10;  // less says more of the calls than of the bytes
 constexpr size_t CONTROL_KEPT_BYTES = 65536;  // larger control buffers go back after use
 }
 
@@ -188,6 +189,8 @@ void LaneReader::header_complete() {
     if (header_.type == FrameType::CHUNK) {
         state_ = State::CHUNK;
         target_ = handler_.on_chunk(lane_, header_);
+        is_timed_ = header_.payload_bytes >= TIMED_BYTES_MIN && sampler_.next();
+        receive_ns_ = digest_ns_ = 0;
         return;
     }
     state_ = State::CONTROL;
@@ -203,6 +206,8 @@ void LaneReader::payload_complete() {
     state_ = State::HEADER;
     received_ = 0;
     if (finished == State::CHUNK) {
+        if (receive_ns_) handler_.on_chunk_times(lane_, receive_ns_, digest_ns_);
+        is_timed_ = false;
         handler_.on_chunk_end(lane_, crc_);
         return;
     }

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "base/bytes.hpp"
+#include "base/cpu_clock.hpp"
 #include "plan/placement.hpp"
 #include "wire/chunk_coder.hpp"
 #include "wire/frames.hpp"
@@ -49,6 +50,8 @@ public:
     // The returned target stays valid until on_chunk_end or lane_lost; the handler may revoke it.
     virtual ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) = 0;
     virtual void on_chunk_end(uint32_t lane, uint32_t payload_crc) = 0;
+    // How long a core took to receive and to digest the chunk that ends now.
+    virtual void on_chunk_times(uint32_t, uint64_t /*receive_ns*/, uint64_t /*digest_ns*/) {}
 };
 
 class LaneReader {
@@ -69,6 +72,13 @@ public:
     void begin_section();
     void digest(size_t bytes);
     void end_section();
+
+    // Whether note_times() wants to hear how long receiving and digest() take just now.
+    bool wants_times() const { return is_timed_; }
+    void note_times(uint64_t receive_ns, uint64_t digest_ns) {
+        receive_ns_ += receive_ns;
+        digest_ns_ += digest_ns;
+    }
 
     // Bytes that lie in memory, taken as they would be from a socket.
     void feed(const uint8_t* bytes, size_t count);
@@ -100,6 +110,9 @@ private:
     uint32_t crc_ = 0;
     uint32_t digested_ = 0;  // payload bytes that crc_ covers and received_ does not
     ChunkTarget* section_ = nullptr;
+    Sampler sampler_;
+    bool is_timed_ = false;  // the present chunk
+    uint64_t receive_ns_ = 0, digest_ns_ = 0;  // of it so far
     bool closed_ = false;  // the peer said CLOSE
     ChunkTarget* target_ = nullptr;
     std::unique_ptr<uint8_t[]> control_;

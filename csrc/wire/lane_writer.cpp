@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/cpu_clock.hpp"
 #include "checksum/crc32c.hpp"
 
 namespace kvwire {
@@ -64,6 +65,13 @@ void LaneWriter::prepare() {
 }
 
 void LaneWriter::prepare(Entry& entry) {
+    const uint64_t began_ns = entry.source.timed ? thread_cpu_ns() : 0;
+    code(entry);
+    entry.was_usual = encoder_.was_usual();
+    if (entry.source.timed) entry.coding_ns = uint32_t(thread_cpu_ns() - began_ns);
+}
+
+void LaneWriter::code(Entry& entry) {
     FrameHeader& header = entry.header;
     const Placement& placement = *entry.source.placement;
     const Source& source = entry.source;

@@ -39,12 +39,19 @@ public:
         const SegmentCoding* coding = nullptr;      // for Codec::TIERED
         SendTables* tables = nullptr;               // of the link, likewise
         const SegmentRounding* rounding = nullptr;  // where something is lossy: how it is coded
+        bool timed = false;                         // find out how long coding takes
+    };
+    struct Prepared {
+        const FrameHeader& header;
+        const Source& source;
+        uint32_t coding_ns = 0;  // of a core; 0: not measured
+        bool was_usual = true;   // see ChunkEncoder
     };
     void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 
     bool begin_preparing();  // false: nothing waits for it
     void prepare();
-    // Calls take(header, owner) for each chunk prepared since. It says false when it has detached
+    // Calls take(Prepared) for each chunk prepared since. It says false when it has detached
     // that owner.
     template <class Take>
     void commit(Take&& take);
@@ -73,10 +80,13 @@ private:
         Source source;
         uint64_t payload_bytes = 0;  // beyond head
         uint64_t sent = 0;
+        uint32_t coding_ns = 0;
+        bool was_usual = true;
         uint64_t total() const { return head.size() + payload_bytes; }
     };
 
     void prepare(Entry& entry);
+    void code(Entry& entry);
     bool is_waiting(const Entry& entry) const {
         return entry.state == Entry::QUEUED || entry.state == Entry::PREPARING;
     }
@@ -99,7 +109,9 @@ template <class Take>
 void LaneWriter::commit(Take&& take) {
     for (size_t i = 0; i < entries_.size();) {
         if (entries_[i].state == Entry::PREPARING) {
-            if (!take(entries_[i].header, entries_[i].source.owner)) continue;
+            const Entry& entry = entries_[i];
+            const Prepared done{entry.header, entry.source, entry.coding_ns, entry.was_usual};
+            if (!take(done)) continue;
             queued_bytes_ += entries_[i].payload_bytes - entries_[i].header.raw_bytes;
             entries_[i].state = Entry::COMMITTED;
         }

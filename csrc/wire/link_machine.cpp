@@ -19,6 +19,9 @@ bool LinkMachine::on_link_frame(uint32_t lane, const FrameHeader& header, ByteSp
             liveness_.pong(lane, load_le<uint64_t>(payload.data));
             pong_came_ = true;
             return true;
+        case FrameType::SPEEDS:
+            on_speeds(payload);
+            return true;
         case FrameType::CLOSE:
             peer_left_ = true;
             return true;

@@ -43,6 +43,7 @@ protected:
     virtual LaneWriter& writer(uint32_t lane) = 0;
     // Says again on other lanes what this one may never deliver.
     virtual void lane_stalled(uint32_t lane) = 0;
+    virtual void on_speeds(ByteSpan) {}
     // Something is on its way that the peer will answer.
     virtual bool awaits_peer() const = 0;
 

@@ -135,6 +135,16 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     }
 }
 
+void ReceiveLink::on_chunk_times(uint32_t lane_index, uint64_t receive_ns, uint64_t digest_ns) {
+    const Lane& lane = lanes_.at(lane_index);
+    if (!lane.segment) return;
+    const FrameHeader& header = lane.target.header;
+    meter_.received(header.payload_bytes, receive_ns);
+    meter_.decoded(Codec(header.codec), lane.segment->dtype, header.raw_bytes, digest_ns);
+    Speeds speeds;
+    if (meter_.take_report(now_ns_, &speeds)) send(FrameType::SPEEDS, Id{}, encode(speeds));
+}
+
 void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual) {
     const FrameHeader& header = lane.target.header;
     chunk.state = Chunk::MISSING;

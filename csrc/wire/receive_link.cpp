@@ -52,7 +52,7 @@ std::vector<std::shared_ptr<Ticket>> TicketBook::all() const {
 ReceiveLink::ReceiveLink(TicketBook& tickets, ReceiveOptions options, std::function<void()> wake)
     : LinkMachine(options.liveness), tickets_(tickets), options_(options), wake_(std::move(wake)),
       waiting_bytes_(options.pool), state_bytes_(options.pool),
-      tables_(options.table_store, options.pool) {}
+      tables_(options.table_store, options.pool), meter_(options.threads) {}
 
 ReceiveLink::~ReceiveLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
@@ -333,8 +333,8 @@ void ReceiveLink::on_segment(Transfer& transfer, const FrameHeader& header, Byte
             transfer.ticket->observer().on_layer_touched(item.layer);  // columns may be zeroed
     }
     const Item& first = announcement.items[0];
-    work.item_bytes =
-        item_bytes(transfer.manifest->groups[first.group].tensors[first.tensor].dtype);
+    work.dtype = transfer.manifest->groups[first.group].tensors[first.tensor].dtype;
+    work.item_bytes = item_bytes(work.dtype);
     work.chunks.resize(chunk_count);
     work.announcement = std::move(announcement);
     segment.state_bytes = state_bytes;

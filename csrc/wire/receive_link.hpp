@@ -17,6 +17,7 @@
 #include "wire/link_tables.hpp"
 #include "wire/manifest.hpp"
 #include "wire/share.hpp"
+#include "wire/speeds.hpp"
 #include "wire/ticket.hpp"
 
 namespace kvwire {
@@ -47,6 +48,7 @@ struct ReceiveOptions {
     std::shared_ptr<Pool> pool;            // of both, for all links of an endpoint
     std::shared_ptr<TableStore> table_store;  // likewise; null: one of its own
     uint64_t patience_ns = 30'000'000'000;
+    uint16_t threads = 1;  // that receive: what the sender is told
     LivenessOptions liveness;
 };
 
@@ -62,6 +64,7 @@ public:
     void on_control(uint32_t lane, const FrameHeader& header, ByteSpan payload) override;
     ChunkTarget* on_chunk(uint32_t lane, const FrameHeader& header) override;
     void on_chunk_end(uint32_t lane, uint32_t payload_crc) override;
+    void on_chunk_times(uint32_t lane, uint64_t receive_ns, uint64_t digest_ns) override;
 
     // Writes the receipts gathered since the last call; once per burst of reads.
     void flush();
@@ -98,6 +101,7 @@ private:
         SegmentAnnouncement announcement;
         std::vector<uint32_t> claimed;  // what each item was the first to claim
         uint32_t item_bytes = 1;
+        DType dtype{};  // of its first item
         Placement placement;
         std::vector<Chunk> chunks;
         uint32_t verified = 0;
@@ -197,6 +201,7 @@ private:
     std::unordered_map<Id, Ended, IdHash> ended_;
     std::deque<Id> ended_order_;
     std::unordered_set<Id, IdHash> overtaken_;  // of the ended: the MANIFEST never came
+    SpeedMeter meter_;
     uint64_t verified_bytes_ = 0;
     uint32_t lane_heard_ = 0;  // the latest that spoke: surely the peer still has it
 };

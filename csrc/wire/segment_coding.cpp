@@ -60,7 +60,7 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
     }
 }
 
-void SegmentCoding::parts(const Samples& samples, uint64_t offset, uint64_t bytes,
+bool SegmentCoding::parts(const Samples& samples, uint64_t offset, uint64_t bytes,
                           SendTables* tables, std::vector<CodedPart>* parts,
                           std::vector<CodeEntry*>* entries) const {
     parts->clear();
@@ -68,24 +68,29 @@ void SegmentCoding::parts(const Samples& samples, uint64_t offset, uint64_t byte
     const uint64_t stop = offset + bytes;
     auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
                                 [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
-    for (; run != runs_.end() && run->offset < stop; ++run)
+    bool at_hand = true;
+    for (; run != runs_.end() && run->offset < stop; ++run) {
         append_part(samples, *run, std::max(offset, run->offset),
-                    std::min(stop, run->offset + run->bytes), tables, parts, entries);
+                    std::min(stop, run->offset + run->bytes), tables, parts, entries, &at_hand);
+    }
+    return at_hand;
 }
 
 // Elements that the chunk's ends cut are opaque.
 void SegmentCoding::append_part(const Samples& samples, const Run& run, uint64_t from,
                                 uint64_t to, SendTables* tables,
                                 std::vector<CodedPart>* parts,
-                                std::vector<CodeEntry*>* entries) const {
+                                std::vector<CodeEntry*>* entries, bool* at_hand) const {
     if (!run.entry) return append_opaque(to - from, parts, entries);
     const Tensor& tensor = tensors_[run.tensor];
     const uint64_t width = item_bytes(tensor.dtype);
     const uint64_t first = (from - run.offset + width - 1) / width;
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
-    std::shared_ptr<const CodeTable> table = run.entry->table(
-        run.tokens, [&] { return calibrated(samples, best_sample(run)).table; });
+    std::shared_ptr<const CodeTable> table = run.entry->table(run.tokens, [&] {
+        *at_hand = false;
+        return calibrated(samples, best_sample(run)).table;
+    });
     if (!table) return append_opaque(to - from, parts, entries);
     CodedPart part;
     part.raw_bytes = uint32_t((last - first) * width);

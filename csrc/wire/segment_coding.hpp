@@ -45,9 +45,9 @@ public:
     static Samples samples_of(const Placement& placement);
 
     // The parts of a chunk, and of each the entry that its table is from (null: opaque). Takes
-    // samples where a table has yet to be made.
+    // samples where a table has yet to be made. True: every table was at hand.
     // `tables`: those of the link, in place of tables inside where it can be; null: all go inside.
-    void parts(const Samples& samples, uint64_t offset, uint64_t bytes, SendTables* tables,
+    bool parts(const Samples& samples, uint64_t offset, uint64_t bytes, SendTables* tables,
                std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
 
     // Makes the table of the only item anew, from where it is longest. Nothing: the dtype has no
@@ -75,7 +75,7 @@ private:
     size_t tensor_of(const GroupDesc& group, const Item& item);
     void append_part(const Samples& samples, const Run& run, uint64_t from, uint64_t to,
                      SendTables* tables, std::vector<CodedPart>* parts,
-                     std::vector<CodeEntry*>* entries) const;
+                     std::vector<CodeEntry*>* entries, bool* at_hand) const;
     const Run& best_sample(const Run& run) const;
     // Without a table: there is too little of it.
     Calibration calibrated(const Samples& samples, const Run& run) const;

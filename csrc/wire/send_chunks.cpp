@@ -125,26 +125,28 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     chunk.state = SendTransfer::Chunk::IN_FLIGHT;
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
+    const uint32_t permitted = permitted_codecs(transfer);
+    CodecChoice::Pick pick{Codec(permitted == 1 ? 0 : transfer.codec)};
+    if (transfer.codec == CODEC_AUTO && !segment.rounding)
+        pick = choice_.next(segment.kind, permitted);
     lanes_.at(lane_index).writer.chunk(
-        header, {&segment.placement, &segment, codec_of(transfer), segment.item_bytes,
-                 segment.coding.get(), &tables_, segment.rounding.get()});
+        header, {&segment.placement, &segment, pick.codec, segment.item_bytes,
+                 segment.coding.get(), &tables_, segment.rounding.get(), pick.timed});
 }
 
-bool SendLink::may_use(const SendTransfer& transfer, Codec codec) const {
-    const uint32_t permitted = transfer.grant->codecs & transfer.manifest.codecs &
-                               options_.codecs & peer_codecs_;
-    return permitted >> uint8_t(codec) & 1;
+uint32_t SendLink::agreed_codecs(const SendTransfer& transfer) const {
+    return transfer.grant->codecs & transfer.manifest.codecs & options_.codecs & peer_codecs_;
 }
 
-Codec SendLink::codec_of(const SendTransfer& transfer) const {
-    return may_use(transfer, Codec(transfer.codec)) ? Codec(transfer.codec) : Codec::RAW;
+uint32_t SendLink::permitted_codecs(const SendTransfer& transfer) const {
+    const uint32_t named = transfer.codec == CODEC_AUTO ? ~0u : 1 | 1u << transfer.codec;
+    return agreed_codecs(transfer) & named;
 }
 
 bool SendLink::commit(uint32_t lane) {
     bool all_live = true;
-    lanes_.at(lane).writer.commit([&](const FrameHeader& header, void* owner) {
-        const bool live =
-            take_checksum(lane, header, *static_cast<SendTransfer::Segment*>(owner));
+    lanes_.at(lane).writer.commit([&](const LaneWriter::Prepared& chunk) {
+        const bool live = take_checksum(lane, chunk);
         all_live = all_live && live;
         return live;
     });
@@ -155,9 +157,13 @@ bool SendLink::commit(uint32_t lane) {
 }
 
 // False: the transfer has failed.
-bool SendLink::take_checksum(uint32_t lane, const FrameHeader& header,
-                             SendTransfer::Segment& segment) {
+bool SendLink::take_checksum(uint32_t lane, const LaneWriter::Prepared& prepared) {
+    const FrameHeader& header = prepared.header;
+    auto& segment = *static_cast<SendTransfer::Segment*>(prepared.source.owner);
     SendTransfer& transfer = *find(header.transfer_id);
+    if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding)
+        choice_.coded(segment.kind, prepared.source.codec, header.raw_bytes, header.payload_bytes,
+                      prepared.coding_ns);
     SendTransfer::Chunk& chunk =
         segment.chunks[size_t(header.raw_offset / segment.announcement.chunk_bytes)];
     if (!source_is_unchanged(transfer, segment, chunk, header)) return false;

@@ -8,11 +8,25 @@ namespace kvwire {
 namespace {
 
 constexpr size_t RECENT_ABORTS_KEPT = 64;
+constexpr uint64_t BUSY_NS = 40'000'000;
+
+TensorKind main_kind(const Manifest& manifest, const std::vector<Item>& items) {
+    std::map<TensorKind, uint64_t> bytes;
+    for (const Item& item : items) {
+        const GroupDesc& group = manifest.groups[item.group];
+        const TensorDesc& tensor = group.tensors[item.tensor];
+        bytes[{group.kind, tensor.dtype}] += item_raw_bytes(tensor, item);
+    }
+    return std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) {
+        return a.second < b.second;
+    })->first;
+}
 
 }  // namespace
 
 SendLink::SendLink(OfferBook& offers, SendOptions options)
-    : LinkMachine(options.liveness), offers_(offers), options_(std::move(options)) {
+    : LinkMachine(options.liveness), offers_(offers), options_(std::move(options)),
+      choice_(options_.coding_record) {
     if (!options_.code_book) options_.code_book = std::make_shared<CodeBook>();
 }
 
@@ -62,6 +76,11 @@ void SendLink::repeat_control() {
 
 void SendLink::fail_all(const Error& error) {
     while (!order_.empty()) fail(*std::shared_ptr<SendTransfer>(order_.front()), error);
+}
+
+void SendLink::on_speeds(ByteSpan payload) {
+    Speeds speeds;
+    if (decode(payload, &speeds)) choice_.set_peer(speeds);
 }
 
 SendTransfer* SendLink::find(const Id& transfer_id) {
@@ -270,7 +289,8 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     announcement.chunk_bytes =
         uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
     announcement.items = std::move(items);
-    if (codec_of(transfer) == Codec::TIERED) {
+    segment->kind = main_kind(transfer.manifest, announcement.items);
+    if (permitted_codecs(transfer) >> uint8_t(Codec::TIERED) & 1) {
         const Manifest& manifest = transfer.manifest;
         const auto coding =
             std::make_shared<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
@@ -278,7 +298,7 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
             coding->append(manifest.model, manifest.groups[item.group], item);
         segment->coding = coding;
     }
-    if (!transfer.roundings.empty() && may_use(transfer, Codec::QUANTISED)) {
+    if (!transfer.roundings.empty() && agreed_codecs(transfer) >> uint8_t(Codec::QUANTISED) & 1) {
         const Manifest& manifest = transfer.manifest;
         const auto rounding = std::make_shared<SegmentRounding>(
             transfer.roundings, segment->coding, options_.code_book, announcement.chunk_bytes,
@@ -291,6 +311,8 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     segment->chunks.resize(announcement.chunk_count());
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
     transfer.pushed_bytes += announcement.raw_bytes;
+    if (open_bytes_ == 0) busy_since_ns_ = now_ns_;
+    open_bytes_ += announcement.raw_bytes;
     transfer.segments.push_back(std::move(segment));
 }
 
@@ -381,7 +403,19 @@ void SendLink::on_done(SendTransfer& transfer, ByteSpan payload) {
 void SendLink::verified(SendTransfer& transfer, uint64_t raw_bytes) {
     transfer.verified_bytes += raw_bytes;
     verified_bytes_ += raw_bytes;
+    note_progress(raw_bytes);
     transfer.observer.on_verified(raw_bytes);
+}
+
+// What codec "auto" goes by: how fast bytes are verified while there are any to be.
+void SendLink::note_progress(uint64_t raw_bytes) {
+    open_bytes_ -= raw_bytes;
+    busy_.raw_bytes += raw_bytes;
+    busy_.ns += now_ns_ - std::min(now_ns_, busy_since_ns_);
+    busy_since_ns_ = now_ns_;
+    if (busy_.ns < BUSY_NS) return;
+    for (const auto& transfer : order_) busy_.in_flight_bytes += transfer->in_flight_bytes;
+    choice_.moved(std::exchange(busy_, {}));
 }
 
 uint64_t SendLink::backlog_bytes() const {
@@ -440,6 +474,7 @@ void SendLink::end(SendTransfer& transfer, const Error& error) {
     const std::shared_ptr<SendTransfer> alive =
         found == transfers_.end() ? nullptr : found->second;
     if (alive) {
+        open_bytes_ -= transfer.pushed_bytes - transfer.verified_bytes;
         turns_.remove(transfer);
         transfers_.erase(found);
         order_.erase(std::find(order_.begin(), order_.end(), alive));

@@ -13,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "wire/codec_choice.hpp"
 #include "wire/link_machine.hpp"
 #include "wire/link_tables.hpp"
 #include "wire/manifest.hpp"
@@ -35,11 +36,16 @@ public:
     virtual void on_end(const Error& error) = 0;  // exactly once, after all pushes
 };
 
+// As the codec of a transfer: whichever is fastest.
+constexpr uint8_t CODEC_AUTO = 0xFF;
+
 struct SendOptions {
     uint32_t chunk_bytes = 256 << 10;
     uint32_t transfers_max = 1024;
     uint32_t codecs = 1;
     std::shared_ptr<CodeBook> code_book;  // null: one of its own
+    // Of codec "auto": what all links with these options learn.
+    std::shared_ptr<CodingRecord> coding_record = std::make_shared<CodingRecord>();
     LivenessOptions liveness;
 };
 
@@ -67,6 +73,7 @@ public:
         Bytes announcement_payload;
         Placement placement;
         uint32_t item_bytes = 1;
+        TensorKind kind;  // of most of its bytes
         std::shared_ptr<const SegmentCoding> coding;      // null: without the tiered code
         std::shared_ptr<const SegmentRounding> rounding;  // null: nothing in it is lossy
         std::vector<Chunk> chunks;
@@ -157,6 +164,9 @@ public:
     uint64_t verified_bytes() const override { return verified_bytes_; }
     uint64_t backlog_bytes() const;  // pushed, of open transfers, and not verified
     bool is_idle() const override { return order_.empty(); }
+    // For codec "auto".
+    CodecChoice& choice() { return choice_; }
+    const CodecChoice& choice() const { return choice_; }
 
 private:
     struct Lane {
@@ -166,6 +176,7 @@ private:
 
     LaneWriter& writer(uint32_t lane) override { return lanes_.at(lane).writer; }
     void lane_stalled(uint32_t lane) override;
+    void on_speeds(ByteSpan payload) override;
     bool awaits_peer() const override;
     SendTransfer* find(const Id& transfer_id);
     void wake(const SendTransfer& transfer);
@@ -191,9 +202,9 @@ private:
     void announce(uint32_t lane, const SendTransfer& transfer, SendTransfer::Segment& segment);
     void send_chunk(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment,
                     uint32_t chunk_index);
-    bool take_checksum(uint32_t lane, const FrameHeader& header, SendTransfer::Segment& segment);
-    bool may_use(const SendTransfer& transfer, Codec codec) const;
-    Codec codec_of(const SendTransfer& transfer) const;
+    bool take_checksum(uint32_t lane, const LaneWriter::Prepared& chunk);
+    uint32_t agreed_codecs(const SendTransfer& transfer) const;     // bit n: codec n
+    uint32_t permitted_codecs(const SendTransfer& transfer) const;  // of those, lossless
     bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
                              SendTransfer::Chunk& chunk, const FrameHeader& header);
     void send_segment_end(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment);
@@ -205,6 +216,7 @@ private:
     void requeue(SendTransfer& transfer, uint32_t lane);
     void repeat_control();
     void verified(SendTransfer& transfer, uint64_t raw_bytes);
+    void note_progress(uint64_t raw_bytes);
     void detach(const SendTransfer::Segment& segment);
 
     OfferBook& offers_;
@@ -219,6 +231,10 @@ private:
     SendTables tables_;
     uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
     uint32_t peer_codecs_ = 1;
+    CodecChoice choice_;
+    // Announced and not verified; and, for codec "auto", what came of it in the present interval.
+    uint64_t open_bytes_ = 0, busy_since_ns_ = 0;
+    BusyInterval busy_;
 };
 
 }  // namespace kvwire
