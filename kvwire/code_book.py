@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from kvwire import _native, plan
-from kvwire.errors import ErrorCode, FormatError, UsageError
+from kvwire.errors import ErrorCode, ForkedError, FormatError, UsageError
 from kvwire.layout import Axis, DType, GroupKind
 from kvwire.memory import CacheMemory
 from kvwire.tiered import element_format
@@ -58,7 +58,8 @@ class CodeBook:
 
     A `Sender` has a book of its own and fills it from the first data it sends; one that is given
     a book begins with its tables, and may share it with others: any thread may use it. Tables
-    that data has drifted away from are made anew.
+    that data has drifted away from are made anew. Up to 256 MiB of tables are kept, the ones asked
+    for last. After a fork, a book that a sender was given is the parent's (`ForkedError`).
 
         book = CodeBook()
         for one in book.calibrate(memory):
@@ -68,7 +69,20 @@ class CodeBook:
     """
 
     def __init__(self) -> None:
-        self.native = _native.CodeBook()
+        self._native = _native.CodeBook()
+        self._owner: int | None = None
+
+    @property
+    def native(self) -> _native.CodeBook:
+        """The book in C++."""
+        if self._owner not in (None, os.getpid()):  # a forked lock may never open
+            raise ForkedError(f"this CodeBook is in use in process {self._owner}: load it again")
+        return self._native
+
+    def lend(self) -> _native.CodeBook:
+        """Return the book in C++ for threads that do not survive a fork."""
+        native, self._owner = self.native, os.getpid()
+        return native
 
     def __len__(self) -> int:
         return len(self.native.tables())

@@ -77,7 +77,7 @@ class Sender(Endpoint):
             check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
         super().__init__(_native.SenderEndpoint({
             "chunk_bytes": chunk_bytes,
-            **({} if code_book is None else {"code_book": code_book.native}),
+            **({} if code_book is None else {"code_book": code_book.lend()}),
             "io_threads": io_threads_of(io_threads),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),

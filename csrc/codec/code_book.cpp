@@ -20,8 +20,14 @@ int token_axis_of(const CodeKey& key) {
 
 }  // namespace
 
-CodeEntry::CodeEntry(const CodeKey& key)
-    : token_axis_(token_axis_of(key)), patience_(PATIENCE_MIN) {}
+CodeEntry::CodeEntry(const CodeKey& key, std::shared_ptr<std::atomic<uint64_t>> book_bytes)
+    : book_bytes_(std::move(book_bytes)), token_axis_(token_axis_of(key)),
+      patience_(PATIENCE_MIN) {}
+
+void CodeEntry::hold(uint64_t bytes) {
+    *book_bytes_ += bytes - bytes_;
+    bytes_ = bytes;
+}
 
 CodeEntry::Table CodeEntry::table(uint32_t tokens, const std::function<Table()>& make) {
     if (wants_calibration()) {
@@ -42,14 +48,20 @@ CodeEntry::Table CodeEntry::with_tokens(uint32_t tokens) {
     if (!table_ || token_axis_ < 0) return table_;
     const auto found = of_tokens_.find(tokens);
     if (found != of_tokens_.end()) return found->second;
-    if (of_tokens_.size() >= EXTENTS_KEPT) of_tokens_.clear();
-    return of_tokens_[tokens] = with_extent(*table_, token_axis_, tokens);
+    if (of_tokens_.size() >= EXTENTS_KEPT) {
+        of_tokens_.clear();
+        hold(table_->memory_bytes());
+    }
+    Table made = with_extent(*table_, token_axis_, tokens);
+    hold(bytes_ + made->memory_bytes());
+    return of_tokens_[tokens] = std::move(made);
 }
 
 void CodeEntry::put(Table table) {
     const std::lock_guard<std::mutex> lock(mutex_);
     table_ = std::move(table);
     of_tokens_.clear();
+    hold(table_->memory_bytes());
     has_drifted_ = false;
     usual_bits_ = 0;
     elements_ = 0;
@@ -113,9 +125,18 @@ std::shared_ptr<const CodeTable> outer_range(const CodeTable& table, uint32_t co
 std::shared_ptr<CodeEntry> CodeBook::entry(const CodeKey& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = entries_.find(key);
-    if (found != entries_.end()) return found->second;
-    if (entries_.size() >= ENTRIES_MAX) entries_.erase(entries_.begin());
-    return entries_.emplace(key, std::make_shared<CodeEntry>(key)).first->second;
+    if (found != entries_.end()) {
+        asked_.splice(asked_.end(), asked_, found->second.asked);
+        return found->second.entry;
+    }
+    for (int dropped = 0; dropped < 2 && is_full(); ++dropped) {  // who is in use is still counted
+        entries_.erase(entries_.find(*asked_.front()));
+        asked_.pop_front();
+    }
+    const auto made =
+        entries_.emplace(key, Kept{std::make_shared<CodeEntry>(key, bytes_), {}}).first;
+    made->second.asked = asked_.insert(asked_.end(), &made->first);
+    return made->second.entry;
 }
 
 bool CodeBook::put(const CodeKey& key, std::shared_ptr<const CodeTable> table) {
@@ -134,8 +155,8 @@ bool CodeBook::put(const CodeKey& key, std::shared_ptr<const CodeTable> table) {
 CodeBook::Tables CodeBook::tables() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     Tables tables;
-    for (const auto& [key, entry] : entries_)
-        if (auto table = entry->canonical()) tables.emplace_back(key, std::move(table));
+    for (const auto& [key, kept] : entries_)
+        if (auto table = kept.entry->canonical()) tables.emplace_back(key, std::move(table));
     return tables;
 }
 

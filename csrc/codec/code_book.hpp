@@ -3,8 +3,10 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,7 +37,10 @@ struct CodeKey {
 // The table of one key, for every extent of its token axis. Any thread may use it.
 class CodeEntry {
 public:
-    explicit CodeEntry(const CodeKey& key);
+    // `book_bytes`: of memory, what all entries of the book hold.
+    CodeEntry(const CodeKey& key, std::shared_ptr<std::atomic<uint64_t>> book_bytes);
+    CodeEntry(const CodeEntry&) = delete;
+    ~CodeEntry() { hold(0); }
 
     using Table = std::shared_ptr<const CodeTable>;
 
@@ -56,7 +61,9 @@ public:
 private:
     Table with_tokens(uint32_t tokens);
     bool wants_calibration() const;
+    void hold(uint64_t bytes);
 
+    const std::shared_ptr<std::atomic<uint64_t>> book_bytes_;
     const int token_axis_;  // -1: none
     std::mutex calibration_;
     mutable std::mutex mutex_;  // of what follows
@@ -67,6 +74,7 @@ private:
     double drifted_bits_ = 0; // what made it be made again
     uint64_t elements_ = 0;   // coded since it was made
     uint64_t patience_;       // elements before it may be made again
+    uint64_t bytes_ = 0;      // that it holds
 };
 
 // The same table where its pattern has another extent on an axis that counts in no base.
@@ -80,7 +88,9 @@ std::shared_ptr<const CodeTable> outer_range(const CodeTable& table, uint32_t co
 
 class CodeBook {
 public:
-    static constexpr size_t ENTRIES_MAX = 65'536;  // the first keys in order make room for others
+    // Those that were not asked for the longest make room for others.
+    static constexpr size_t ENTRIES_MAX = 65'536;
+    static constexpr uint64_t BYTES_MAX = uint64_t{256} << 20;
 
     std::shared_ptr<CodeEntry> entry(const CodeKey& key);
 
@@ -91,8 +101,18 @@ public:
     Tables tables() const;  // those that there are
 
 private:
+    struct Kept {
+        std::shared_ptr<CodeEntry> entry;
+        std::list<const CodeKey*>::iterator asked;
+    };
+    bool is_full() const {
+        return !asked_.empty() && (entries_.size() >= ENTRIES_MAX || *bytes_ > BYTES_MAX);
+    }
     mutable std::mutex mutex_;
-    std::map<CodeKey, std::shared_ptr<CodeEntry>> entries_;
+    std::map<CodeKey, Kept> entries_;
+    std::list<const CodeKey*> asked_;  // keys of entries_, the last one asked for last
+    const std::shared_ptr<std::atomic<uint64_t>> bytes_ =
+        std::make_shared<std::atomic<uint64_t>>(0);
 };
 
 }  // namespace kvwire
