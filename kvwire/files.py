@@ -39,6 +39,8 @@ def save(path: str | os.PathLike, source: CacheMemory | CacheSpec, arrays: Mappi
          metadata: Mapping[str, object] | None = None) -> None:
     """Write a request's cache to a file, which appears whole or not at all.
 
+    Nothing is rounded: files are lossless with every codec.
+
     Args:
         source: the memory; or a spec, with `arrays` and `tokens` as `CacheMemory` takes them.
         codec: "raw", "lz4" or "tiered".

@@ -13,7 +13,7 @@ __all__ = ["Lossy"]
 
 _KEY_VALUE = {"int8": Rung.INT8, "int6": Rung.INT6, "int4": Rung.INT4, "fp8": Rung.E4M3}
 _STATE = {"bf16": Rung.BF16, "int8": Rung.INT8_GRID, "fp8": Rung.E4M3}
-_RUNGS = {"keys": _KEY_VALUE, "values": _KEY_VALUE, "states": _STATE}
+_RUNGS = {"keys": _KEY_VALUE, "values": _KEY_VALUE, "states": _STATE, "latents": _KEY_VALUE}
 _LEAVES = {"k": "keys", "v": "values"}
 
 
@@ -33,12 +33,15 @@ class Lossy:
         values: the same; with integers 64 channels of a token share a scale. A tensor in which
             keys and values are fused follows `keys`, and `values` must be the same.
         states: of recurrences: "bf16" (of fp32), "int8" (a scale per row and per column) or "fp8"
-            (per head).
+            (per head). With codec="tiered", what "bf16" and "fp8" leave is coded once more.
+        latents: of MLA, with the rotary keys beside them: as `values`; "fp8" has one scale for a
+            chunk.
     """
 
     keys: str | None = None
     values: str | None = None
     states: str | None = None
+    latents: str | None = None
 
     def __post_init__(self):
         for field, rungs in _RUNGS.items():
@@ -75,6 +78,8 @@ def _fields(kind: GroupKind, tensor: TensorSpec) -> set[str]:
     """Return which fields of `Lossy` are about the tensor."""
     if kind == GroupKind.RECURRENT:
         return {"states"}
+    if kind == GroupKind.LATENT:
+        return {"latents"}
     if kind in (GroupKind.FULL_ATTENTION, GroupKind.SLIDING_WINDOW):
         return {_LEAVES[leaf.name] for leaf in tensor.leaves if leaf.name in _LEAVES}
     return set()

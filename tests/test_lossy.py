@@ -229,3 +229,27 @@ def test_what_was_rounded_is_coded(spec, filled, lossy, ratio):
     assert ratios[0] > ratio > 1.05 * of_plain and ratios[1] >= 0.999 * ratios[0]
     for found in coded:
         assert all(found[key].tobytes() == array.tobytes() for key, array in plain[0].items())
+
+
+@pytest.mark.parametrize("block_tokens", [0, BLOCK])
+@pytest.mark.parametrize("rung, bound", [("int8", 0.01), ("int6", 0.04), ("int4", 0.15),
+                                         ("fp8", 0.05)])
+def test_latents_are_rounded_as_values(rung, bound, block_tokens):
+    spec = kvwire.CacheSpec("mla", (kvwire.latent([0], latent_dim=128, rope_dim=64, dtype="bf16",
+                                                  block_tokens=block_tokens),))
+    ids = np.random.default_rng(4).permutation(-(-TOKENS // BLOCK)).tolist()
+    shape = (len(ids), BLOCK, 192) if block_tokens else (TOKENS, 192)
+    source = words_like(np.random.default_rng(5).standard_normal(shape), DType.BF16)
+    target = np.zeros_like(source)
+    with kvwire.Receiver("127.0.0.1:0", allow_lossy=True) as receiver, \
+            kvwire.Sender(receiver.address) as sender:
+        ticket = receiver.expect(memory_of(spec, {(0, "mla"): target}, block_tokens, ids, True))
+        sender.send(ticket.id, memory_of(spec, {(0, "mla"): source}, block_tokens, ids),
+                    lossy=Lossy(latents=rung)).result(60)
+        ticket.result(60)
+    found, wanted = ((array[ids] if block_tokens else array).reshape(-1, 192)[:TOKENS]
+                     for array in (target, source))
+    assert same((found[:FIRST], wanted[:FIRST])) and same((found[-LAST:], wanted[-LAST:]))
+    middle = values_of(found)[FIRST:-LAST], values_of(wanted)[FIRST:-LAST]
+    error = np.linalg.norm(middle[0] - middle[1], axis=1) / np.linalg.norm(middle[1], axis=1)
+    assert 0 < error.min() and error.max() < bound

@@ -85,7 +85,7 @@ std::vector<std::string> supported_names() {
 }  // namespace
 
 void register_quantised(py::module_& module) {
-    QuantisedEncoder();  // a wrong KVWIRE_QUANTISED fails the import, not the first transfer
+    quantised_active();  // a wrong KVWIRE_QUANTISED fails the import, not the first transfer
     module.def("quantised_encode", &encode_bytes, py::arg("raw"), py::arg("parts"),
                py::arg("variant") = py::none(), py::arg("out_max") = py::none(),
                "Payload of ``parts``, each (rung, dtype, 4 extents, row_axes, column_axes, nested "
@@ -96,8 +96,9 @@ void register_quantised(py::module_& module) {
                "The raw bytes; ``tables``: bytes of the link's tables by index. Raises "
                "CODED_INVALID or TABLE_UNKNOWN.");
     module.def("quantised_variants", &supported_names,
-               "Names of the variants that this CPU supports, fastest first; the environment "
-               "variable KVWIRE_QUANTISED forces one.");
+               "Names of the variants that this CPU supports, fastest first.");
+    module.def("quantised_active", &quantised_active,
+               "Name of the variant in use; the environment variable KVWIRE_QUANTISED forces one.");
 }
 
 }  // namespace kvwire

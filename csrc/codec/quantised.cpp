@@ -68,23 +68,30 @@ const std::vector<Variant>& variants() {
 
 namespace {
 
-const Kernels& find(const char* name) {
+const Variant& find(const char* name) {
     std::string supported;
     for (const Variant& variant : variants()) {
         if (!variant.supported) continue;
-        if (!name || !*name || std::string(name) == variant.name) return variant.kernels();
+        if (!name || !*name || std::string(name) == variant.name) return variant;
         supported += std::string(supported.empty() ? "" : ", ") + variant.name;
     }
     throw std::invalid_argument("quantised variant " + std::string(name) +
                                 ": not on this CPU; supported: " + supported);
 }
 
+const Variant& active() {
+    static const Variant& active = find(std::getenv("KVWIRE_QUANTISED"));
+    return active;
+}
+
 }  // namespace
 
 const Kernels& kernels(const char* variant) {
-    static const Kernels& active = find(std::getenv("KVWIRE_QUANTISED"));
-    return variant ? find(variant) : active;
+    return (variant ? find(variant) : active()).kernels();
 }
 
 }  // namespace quantised
+
+const char* quantised_active() { return quantised::active().name; }
+
 }  // namespace kvwire

@@ -117,5 +117,7 @@ private:
 
 // Names of the compiled variants, fastest first: "avx2", "portable".
 std::vector<TieredVariantInfo> quantised_variants();
+// The one in use. Throws as the encoder does.
+const char* quantised_active();
 
 }  // namespace kvwire
