@@ -47,16 +47,18 @@ def join_planes(planes: bytes, item_bytes: int) -> bytes:
     return items.T.tobytes() + bytes(memoryview(planes)[count * item_bytes:])
 
 
-def encode_chunk(codec: Codec, raw: bytes, dtype: DType) -> tuple[Codec, bytes]:
+def encode_chunk(codec: Codec, raw: bytes, dtype: DType, table: CodeTable | None = None,
+                 table_index: int = 0) -> tuple[Codec, bytes]:
     """Return the payload and its codec, which is RAW where the chunk does not shrink.
 
     `dtype` is that of the first item of the chunk's segment: TIERED is told no more here, and all
-    elements have one base.
+    elements have one base, that of `table` or of the chunk's own one.
     """
     item_bytes = dtype.item_bytes
     if codec == Codec.TIERED:
         whole = len(raw) // item_bytes * item_bytes
-        parts = [Part(whole, CodeTable.of_elements(raw[:whole], dtype)), Part(len(raw) - whole)]
+        table = table or CodeTable.of_elements(raw[:whole], dtype)
+        parts = [Part(whole, table, 0, table_index), Part(len(raw) - whole)]
         payload = encode_tiered(raw, [part for part in parts if part.raw_bytes])
         if len(payload) < len(raw):
             return codec, payload

@@ -13,9 +13,9 @@ from kvwire.structure import Structure, fail
 from kvwire.tiered import CodeTable
 from kvwire.wire import FrameType
 
-__all__ = ["ReceivedTables", "TableAnswer", "TableName", "TableState", "decode_answers",
-           "decode_names", "decode_table", "encode_answers", "encode_names", "encode_table",
-           "holds_structure"]
+__all__ = ["ReceivedTables", "SentTables", "TableAnswer", "TableName", "TableState",
+           "decode_answers", "decode_names", "decode_table", "encode_answers", "encode_names",
+           "encode_table", "holds_structure"]
 
 TABLE_NAME = Structure("TABLE_NAMES", table_index="I", reserved="I", table_name="16s")
 TABLE_ANSWER = Structure("TABLE_ANSWER", table_index="I", state="I")
@@ -94,6 +94,52 @@ def decode_table(data: bytes) -> tuple[int, bytes]:
 def encode_table(table_index: int, table: bytes) -> bytes:
     """Return the payload of a TABLE."""
     return TABLE_FRAME.pack({"table_index": table_index}) + table
+
+
+@dataclass
+class SentTables:
+    """The tables of one link, at the sender."""
+
+    tables: list[CodeTable] = field(default_factory=list)  # of index 1 and up
+    answered: dict[int, TableState] = field(default_factory=dict)  # KNOWN or REFUSED
+    unsaid: list[int] = field(default_factory=list)
+    sent: set[int] = field(default_factory=set)
+
+    def index_of(self, table: CodeTable) -> int:
+        """Return what a part says of its table: 0 until the receiver is known to have it."""
+        if table not in self.tables:
+            self.tables.append(table)
+            self.unsaid.append(len(self.tables))
+        index = self.tables.index(table) + 1
+        return index if self.answered.get(index) == TableState.KNOWN else 0
+
+    def names(self) -> bytes:
+        """Return the TABLE_NAMES of all that is to be named; empty: nothing is."""
+        unsaid, self.unsaid = self.unsaid, []
+        return encode_names([TableName(index, self.tables[index - 1].name) for index in unsaid])
+
+    def on_answer(self, payload: bytes) -> list[bytes]:
+        """Return the TABLEs that a TABLE_ANSWER asks for."""
+        wanted = []
+        for answer in decode_answers(payload):
+            index, state = answer.table_index, answer.state
+            if index > len(self.tables):
+                fail(ErrorCode.FIELD_INVALID, "TABLE_ANSWER: no such table", actual=index,
+                     expected=len(self.tables))
+            if index in self.answered or index in self.sent and state == TableState.WANTED:
+                continue
+            if state == TableState.WANTED:
+                self.sent.add(index)
+                wanted.append(encode_table(index, self.tables[index - 1].encode()))
+            else:
+                self.answered[index] = state
+        return wanted
+
+    def lane_lost(self) -> None:
+        """Forget what the peer may not have heard, or what it said of it."""
+        self.unsaid = [index for index in range(1, len(self.tables) + 1)
+                       if index not in self.answered]
+        self.sent.clear()
 
 
 @dataclass

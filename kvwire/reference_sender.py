@@ -11,9 +11,11 @@ from kvwire.checksum import crc32c, segment_digest, transfer_digest
 from kvwire.codec import Codec, encode_chunk
 from kvwire.control import Abort, Done, End, Grant, Item, Receipt, Repair, Segment, SegmentEnd
 from kvwire.errors import ErrorCode, KvwireError, error_from_code
+from kvwire.link_tables import SentTables, holds_structure
 from kvwire.manifest import Manifest
 from kvwire.quantised import QuantisedPart, decode_quantised, encode_quantised
 from kvwire.tensor_spec import DType
+from kvwire.tiered import CodeTable, element_format
 from kvwire.wire import (
     CODECS_SPOKEN, NO_ID, FrameHeader, FrameReader, FrameType, Greeting, Role, encode_frame,
 )
@@ -23,6 +25,7 @@ __all__ = ["ReferenceSender"]
 Writes = list[tuple[int, bytes]]
 Place = tuple[int, int]  # segment index, chunk index
 Rounding = Callable[[int, int, bytes], Sequence[QuantisedPart]]
+CODED_ATTEMPTS_MAX = 2  # the first one may refer to a table, the second has it inside
 
 
 @dataclass
@@ -46,6 +49,8 @@ class ReferenceSender:
         segments: for each its items and its raw bytes.
         codec: what chunks are coded with.
         codecs: what the greetings say.
+        names_tables: of TIERED, one for each dtype, named to the receiver; False: each chunk has
+            its own one inside.
         rounding: (segment index, offset, raw bytes) -> parts of a chunk, for QUANTISED; without
             effect where that is not granted.
         seed: shuffles chunks and lanes; None: in order, lane after lane.
@@ -54,11 +59,13 @@ class ReferenceSender:
     def __init__(self, manifest: Manifest, segments: Sequence[tuple[Sequence[Item], bytes]], *,
                  transfer_id: bytes, link_id: bytes, lane_count: int = 1,
                  chunk_bytes: int = limits.CHUNK_BYTES_MIN, codec: Codec = Codec.RAW,
-                 codecs: int = CODECS_SPOKEN, rounding: Rounding | None = None,
+                 codecs: int = CODECS_SPOKEN, names_tables: bool = True,
+                 rounding: Rounding | None = None,
                  metadata: dict[str, object] | None = None, seed: int | None = None):
         self.done: Done | None = None
         self.error: KvwireError | None = None
         self.repairs = 0
+        self.lane_errors: dict[int, KvwireError] = {}
         self._manifest, self._transfer_id, self._codec = manifest, transfer_id, codec
         self._segments = [Segment(len(raw), chunk_bytes, tuple(items)) for items, raw in segments]
         self._raw = [bytes(raw) for _, raw in segments]
@@ -68,6 +75,9 @@ class ReferenceSender:
         self._greetings = [Greeting(Role.SENDER, link_id, lane, lane_count, codecs)
                            for lane in range(lane_count)]
         self._lanes = {lane: _Lane(FrameReader(Role.SENDER)) for lane in range(lane_count)}
+        self._speaks_tiered = bool(codecs >> Codec.TIERED & 1)
+        self._names_tables, self._tables = names_tables, SentTables()
+        self._table_of: dict[DType, CodeTable] = {}
         self._grant: Grant | None = None
         self._random = random.Random(seed) if seed is not None else None
         self._queue = [(index, chunk) for index, segment in enumerate(self._segments)
@@ -109,7 +119,8 @@ class ReferenceSender:
                 if state.reader.greeting:
                     self._greetings[lane].check_answer(state.reader.greeting)
                 self._pump()
-            except KvwireError:
+            except KvwireError as error:
+                self.lane_errors[lane] = error
                 self._drop(lane)
         return self._taken()
 
@@ -152,6 +163,11 @@ class ReferenceSender:
     def _write(self, lane: int, kind: FrameType, payload: bytes, **fields: int) -> None:
         self._writes.append((lane, encode_frame(kind, self._transfer_id, payload, **fields)))
 
+    def _say_names(self) -> None:
+        if names := self._tables.names():
+            self._writes.append((self._next_lane(), encode_frame(FrameType.TABLE_NAMES,
+                                                                 payload=names)))
+
     def _next_lane(self) -> int:
         able = self._open_lanes()
         able = [lane for lane in able if not self._lanes[lane].stalled] or able
@@ -168,6 +184,8 @@ class ReferenceSender:
     def _repeat(self, held_up: Callable[[_Sent], bool]) -> None:
         if self.done or self.error:
             return
+        self._tables.lane_lost()
+        self._say_names()
         if self._grant is None:
             self._write(self._next_lane(), FrameType.MANIFEST, self._manifest.encode())
             return
@@ -181,6 +199,10 @@ class ReferenceSender:
             self._send_end()
 
     def _on_frame(self, lane: int, header: FrameHeader, payload: bytes) -> None:
+        if header.type == FrameType.TABLE_ANSWER and self._speaks_tiered:
+            for table in self._tables.on_answer(payload) if holds_structure(
+                    header.type, payload) else ():
+                self._writes.append((lane, encode_frame(FrameType.TABLE, payload=table)))
         if header.type == FrameType.ABORT and header.transfer_id in (NO_ID, self._transfer_id):
             abort = Abort.decode(payload)
             error = error_from_code(abort.code, abort.message, expected=abort.expected,
@@ -251,9 +273,22 @@ class ReferenceSender:
         agreed = self._codec if self._grant.codecs >> self._codec & 1 else Codec.RAW
         codec, payload = agreed, self._rounded.get(place, raw)
         if agreed != Codec.QUANTISED or len(payload) >= len(raw):
-            codec, payload = encode_chunk(agreed, raw, self._dtypes[index])
+            codec, payload = self._encode(agreed, raw, self._dtypes[index], attempt)
         self._write(lane, FrameType.CHUNK, payload, segment_index=index, attempt=attempt,
                     raw_offset=offset, raw_bytes=len(raw), raw_crc=crc32c(raw), codec=codec)
+        self._say_names()
+
+    def _encode(self, codec: Codec, raw: bytes, dtype: DType, attempt: int) -> tuple[Codec, bytes]:
+        if codec != Codec.TIERED or not self._names_tables or element_format(dtype) is None:
+            return encode_chunk(codec, raw, dtype)
+        if attempt >= CODED_ATTEMPTS_MAX:
+            return encode_chunk(Codec.RAW, raw, dtype)
+        whole = len(raw) // dtype.item_bytes * dtype.item_bytes
+        if dtype not in self._table_of:
+            self._table_of[dtype] = CodeTable.of_elements(raw[:whole], dtype)
+        table = self._table_of[dtype]
+        return encode_chunk(codec, raw, dtype, table,
+                            self._tables.index_of(table) if attempt == 0 else 0)
 
     def _digest(self, index: int) -> int:
         size = self._segments[index].chunk_bytes

@@ -1,4 +1,4 @@
-"""FORMAT.md §9.2: tables of a link, at both receivers alike, and at the native sender."""
+"""FORMAT.md §9.2: tables of a link, at both receivers and both senders alike."""
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from kvwire.link_tables import (
     encode_names, encode_table,
 )
 from kvwire.manifest import Manifest
+from kvwire.reference_sender import ReferenceSender
 from kvwire.tiered import OPAQUE, PART, CodeTable, Part, decode_tiered, encode_tiered
 from kvwire.wire import FrameReader, FrameType, Greeting, Role, encode_frame
 
@@ -167,18 +168,40 @@ def test_a_link_keeps_16_mib_of_tables(opened):
     assert kept * 65_000 <= limits.TABLE_BYTES_MAX < (kept + 2) * 66_000
 
 
-class Sender:
-    """The native sender, and what it writes to a receiver that is played here."""
+SENDER_LINK = b"\7" * 16  # of the native probe
+MANIFEST = Manifest(TICKET, SPEC, *TOKENS, codecs=7)
 
-    def __init__(self, lanes=1):
+
+def native_sender(memory, lanes):
+    probe = _native.SenderProbe(TRANSFER, MANIFEST.encode(), native_memory(memory), lanes=lanes,
+                                chunk_bytes=CHUNK_BYTES, codec=2)
+    probe.push([(i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop)
+                for i in all_items(SPEC, *TOKENS)])
+    return probe
+
+
+class ReferenceSenderProbe(ReferenceSender):
+    def __init__(self, memory, lanes):
+        items = all_items(SPEC, *TOKENS)
+        super().__init__(MANIFEST, [(items, memory.gather(SPEC, items))], transfer_id=TRANSFER,
+                         link_id=SENDER_LINK, lane_count=lanes, chunk_bytes=CHUNK_BYTES,
+                         codec=2)
+
+    def lane_error(self, lane):
+        error = self.lane_errors.get(lane)
+        return error and error.code
+
+
+class Sender:
+    """A sender that has pushed all, and what it writes to a receiver that is played here."""
+
+    def __init__(self, make, lanes=1):
         self.memory = filled_with_numbers(SPEC, *TOKENS)
-        manifest = Manifest(TICKET, SPEC, *TOKENS, codecs=7)
-        self.probe = _native.SenderProbe(TRANSFER, manifest.encode(), native_memory(self.memory),
-                                         lanes=lanes, chunk_bytes=CHUNK_BYTES, codec=2)
+        self.probe = make(self.memory, lanes)
         self.readers = {lane: FrameReader(Role.RECEIVER) for lane in range(lanes)}
         self.hear(self.probe.start())
         for lane in range(lanes):
-            greeting = Greeting(Role.RECEIVER, b"\7" * 16, lane, lanes)
+            greeting = Greeting(Role.RECEIVER, SENDER_LINK, lane, lanes)
             self.hear(self.probe.feed(lane, greeting.encode()))
 
     def hear(self, writes):
@@ -192,10 +215,10 @@ class Sender:
         grant = Grant(window_bytes, 7, limits.CHUNK_BYTES_MAX)
         return self.say(FrameType.GRANT, grant.encode(), TRANSFER)
 
-    def push(self):
-        return self.hear(self.probe.push([
-            (i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop)
-            for i in all_items(SPEC, *TOKENS)]))
+
+@pytest.fixture(params=[ReferenceSenderProbe, native_sender], ids=["reference", "native"])
+def make_sender(request):
+    return lambda lanes=1: Sender(request.param, lanes)
 
 
 def of_type(frames, kind):
@@ -216,9 +239,8 @@ def receipt(sender, chunk, segment=0):
     return sender.say(FrameType.RECEIPT, Receipt((ChunkRun(segment, chunk, 1),)).encode(), TRANSFER)
 
 
-def test_the_sender_names_tables_and_refers_to_them_once_they_are_known():
-    sender = Sender()
-    sender.push()
+def test_the_sender_names_tables_and_refers_to_them_once_they_are_known(make_sender):
+    sender = make_sender()
     frames = sender.grant(CHUNK_BYTES)  # a window of one chunk
     ((header, payload),) = of_type(frames, FrameType.CHUNK)
     assert header.codec == 2 and table_indices(payload) == [0]
@@ -240,9 +262,8 @@ def test_the_sender_names_tables_and_refers_to_them_once_they_are_known():
 
 
 @pytest.mark.parametrize("reason", [ErrorCode.TABLE_UNKNOWN, ErrorCode.CODED_INVALID])
-def test_what_failed_goes_with_its_table_inside_and_then_raw(reason):
-    sender = Sender()
-    sender.push()
+def test_what_failed_goes_with_its_table_inside_and_then_raw(make_sender, reason):
+    sender = make_sender()
     frames = sender.grant(CHUNK_BYTES)
     (name,) = decode_names(of_type(frames, FrameType.TABLE_NAMES)[0][1])
     sender.say(FrameType.TABLE_ANSWER, encode_answers([
@@ -261,9 +282,8 @@ def test_what_failed_goes_with_its_table_inside_and_then_raw(reason):
     assert codecs == [2, 0, 0]
 
 
-def test_names_without_an_answer_are_said_again_when_a_lane_is_lost():
-    sender = Sender(lanes=2)
-    sender.push()
+def test_names_without_an_answer_are_said_again_when_a_lane_is_lost(make_sender):
+    sender = make_sender(lanes=2)
     frames = sender.grant(2 * CHUNK_BYTES)
     names = of_type(frames, FrameType.TABLE_NAMES)
     (first,) = decode_names(names[0][1])
@@ -275,15 +295,15 @@ def test_names_without_an_answer_are_said_again_when_a_lane_is_lost():
     assert all(table_indices(payload) == [0] for _, payload in chunks)
 
 
-def test_an_answer_about_what_was_never_named_closes_the_lane():
-    sender = Sender()
+def test_an_answer_about_what_was_never_named_closes_the_lane(make_sender):
+    sender = make_sender()
     sender.say(FrameType.TABLE_ANSWER, encode_answers([TableAnswer(9, TableState.WANTED)]))
     assert sender.probe.lane_error(0) == ErrorCode.FIELD_INVALID
 
 
 @pytest.mark.parametrize("payload, code", [
     (b"\1\0\0\0\4\0\0\0", ErrorCode.FIELD_INVALID), (bytes(8), ErrorCode.FIELD_INVALID)])
-def test_wrong_answers_close_the_lane(payload, code):
-    sender = Sender()
+def test_wrong_answers_close_the_lane(make_sender, payload, code):
+    sender = make_sender()
     sender.say(FrameType.TABLE_ANSWER, payload)
     assert sender.probe.lane_error(0) == code

@@ -181,10 +181,10 @@ def test_losing_every_lane_fails_both_sides(seed, when):
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 1 << 32), lanes=st.integers(1, 3),
-       cuts=st.lists(st.integers(0, 200), min_size=1, max_size=4))
-def test_losing_every_lane_is_survived_when_they_come_back(seed, lanes, cuts):
+       cuts=st.lists(st.integers(0, 200), min_size=1, max_size=4), codec=st.sampled_from([0, 2]))
+def test_losing_every_lane_is_survived_when_they_come_back(seed, lanes, cuts, codec):
     spec, tokens = hybrid_spec(16), (0, 300)
-    network = Network(spec, tokens, lanes=lanes, seed=seed)
+    network = Network(spec, tokens, lanes=lanes, seed=seed, codec=codec)
     for steps in cuts:
         for _ in range(steps):
             network.step()
@@ -216,10 +216,11 @@ def test_a_flipped_bit_is_repaired_or_refused(seed, lanes, where, codec):
 
 
 @settings(max_examples=100)
-@given(seed=st.integers(0, 1 << 32), when=st.integers(0, 300), side=st.sampled_from("sr"))
-def test_nothing_is_written_after_a_cancel(seed, when, side):
+@given(seed=st.integers(0, 1 << 32), when=st.integers(0, 300), side=st.sampled_from("sr"),
+       codec=st.sampled_from([0, 2]))
+def test_nothing_is_written_after_a_cancel(seed, when, side, codec):
     spec, tokens = hybrid_spec(16), (0, 300)
-    network = Network(spec, tokens, lanes=2, seed=seed)
+    network = Network(spec, tokens, lanes=2, seed=seed, codec=codec)
     for _ in range(when):
         network.step()
     done = network.receiver.complete(TICKET)
@@ -234,7 +235,8 @@ def test_nothing_is_written_after_a_cancel(seed, when, side):
         assert done or network.receiver.complete(TICKET) or (
             network.receiver.failure(TICKET) in (ErrorCode.CANCELLED, None))
         if network.receiver.complete(TICKET):
-            assert network.receiver.leaves(TICKET) == expected_leaves(spec, tokens)
+            assert network.receiver.leaves(TICKET) == expected_leaves(spec, tokens,
+                                                                      fill=network.fill)
         return
     network._put("r", network.receiver.cancel(TICKET))
     before = network.receiver.leaves(TICKET)
@@ -246,9 +248,10 @@ def test_nothing_is_written_after_a_cancel(seed, when, side):
                                         ErrorCode.TRANSFER_UNKNOWN)
 
 
-def test_a_changed_source_is_found_out_when_a_chunk_travels_again():
+@pytest.mark.parametrize("codec", [0, 2])
+def test_a_changed_source_is_found_out_when_a_chunk_travels_again(codec):
     spec, tokens = hybrid_spec(16), (0, 300)
-    network = Network(spec, tokens, lanes=2)
+    network = Network(spec, tokens, lanes=2, codec=codec)
     while not network.sender.outcome() and network.sent < 20_000:
         network.step()
     for array in network.source.arrays.values():

@@ -131,8 +131,8 @@ def closed(sent: list[bytes]) -> bool:
 def transfer(name: str, contains: str, spec: CacheSpec, tokens: tuple[int, int], *,
              lane_count: int = 1, into: CacheSpec | None = None, codec: Codec = Codec.RAW,
              damage=lambda data: data, seed: int | None = None, chunk_bytes: int = 4096,
-             metadata: dict | None = None, items_per_segment: int = 1, fill=filled, rounding=None
-             ) -> list[Vector]:
+             metadata: dict | None = None, items_per_segment: int = 1, fill=filled, rounding=None,
+             names_tables: bool = True, window_bytes: int = 1 << 26) -> list[Vector]:
     """Return the streams of one whole transfer, all lanes, both directions."""
     source = fill(spec, *tokens)
     items = all_items(spec, *tokens)
@@ -145,9 +145,10 @@ def transfer(name: str, contains: str, spec: CacheSpec, tokens: tuple[int, int],
     sender = ReferenceSender(manifest, segments, transfer_id=TRANSFER, link_id=LINK, codec=codec,
                              codecs=codecs, lane_count=lane_count, seed=seed,
                              chunk_bytes=chunk_bytes, rounding=rounding,
+                             names_tables=names_tables,
                              metadata={"first_token": 42} if metadata else None)
-    sent, answered = run(sender, ReferenceReceiver({TICKET: ticket}, codecs=codecs),
-                         lane_count, damage)
+    receiver = ReferenceReceiver({TICKET: ticket}, codecs=codecs, window_bytes=window_bytes)
+    sent, answered = run(sender, receiver, lane_count, damage)
     if not ticket.complete:
         raise SystemExit(f"{name}: the transfer failed: {sender.error}")
     vectors = []
@@ -302,7 +303,11 @@ def valid_vectors() -> list[Vector]:
         *transfer("lz4", "chunks coded by LZ4 over byte planes", hybrid_spec(), (0, 200),
                   codec=Codec.LZ4, items_per_segment=3),
         *transfer("tiered", "chunks coded by the tiered code, tables inside", hybrid_spec(),
-                  (0, 200), codec=Codec.TIERED, items_per_segment=3, fill=filled_with_numbers),
+                  (0, 200), codec=Codec.TIERED, items_per_segment=3, fill=filled_with_numbers,
+                  names_tables=False),
+        *transfer("tiered_named", "tables of the link: named, wanted, sent, and referred to",
+                  hybrid_spec(), (0, 200), codec=Codec.TIERED, items_per_segment=3,
+                  fill=filled_with_numbers, window_bytes=8192),
         *transfer("lossy", "chunks of all rungs, and what is nested coded by tables inside",
                   lossy.SPEC, (0, 400), codec=Codec.QUANTISED, fill=filled_with_numbers,
                   rounding=lossy.parts),
