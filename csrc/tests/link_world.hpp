@@ -223,7 +223,7 @@ public:
 private:
     static ReceiveOptions with_all_codecs() {
         ReceiveOptions options;
-        options.codecs = 7;
+        options.codecs = 15;
         return options;
     }
     ReceiveLink& machine() override { return link; }
@@ -286,7 +286,7 @@ private:
     static SendOptions options(uint32_t chunk_bytes) {
         SendOptions options;
         options.chunk_bytes = chunk_bytes;
-        options.codecs = 7;
+        options.codecs = 15;
         return options;
     }
     SendLink& machine() override { return link; }

@@ -238,7 +238,8 @@ struct Ears : FrameHandler {
             case FrameType::CLOSE:
             case FrameType::PING:
             case FrameType::PONG:
-            case FrameType::SPEEDS: break;
+            case FrameType::SPEEDS:
+            case FrameType::TABLE_ANSWER: break;
             default: throw Error(ErrorCode::STATE_INVALID, "not a receiver's frame");
         }
     }
