@@ -64,7 +64,7 @@ public:
 
     void on_chunk_end(uint32_t, uint32_t payload_crc) override {
         if (target_.discards()) return;
-        const ChunkTarget::Landing landing = target_.land(payload_crc);
+        const Landing landing = target_.land(payload_crc);
         const FrameHeader& header = target_.header;
         if (landing.verdict == ErrorCode::OK)
             CHECK_EQ(pages().placement.crc32c(header.raw_offset, header.raw_bytes),
