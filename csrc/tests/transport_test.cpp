@@ -17,10 +17,10 @@ TEST(transport_many_small_transfers_from_many_threads) {
     for (uint64_t thread = 0; thread < 4; ++thread)
         threads.emplace_back([&pair, &delivered, thread] {
             for (uint64_t i = 0; i < 25; ++i) {
-                HandOff each(hybrid(0, 4 * i), 100 * thread + i);
+                HandOff each(hybrid(0, i), 100 * thread + i);
                 const bool early = i % 2;
                 if (early) each.bind(*pair.receiver);
-                each.open(*pair.sender, pair.link, PATIENCE_S, uint8_t(i % 3));
+                each.open(*pair.sender, pair.link, PATIENCE_S, uint8_t(i % 3 == 0));
                 each.push_all();
                 if (!early) each.bind(*pair.receiver);
                 each.ticket->wait_layer(0, PATIENCE_S);
