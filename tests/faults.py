@@ -49,15 +49,15 @@ class Proxy:
         bytes_per_s: each direction of each lane is slowed down to this.
         edit: (lane, way, header, payload) -> payload; every frame passes through it whole.
 
-    Once `silent` is set nothing passes any more, on new lanes either; all stay connected.
+    `fired` holds the (fault, lane) that have happened. Once `silent` is set nothing passes any
+    more, on new lanes either; all stay connected.
     """
 
     def __init__(self, target, *faults, bytes_per_s=None, edit=None):
         self.faults, self.bytes_per_s, self.edit = faults, bytes_per_s, edit
-        self.passed, self.silent = {}, False
+        self.passed, self.fired, self.silent = {}, set(), False
         self._target = target.rsplit(":", 1)
         self._writers = {}
-        self._fired = set()
         self._tasks = set()
         self._server = on_loop(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.address = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
@@ -102,7 +102,7 @@ class Proxy:
 
     async def _pump(self, lane, way, reader, writer, data=b""):
         faults = sorted((fault for fault in self.faults if fault.way == way
-                         and fault.lane in (None, lane) and (fault, lane) not in self._fired),
+                         and fault.lane in (None, lane) and (fault, lane) not in self.fired),
                         key=lambda fault: fault.at)
         offset, editor = 0, Editor(self.edit, lane, way) if self.edit else bytes
         data = data or await reader.read(1 << 16)
@@ -112,7 +112,7 @@ class Proxy:
             while faults and faults[0].at < offset + len(data):
                 fault, at = faults[0], faults[0].at - offset
                 del faults[0]
-                self._fired.add((fault, lane))
+                self.fired.add((fault, lane))
                 if fault.kind == "flip":
                     data[at] ^= int(fault.value)
                     continue

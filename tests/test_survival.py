@@ -115,12 +115,14 @@ def test_an_idle_link_is_repaired_and_stays_one_link():
 
 def test_one_blackholed_lane_of_four_holds_nothing_up():
     """All it has swallowed is sent again elsewhere, long before it wakes up or is given up."""
-    stall = Fault(1, UP, 400_000, "stall", 8), Fault(1, DOWN, 200, "stall", 8)
-    with Pair(*stall, spec=BIG, tokens=4000, lanes=4, bytes_per_s=8_000_000,
+    stall = Fault(1, UP, 100_000, "stall", 12), Fault(1, DOWN, 200, "stall", 12)
+    # Slow enough that lane 1 takes its share, however late a busy machine lets it join.
+    with Pair(*stall, spec=BIG, tokens=4000, lanes=4, bytes_per_s=4_000_000,
               chunk_bytes=1 << 16) as pair:
         start = time.monotonic()
+        assert eventually(lambda: any(fault.way == UP for fault, _ in pair.proxy.fired))
         assert pair.delivered()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
         assert pair.transfer.progress().repaired_chunks > 0
         again = pair.start()
         assert again.delivered()
