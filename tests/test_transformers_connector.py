@@ -72,9 +72,9 @@ def test_short_prompts_and_window_edges(name, tokens):
     assert spec == exported.spec
     destination = shipped(exported, spec)
     first = int(scores.argmax())
-    expected_tokens, expected_logits = greedy(model, cache, first, count=6)
-    got_tokens, got_logits = greedy(
-        model, rebuild(model.config, destination, exported.metadata), first, count=6)
+    expected_tokens, expected_logits = greedy(model, cache, first, 6, tokens)
+    received = rebuild(model.config, destination, exported.metadata)
+    got_tokens, got_logits = greedy(model, received, first, 6, tokens)
     assert got_tokens == expected_tokens and torch.equal(got_logits, expected_logits)
 
 
@@ -126,13 +126,29 @@ def test_exported_tensors_are_the_cache_s_own_memory():
     assert exported.tensors[0, "state"].data_ptr() == cache.layers[0].recurrent_states[0].data_ptr()
 
 
-def test_other_cache_classes_are_refused_by_name():
+def other_caches(config, cache):
+    """Return caches of other classes, some filled, and words of what to do instead."""
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers.cache_utils import DFlashCache, MtpCache, QuantizedCache
+    own = type("DynamicCache", (DynamicCache,), {"__module__": "remote.code"})
+    return {
+        "StaticCache": (StaticCache(config=config, max_cache_len=64), "prefill with DynamicCache"),
+        "QuantizedCache": (QuantizedCache("fp8", config), "prefill unquantised"),
+        "EncoderDecoderCache": (EncoderDecoderCache(cache, DynamicCache()), "not handed off"),
+        "MtpCache": (MtpCache(config=config), "of the model itself"),
+        "DFlashCache": (DFlashCache(config=config), "of the model itself"),
+        "remote.code.DynamicCache": (own(config=config), "the model makes by itself"),
+        "tuple": (((None, None),), "transformers 4"),
+        "NoneType": (None, "use_cache=True"),
+    }
+
+
+def test_other_cache_classes_are_refused_by_name():
+    from transformers import DynamicCache
     model = make_model("llama")
     _, cache = forward(model, make_prompt())
-    static = StaticCache(config=model.config, max_cache_len=64)
-    for other in (static, EncoderDecoderCache(cache, DynamicCache()), ((None, None),)):
-        with pytest.raises(UnsupportedError, match=type(other).__name__):
+    for name, (other, advice) in other_caches(model.config, cache).items():
+        with pytest.raises(UnsupportedError, match=f"cache class {name} is .*{advice}"):
             export(other, model)
     offloading = DynamicCache(config=model.config)
     offloading.offloading = True
@@ -140,7 +156,7 @@ def test_other_cache_classes_are_refused_by_name():
         export(offloading, model)
 
 
-def test_a_cache_layer_that_is_not_known_is_refused_by_name():
+def test_a_cache_layer_that_the_configuration_does_not_make_is_refused_by_name():
     from transformers.cache_utils import DynamicLayer
 
     class PackedLayer(DynamicLayer):
@@ -149,8 +165,98 @@ def test_a_cache_layer_that_is_not_known_is_refused_by_name():
     model = make_model("llama")
     _, cache = forward(model, make_prompt())
     cache.layers[2].__class__ = PackedLayer
-    with pytest.raises(UnsupportedError, match="layer 2 is a PackedLayer"):
+    with pytest.raises(UsageError, match="layer 2 is PackedLayer.* makes it DynamicLayer"):
         export(cache, model)
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("minimax_m3_vl_text",
+     {"num_hidden_layers": 2, "layer_types": ["full_attention", "minimax_m3_sparse"]},
+     "cache layer 1 is a MiniMaxM3VLSparseCacheLayer.* Read the prompt"),
+    ("unlimited_ocr", {}, "layer 0 is a UnlimitedOcrDynamicReferenceSlidingW"),
+    ("inkling_text", {}, "layer 0 is a LinearAttentionAndSlidingWindowAttentionL"),
+    ("recurrent_gemma", {}, "model_type 'recurrent_gemma' is not known"),
+    ("xlstm", {}, "model_type 'xlstm' is not known"),
+    ("blt", {}, "no DynamicCache for model type 'blt'"),
+])
+def test_a_model_whose_cache_is_not_known_is_refused_by_name(name, options, words):
+    from transformers import CONFIG_MAPPING
+    with pytest.raises(UnsupportedError, match=words):
+        plan_cache(CONFIG_MAPPING[name](**options), PROMPT_TOKENS, "bf16")
+
+
+@pytest.mark.long
+def test_every_causal_model_of_transformers_is_planned_or_refused():
+    """Default configurations. What is planned from generic fields alone, `export` checks."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    outcomes = {}
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # a configuration that has no defaults
+            continue
+        try:
+            outcomes[name] = plan_cache(config, PROMPT_TOKENS, "bf16")
+        except UnsupportedError as error:
+            outcomes[name] = error
+    assert len(outcomes) > 150
+    assert isinstance(outcomes["llama"], CacheSpec) and isinstance(outcomes["hy_v3"], CacheSpec)
+    assert isinstance(outcomes["rwkv"], UnsupportedError)
+
+
+@pytest.mark.parametrize("name, spoil, words", [
+    ("llama", lambda layer: setattr(layer, "scales", torch.ones(4)), "holds scales"),
+    ("qwen3_next", lambda layer: layer.conv_states.update({1: torch.ones(1, 8, 4)}),
+     r"holds conv_states\[1\]"),
+    ("deepseek_v32", lambda layer: setattr(layer, "indexer_position_ids", torch.ones(1, 1, 37)),
+     "holds indexer_position_ids"),
+    ("lfm2", lambda layer: layer.activate_past_recording(), "records its past"),
+])
+def test_a_layer_that_holds_more_than_can_be_sent_is_refused(name, spoil, words):
+    model = make_model(name)
+    _, cache = forward(model, make_prompt())
+    spoil(cache.layers[0])
+    with pytest.raises(UnsupportedError, match=words):
+        export(cache, model)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
+def test_layers_that_share_another_layer_s_cache_have_none_of_their_own(name):
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    own = {"gemma4_text": dict(global_head_dim=32),
+           "gemma3n_text": dict(laurel_rank=8, altup_num_inputs=2, intermediate_size=[64] * 6,
+                                activation_sparsity_pattern=[0.0] * 6)}[name]
+    config = CONFIG_MAPPING[name](**COMMON | ATTENTION | dict(
+        num_hidden_layers=6, head_dim=16, sliding_window=16, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=256,
+        layer_types=["sliding_attention", "full_attention"] * 3) | own)
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    scores, cache = forward(model, make_prompt())
+    exported = export(cache, model)
+    assert exported.metadata["transformers.layers"] == "WFWF--"
+    assert exported.spec == plan_cache(model, PROMPT_TOKENS)
+    rebuilt = rebuild(model, copied(exported.tensors), exported.metadata)
+    expected, got = (greedy(model, one, int(scores.argmax()), 6)[1] for one in (cache, rebuilt))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "deepseek_v32"])
+def test_what_is_left_of_a_cropped_cache_is_exported(name):
+    model = make_model(name)
+    _, cache = forward(model, make_prompt())
+    whole = export(cache, model)
+    cache.crop(-5)
+    left = export(cache, model)
+    assert left.tokens == PROMPT_TOKENS - 5
+    assert left.spec == plan_cache(model, left.tokens)
+    for group in left.spec.groups:
+        for key in [(layer, tensor.name) for layer in group.layers for tensor in group.tensors]:
+            axis = left.tensors[key].dim() - 2
+            assert torch.equal(left.tensors[key],
+                               whole.tensors[key].narrow(axis, 0, left.tokens))
 
 
 def test_a_cache_made_without_the_configuration_is_refused():

@@ -1,7 +1,6 @@
 """A tiny random model for each class of cache that transformers has, and how to run it.
 
-Their tokens may repeat, so tests compare logits and tensors too. One thread, seeded: each process
-makes the same weights and computes the same bits.
+Seeded, and for one thread: each process makes the same weights and computes the same bits.
 """
 
 import importlib
@@ -11,8 +10,9 @@ import torch
 PROMPT_TOKENS = 37
 NEW_TOKENS = 24
 
+# With the usual range of 0.02 some of these say one token for ever.
 COMMON = dict(vocab_size=256, hidden_size=64, num_hidden_layers=4, eos_token_id=None,
-               bos_token_id=None, pad_token_id=0)
+              bos_token_id=None, pad_token_id=0, initializer_range=0.2)
 ATTENTION = dict(intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 _LATENT = dict(intermediate_size=128, moe_intermediate_size=32, num_attention_heads=4,
                num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16,
@@ -28,7 +28,8 @@ _LINEAR, _FULL = "linear_attention", "full_attention"
 # module of transformers.models: (configuration, model, options)
 MODELS = {
     "bailing_hybrid": ("BailingHybridConfig", "BailingHybridForCausalLM", _LATENT | dict(
-        q_lora_rank=32, num_hidden_layers=6, head_dim=16)),
+        q_lora_rank=32, num_hidden_layers=6, head_dim=16, num_local_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2)),
     "bamba": ("BambaConfig", "BambaForCausalLM", ATTENTION | _MAMBA2 | dict(
         attn_layer_indices=[2])),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT | _EXPERTS),
@@ -42,7 +43,7 @@ MODELS = {
     "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", ATTENTION | _MAMBA2 | dict(
         head_dim=16, mamba_d_ssm=128)),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", ATTENTION | dict(
-        num_hidden_layers=6, head_dim=16, sliding_window=16)),
+        num_hidden_layers=6, head_dim=16, sliding_window=16, tie_word_embeddings=False)),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", ATTENTION | dict(
         head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
         attn_implementation="eager")),
@@ -92,18 +93,25 @@ def make_prompt(tokens=PROMPT_TOKENS, batch_size=1):
     return torch.randint(3, 200, (batch_size, tokens), generator=generator)
 
 
-def forward(model, ids, cache=None):
-    """Return (logits of the last token, cache); Mamba calls the cache by another name."""
-    name = "cache_params" if model.config.model_type == "mamba2" else "past_key_values"
-    output = model(input_ids=ids, use_cache=True, **({} if cache is None else {name: cache}))
+def forward(model, ids, cache=None, position=0):
+    """Return (logits of the last token, cache); Mamba calls the cache by another name.
+
+    `position` is that of the first id. Bamba and MiniMax get it wrong when left to themselves.
+    """
+    mamba = model.config.model_type == "mamba2"
+    name = "cache_params" if mamba else "past_key_values"
+    options = {} if cache is None else {name: cache}
+    if not mamba:
+        options["position_ids"] = torch.arange(position, position + ids.shape[1])[None]
+    output = model(input_ids=ids, use_cache=True, **options)
     return output.logits[0, -1], getattr(output, name)
 
 
-def greedy(model, cache, token, count=NEW_TOKENS):
-    """Return the tokens that follow, and the logits of each step."""
+def greedy(model, cache, token, count=NEW_TOKENS, position=PROMPT_TOKENS):
+    """Return the tokens that follow `token`, which is at `position`, and the logits of each."""
     tokens, logits = [], []
-    for _ in range(count):
-        scores, cache = forward(model, torch.tensor([[token]]), cache)
+    for step in range(count):
+        scores, cache = forward(model, torch.tensor([[token]]), cache, position + step)
         token = int(scores.argmax())
         tokens.append(token)
         logits.append(scores)

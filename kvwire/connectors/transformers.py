@@ -22,8 +22,8 @@ What travels for each class of cache layer, axes of extent 1 left out:
     DynamicSlidingWindowLayer       keys, values of the newest window - 1 tokens
     DynamicIndexedLayer             what DynamicLayer has, and indexer_keys [token, dim]
     LinearAttentionLayer            conv_states [channel, kernel], recurrent_states; Lfm2: no states
-    LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer
-                                    what both parts of the name have
+    LinearAttentionAndFullAttentionLayer
+                                    what LinearAttentionLayer and DynamicLayer have
     DeepseekV4HCACache, DeepseekV4CSACache
                                     the window's keys (values are the same tensor); compressed_kv
                                     [entry, dim]; buffer_kv, buffer_gate: tokens of an entry that
@@ -270,7 +270,6 @@ def _found(cache: object, config: object,
     """Return each layer's places with the spec of what is there, and the tensors themselves."""
     names = places_of.layer_class_names(cache, config)
     wanted = places_of.layer_class_names(places_of.empty_cache(config), config)
-    places_of.layer_letters(names)
     if names != wanted:
         index = next((i for i, (a, b) in enumerate(zip(names, wanted)) if a != b),
                      min(len(names), len(wanted)))

@@ -30,7 +30,6 @@ _LETTERS = {
     "DynamicIndexedLayer": "I",
     "LinearAttentionLayer": "L",
     "LinearAttentionAndFullAttentionLayer": "H",
-    "LinearAttentionAndSlidingWindowAttentionLayer": "S",
     "DeepseekV4HCACache": "A",
     "DeepseekV4CSACache": "C",
     "MiniMaxLinear": "M",
@@ -107,7 +106,7 @@ def layer_letters(names: list[str]) -> str:
         if name not in _LETTERS:
             raise UnsupportedError(
                 f"cache layer {index} is a {name}, which kvwire does not move; it moves "
-                f"{', '.join(_LETTERS)}. Prefill with DynamicCache(config=model.config)")
+                f"{', '.join(_LETTERS)}. Read the prompt where the text goes on")
     return "".join(_LETTERS[name] for name in names)
 
 
