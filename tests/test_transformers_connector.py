@@ -14,8 +14,8 @@ from kvwire.connectors.transformers import (  # noqa: E402
 from kvwire.errors import RefusedError, UnsupportedError, UsageError  # noqa: E402
 from kvwire.layout import CacheSpec, GroupKind  # noqa: E402
 from transformers_models import (  # noqa: E402
-    ATTENTION, COMMON, MODELS, PROMPT_TOKENS, copied, forward, given_tokens, greedy, make_model,
-    make_prompt,
+    ATTENTION, COMMON, MODELS, PROMPT_TOKENS, copied, differences, forward, given_tokens, greedy,
+    make_model, make_prompt,
 )
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,7 +63,8 @@ def test_each_kind_of_tensor_matters(name):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17])
-@pytest.mark.parametrize("name", ["deepseek_v4", "gpt_oss", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4", "falcon_h1", "gpt_oss", "jamba",
+                                  "kimi_linear", "lfm2", "minimax", "qwen3_next"])
 def test_short_prompts_and_window_edges(name, tokens):
     model = make_model(name)
     scores, cache = forward(model, make_prompt(tokens))
@@ -72,8 +73,9 @@ def test_short_prompts_and_window_edges(name, tokens):
     assert spec == exported.spec
     destination = shipped(exported, spec)
     first = int(scores.argmax())
-    expected_tokens, expected_logits = greedy(model, cache, first, 6, tokens)
     received = rebuild(model.config, destination, exported.metadata)
+    assert differences(received, cache) == []
+    expected_tokens, expected_logits = greedy(model, cache, first, 6, tokens)
     got_tokens, got_logits = greedy(model, received, first, 6, tokens)
     assert got_tokens == expected_tokens and torch.equal(got_logits, expected_logits)
 

@@ -22,8 +22,8 @@ from kvwire.demo.worker import digests  # noqa: E402
 from kvwire.errors import SpecMismatchError  # noqa: E402
 from kvwire.layout import Axis, CacheSpec, GroupKind  # noqa: E402
 from transformers_models import (  # noqa: E402
-    MODELS, NEW_TOKENS, PROMPT_TOKENS, copied, forward, given_tokens, greedy, make_model,
-    make_prompt,
+    MODELS, NEW_TOKENS, PROMPT_TOKENS, copied, differences, forward, given_tokens, greedy,
+    make_model, make_prompt,
 )
 
 SECONDS_MAX = 60
@@ -101,24 +101,6 @@ def handed_off(ends, source, metadata, spec):
 
 def memory_of(exported):
     return cache_memory(exported.spec, exported.tensors, exported.tokens)
-
-
-def differences(here, there, where="cache"):
-    """Return the names of all attributes, of a cache and its layers, that differ."""
-    if type(here) is not type(there):
-        return [where]
-    if isinstance(here, torch.Tensor):
-        same = here.dtype == there.dtype and torch.equal(here, there)
-        return [] if same else [where]
-    if isinstance(here, dict) and here.keys() == there.keys():
-        pairs = [(here[key], there[key], f"{where}.{key}") for key in here]
-    elif isinstance(here, list) and len(here) == len(there):
-        pairs = [(a, b, f"{where}.{index}") for index, (a, b) in enumerate(zip(here, there))]
-    elif type(here).__module__.startswith("transformers."):
-        pairs = [(vars(here), vars(there), where)]
-    else:
-        return [] if here == there else [where]
-    return [name for pair in pairs for name in differences(*pair)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

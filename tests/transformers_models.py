@@ -126,3 +126,19 @@ def copied(tensors):
     return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
+def differences(here, there, where="cache"):
+    """Return the names of all attributes, of a cache and its layers, that differ."""
+    if type(here) is not type(there):
+        return [where]
+    if isinstance(here, torch.Tensor):
+        same = here.dtype == there.dtype and torch.equal(here, there)
+        return [] if same else [where]
+    if isinstance(here, dict) and here.keys() == there.keys():
+        pairs = [(here[key], there[key], f"{where}.{key}") for key in here]
+    elif isinstance(here, list) and len(here) == len(there):
+        pairs = [(a, b, f"{where}.{index}") for index, (a, b) in enumerate(zip(here, there))]
+    elif type(here).__module__.startswith("transformers."):
+        pairs = [(vars(here), vars(there), where)]
+    else:
+        return [] if here == there else [where]
+    return [name for pair in pairs for name in differences(*pair)]

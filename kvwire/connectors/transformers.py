@@ -11,9 +11,10 @@
     memory = cache_memory(exported.spec, exported.tensors, exported.tokens)
     sender.send(ticket_id, memory, metadata=exported.metadata).result()
 
-    # where the text goes on
+    # where the text goes on; the mask tells generate() where it is
     ticket.result()
     cache = rebuild(model, tensors, ticket.metadata)
+    model.generate(first_token, attention_mask=torch.ones(1, tokens + 1), past_key_values=cache)
 
 What travels for each class of cache layer, axes of extent 1 left out:
 
@@ -175,6 +176,9 @@ def cache_memory(spec: CacheSpec, tensors: Tensors, tokens: int,
 
 def rebuild(model_or_config: object, tensors: Tensors, metadata: Mapping[str, object]) -> object:
     """Return a cache that the model goes on from: ``past_key_values=`` (Mamba: ``cache_params=``).
+
+    Tell the model where it is, by `position_ids` or by the attention mask of generate(): Bamba
+    and MiniMax-01, unsplit too, count from 0 when left to themselves.
 
     Args:
         model_or_config: the model, or its configuration.
