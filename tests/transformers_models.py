@@ -25,6 +25,9 @@ _GDN = dict(linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_head
             linear_num_value_heads=4)
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
+# These have states only: no token count, no positions, and `cache_params` for a cache.
+MAMBA = {"falcon_mamba", "mamba2"}
+
 # module of transformers.models: (configuration, model, options)
 MODELS = {
     "bailing_hybrid": ("BailingHybridConfig", "BailingHybridForCausalLM", _LATENT | dict(
@@ -32,6 +35,8 @@ MODELS = {
         topk_group=1, num_experts_per_tok=2)),
     "bamba": ("BambaConfig", "BambaForCausalLM", ATTENTION | _MAMBA2 | dict(
         attn_layer_indices=[2])),
+    "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", _LATENT | _EXPERTS | dict(
+        head_dim=8)),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT | _EXPERTS),
     "deepseek_v32": ("DeepseekV32Config", "DeepseekV32ForCausalLM", _LATENT | _EXPERTS | dict(
         index_n_heads=2, index_head_dim=16, index_topk=16)),
@@ -42,6 +47,8 @@ MODELS = {
             "compressed_sparse_attention": 4, "heavily_compressed_attention": 8})),
     "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", ATTENTION | _MAMBA2 | dict(
         head_dim=16, mamba_d_ssm=128)),
+    "falcon_mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", dict(
+        intermediate_size=128, state_size=8, tie_word_embeddings=False)),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", ATTENTION | dict(
         num_hidden_layers=6, head_dim=16, sliding_window=16, tie_word_embeddings=False)),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", ATTENTION | dict(
@@ -59,6 +66,9 @@ MODELS = {
         linear_num_heads=4)),
     "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", ATTENTION | dict(
         layer_types=["conv", "conv", _FULL, "conv"])),
+    "lfm2_moe": ("Lfm2MoeConfig", "Lfm2MoeForCausalLM", ATTENTION | dict(
+        layer_types=["conv", "conv", _FULL, "conv"], num_experts=4, num_experts_per_tok=2,
+        num_dense_layers=1, moe_intermediate_size=32)),
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", dict(
         num_heads=8, head_dim=16, state_size=16, n_groups=2, chunk_size=16)),
     "minimax": ("MiniMaxConfig", "MiniMaxForCausalLM", ATTENTION | dict(
@@ -98,7 +108,7 @@ def forward(model, ids, cache=None, position=0):
 
     `position` is that of the first id. Bamba and MiniMax get it wrong when left to themselves.
     """
-    mamba = model.config.model_type == "mamba2"
+    mamba = model.config.model_type in MAMBA
     name = "cache_params" if mamba else "past_key_values"
     options = {} if cache is None else {name: cache}
     if not mamba:
@@ -119,7 +129,7 @@ def greedy(model, cache, token, count=NEW_TOKENS, position=PROMPT_TOKENS):
 
 
 def given_tokens(model, tokens):
-    return tokens if model.config.model_type == "mamba2" else None
+    return tokens if model.config.model_type in MAMBA else None
 
 
 def copied(tensors):
