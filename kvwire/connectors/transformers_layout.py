@@ -133,8 +133,9 @@ def layer_places(config: object, tokens: int, dtype: DType,
 
 def _plain_attention(config: object, letters: str) -> bool:
     """Return whether all layers hold keys and values of heads, as far as a configuration says."""
-    return (_ATTENTION_LETTERS.issuperset(letters) and not hasattr(config, "kv_lora_rank")
-            and getattr(config, "num_attention_heads", None) is not None)
+    return _ATTENTION_LETTERS.issuperset(letters) and all(
+        getattr(own, "num_attention_heads", None) and not getattr(own, "kv_lora_rank", None)
+        for own in config.per_layer_config)
 
 
 def _attention_spec(config: object, cache: object, dtype: DType) -> CacheSpec:
