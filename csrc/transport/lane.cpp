@@ -90,6 +90,7 @@ void Lane::open() {
     is_same_host_ = kvwire::is_same_host(stream_->fd());
     writer_ = &link_->lane_opened(own_.lane_index, shared_from_this(), admission_->peer());
     state_ = State::OPEN;
+    if (!dialled_) --link_->entering;
     follows_ = is_same_host_ && 2 * own_.lane_count > Affinity::cores();
     opened_ns_ = Loops::now_ns();
     set_patience(stream_->fd(), endpoint_.options().liveness().lease_ns / 1'000'000);
@@ -386,7 +387,7 @@ void Lane::close(const Error& why, bool tell_peer, uint64_t reset_ns) {
         pay_debt(link, loans_->empty() ? ~uint64_t(0) : reset_ns);
     } else if (dialled_) {
         link->dial_failed(own_.lane_index, this, why);
-    } else if (link && !link->had_lanes()) {
+    } else if (link && --link->entering == 0 && !link->had_lanes()) {
         endpoint_.link_lost(*link, why);
     }
 }

@@ -142,6 +142,7 @@ public:
     void establish(const Digest& key);
     const std::optional<Digest>& key() const { return key_; }
     bool had_lanes() const { return had_lanes_; }
+    uint32_t entering = 0;  // accepted lanes that have named this link, and are not admitted yet
 
     // Sees to it that what the machine has to say is written, by lanes that are idle; `self` will
     // write by itself.
