@@ -13,7 +13,6 @@ namespace {
 
 // One lane may not keep its thread from the others for longer than this many bytes.
 constexpr size_t TURN_BYTES = 8 << 20;
-// A peer that does not read its answers is not read from either.
 constexpr size_t ANSWERS_BYTES_MAX = 256 << 10;
 
 constexpr size_t TIMED_BYTES_MIN = 32 << 10;  // less says more of the call than of the bytes
@@ -125,7 +124,7 @@ void Lane::read(Lock& lock) {
 
 void Lane::read_frames(Lock& lock) {
     for (size_t turn = 0; turn < TURN_BYTES || stream_->has_unread();) {
-        if (writer_->queued_control_bytes() > ANSWERS_BYTES_MAX) return;
+        if (is_choked()) return;
         const iovec* iov;
         const size_t count = reader_->next_iovecs(&iov);
         const IoResult got = receive_section(lock, iov, count);
@@ -302,10 +301,17 @@ void Lane::pay_debt(std::shared_ptr<Link> link, uint64_t reset_ns) {
 
 void Lane::report(Liveness& liveness) const {
     if (state_ != State::OPEN) return;
+    const uint64_t now_ns = Loops::now_ns();
     if (const auto info = tcp_info(stream_->fd().get()))
         liveness.sent(own_.lane_index, info->acked_bytes,
-                      info->in_flight_segments > 0 || info->unsent_bytes > 0, Loops::now_ns());
+                      info->in_flight_segments > 0 || info->unsent_bytes > 0, now_ns);
+    // What waits here for a busy thread is no silence of the peer's.
+    if (!is_choked() && unread_bytes(stream_->fd()) >= size_t(mark_))
+        liveness.heard(own_.lane_index, now_ns);
 }
+
+// A peer that does not read its answers is not read from either.
+bool Lane::is_choked() const { return writer_->queued_control_bytes() > ANSWERS_BYTES_MAX; }
 
 void Lane::arm() {
     if (interest_ & EPOLLOUT) return;
@@ -314,7 +320,7 @@ void Lane::arm() {
 }
 
 void Lane::update_interest(bool more) {
-    const bool choked = writer_ && writer_->queued_control_bytes() > ANSWERS_BYTES_MAX;
+    const bool choked = writer_ && is_choked();
     // What a stream holds back from a choked lane makes no event of its own.
     const bool wants_to_write = more || blocked_ || early_sent_ < early_.size() ||
                                 stream_->has_unsent() || (!choked && stream_->has_unread());

@@ -82,6 +82,7 @@ private:
     bool read_notices(SendLink& machine);
     void pay_debt(std::shared_ptr<Link> link, uint64_t reset_ns);
     void update_interest(bool more);
+    bool is_choked() const;
 
     Endpoint& endpoint_;  // gone once CLOSED
     const std::shared_ptr<Loops> loops_;
