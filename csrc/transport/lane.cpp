@@ -73,6 +73,7 @@ void Lane::on_events(uint32_t epoll_events) {
     if (state_ < State::OPEN) guarded(lock, &Lane::enter);
     const bool readable = epoll_events & (EPOLLIN | EPOLLHUP | EPOLLERR) || stream_->has_unread();
     if (state_ == State::OPEN && readable) guarded(lock, &Lane::read);
+    if (failed_ && state_ != State::CLOSED) close(*failed_, true);
     if (state_ == State::OPEN) link_->pump(this);
     if (state_ != State::CLOSED) guarded(lock, &Lane::write);
 }
@@ -245,9 +246,11 @@ void Lane::send_section(Lock& lock, const iovec* iov, size_t count) {
     send_ns_ = timed ? thread_cpu_ns() - began_ns : 0;
 }
 
+// A peer that is gone may have said why, and that may lie here unread: the event that the failure
+// makes, or a socket that can be written, reads it and then closes.
 void Lane::check_sent() {
-    if (sent_.status == IoStatus::FAILED) throw stream_->failure(sent_, "send");
-    blocked_ = sent_.status == IoStatus::WOULD_BLOCK;
+    if (sent_.status == IoStatus::FAILED) failed_ = stream_->failure(sent_, "send");
+    blocked_ = sent_.status != IoStatus::OK;
 }
 
 // Takes what a section has sent out of the writer; whoever has the lock first does it.

@@ -110,6 +110,7 @@ private:
     size_t unlooked_bytes_ = 0;  // since it looked where; its own thread's
     int mark_ = 1;  // bytes that make the socket readable; its own thread's
     bool being_written_ = false;
+    std::optional<Error> failed_;  // of sending: closed once what came in is read
     std::atomic<bool> reading_{false};  // in a section; of writing the writer keeps account
     IoResult sent_;  // by a section, not yet settled
     bool lent_ = false;              // ... by zero copy
