@@ -38,7 +38,9 @@ class LinkOptions:
         dscp: differentiated-services mark of every datagram, 0 to 63; None: the system's.
         zero_copy: have the network card read the lent arrays (MSG_ZEROCOPY), each lane until the
             kernel says that it copied them all the same, as it does on loopback. A push completes
-            when its receipt is there and no card reads it. KVWIRE_ZEROCOPY=0 or 1 overrides it.
+            when its receipt is there and no card reads it; a lane that keeps memory for half a
+            second after it was wanted back (by `cancel`, say) is reset. Not inside TLS.
+            KVWIRE_ZEROCOPY=0 or 1 overrides it.
     """
 
     congestion_control: str | None = None
