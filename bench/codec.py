@@ -107,6 +107,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
                         help="of *.npy: floats, or unsigned integers with bf16, e4m3 or e5m2 in "
                              "the name; else the sample of bench.kv_sample, made when needed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--tables", default="own", metavar="own|first|DIR",
+                        help="what tiered's code tables are made of: samples of all of a layer, "
+                             "KV's first tokens, or another model's tensors; %(default)s")
     parser.add_argument("--codecs", default=",".join(codecs.NAMES),
                         help="comma-separated, of: %(default)s")
     parser.add_argument("--variant", choices=_native.tiered_variants(),
@@ -132,13 +135,24 @@ def inputs(folder: Path) -> list[Tensor]:
                   if view.name not in names]
 
 
+def with_tables(given: list[Tensor], tables: str) -> list[Tensor]:
+    """Return the tensors, to be coded with tables from what the option says."""
+    if tables == "own":
+        return given
+    if tables == "first":
+        return [tensors.tabled_by_first_tokens(tensor) for tensor in given]
+    others = inputs(Path(tables))
+    return [tabled for tensor in given
+            if (tabled := tensors.tabled_by_others(tensor, others)) is not None]
+
+
 def main(given: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 when any bit differed or the tiered code grew, 2 when there is
     nothing to code."""
     options = arguments(given)
     levels = QUICK if options.quick else LEVELS
     try:
-        given_tensors = inputs(options.data or kv_sample.make())
+        given_tensors = with_tables(inputs(options.data or kv_sample.make()), options.tables)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -148,11 +162,12 @@ def main(given: list[str] | None = None) -> int:
     subjects = codecs.installed(options.codecs, options.variant)
     own = {name: codec for name, codec in subjects.items() if name == "tiered"}
     facts = machine(codecs.versions(subjects.values()))
+    facts["tables"] = options.tables if options.tables in ("own", "first") else "another model's"
     facts |= {"tiered": options.variant or _native.tiered_active(), "chunk_bytes": CHUNK_BYTES}
     records, wrong, measured = [{"machine": facts}], [], []
     print(heading(levels))
     for tensor in given_tensors + tensors.worst_cases():
-        is_worst = tensor.calibrated_on is not None
+        is_worst = tensor.is_worst_case
         results = measure(tensor, own if is_worst else subjects, levels[:1] if is_worst else levels)
         print("\n".join(lines(tensor.name, results, levels)), flush=True)
         records += rows(tensor, results)

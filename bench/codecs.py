@@ -102,12 +102,12 @@ class Tiered(Codec):
         self._variant = variant
 
     def measure(self, tensor: Tensor, level: Level) -> Result:
-        return reduce(Result.__add__, (self._layer(tensor, layer, level)
-                                       for layer in tensor.layers()))
+        calibrated_on = tensor.calibrated_on or tensor.layers()
+        return reduce(Result.__add__, (
+            self._layer(layer, code_table(tensor.dtype, samples), level)
+            for layer, samples in zip(tensor.layers(), calibrated_on)))
 
-    def _layer(self, tensor: Tensor, layer: np.ndarray, level: Level) -> Result:
-        calibrated_on = layer if tensor.calibrated_on is None else tensor.calibrated_on
-        table = code_table(tensor.dtype, calibrated_on)
+    def _layer(self, layer: np.ndarray, table: bytes, level: Level) -> Result:
         raw = _resident(layer, level)
         done = _native.tiered_bench(raw, table, CHUNK_BYTES, level.passes, level.rounds,
                                     self._variant)

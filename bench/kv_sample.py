@@ -1,5 +1,7 @@
 """``python -m bench.kv_sample``: the sample that the codec benchmarks measure; prints its folder.
 
+    python -m bench.kv_sample --gguf FILE        # of another model: its keys and values only
+
 Keys and values are real: what SmolLM2-135M-Instruct caches when it reads a text that comes with
 Python. States are synthetic: Gated DeltaNet, KDA and Mamba-2 with random weights, as their
 published code initialises them, driven by SmolLM2's hidden states. Needs what the demo needs.
@@ -7,11 +9,13 @@ published code initialises them, driven by SmolLM2's hidden states. Needs what t
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pydoc_data.topics
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +24,16 @@ import numpy as np
 from bench import recurrences
 from bench.build import ROOT
 from bench.recurrences import convolved, projected, time_step_bias
+from kvwire.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KEYS", "LAYERS", "VALUES", "make"]
+__all__ = ["KEYS", "LAYERS", "VALUES", "main", "make", "make_of"]
 
 KEYS, VALUES = "smollm2_k_bf16.npy", "smollm2_v_bf16.npy"
 LAYERS = (2, 8, 15, 22, 28)
+_TOKENS = 1024  # of other models
 _STATE_LAYER = 6  # of which the hidden states drive the recurrences
 _TOPICS = ("integers", "execmodel", "exceptions", "import", "customization")
 _FOLDER = ROOT / ".build" / "kv-sample"
@@ -47,20 +53,43 @@ def make() -> Path:
     Raises:
         UsageError: a package of the demo is missing.
     """
-    text = "\n\n".join(pydoc_data.topics.topics[name] for name in _TOPICS)
+    def tensors() -> dict[str, np.ndarray]:
+        from kvwire.demo import require_packages
+        from kvwire.demo.models import TRAINED
+        require_packages([TRAINED])
+        return _tensors(_text())
+
+    return _kept("", tensors)
+
+
+def make_of(gguf: Path) -> Path:
+    """Return the folder of another model's keys and values, of every layer; makes it unless it is
+    there. `NAME_k_bf16.npy` and `NAME_v_bf16.npy` are as KEYS and VALUES.
+
+    Raises:
+        UsageError: a package of the demo is missing, or transformers cannot load the file.
+    """
+    if not gguf.is_file():
+        raise UsageError(f"{gguf}: there is no such file")
+    return _kept(f"{gguf.resolve()} {gguf.stat().st_size}", lambda: _tensors_of(gguf))
+
+
+def _text() -> str:
+    return "\n\n".join(pydoc_data.topics.topics[name] for name in _TOPICS)
+
+
+def _kept(subject: str, tensors: Callable[[], dict[str, np.ndarray]]) -> Path:
+    """Return the folder with this version of the subject's tensors."""
     sources = b"".join(Path(file).read_bytes() for file in (__file__, recurrences.__file__))
-    version = hashlib.sha256(sources + text.encode()).hexdigest()[:12]
+    version = hashlib.sha256(sources + (_text() + subject).encode()).hexdigest()[:12]
     folder = _FOLDER / version
     if folder.exists():
         return folder
-    from kvwire.demo import require_packages
-    from kvwire.demo.models import TRAINED
-    require_packages([TRAINED])
     print("making the sample: half a minute, once", file=sys.stderr)
     _FOLDER.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=_FOLDER))
     try:
-        for name, array in _tensors(text).items():
+        for name, array in tensors().items():
             np.save(unfinished / name, array)
         unfinished.rename(folder)
     except OSError:
@@ -85,11 +114,40 @@ def _tensors(text: str) -> dict[str, np.ndarray]:
     for name, heads_first in ((KEYS, torch.stack([layer.keys[0] for layer in kept])),
                               (VALUES, torch.stack([layer.values[0] for layer in kept]))):
         tokens_first = heads_first.transpose(1, 2).contiguous()
-        tensors[name] = tokens_first.to(torch.bfloat16).view(torch.uint16).numpy()
+        tensors[name] = _bf16(tokens_first)
         tensors[name.replace("bf16", "fp16")] = tokens_first.to(torch.float16).numpy()
     for name, state in _states(hidden[0]).items():
         tensors[f"state_synthetic_{name}_fp32.npy"] = state.numpy()
     return tensors
+
+
+def _tensors_of(gguf: Path) -> dict[str, np.ndarray]:
+    from kvwire.demo import models, require_packages
+    require_packages([])
+    try:
+        model = models.load_gguf(gguf)
+    except Exception as error:  # of a file that is none it raises anything
+        raise UsageError(f"transformers cannot load {gguf}: {error}") from None
+    import torch
+    from transformers import DynamicCache
+    cache = DynamicCache()  # without the model's windows: every layer holds every token
+    ids = torch.tensor([model.encode(_text())[:_TOKENS]])
+    with torch.no_grad():
+        logits = model.model(input_ids=ids, past_key_values=cache, use_cache=True,
+                             logits_to_keep=_TOKENS // 4).logits[0, :-1]
+    scored = ids[0, -len(logits):]
+    loss = torch.nn.functional.cross_entropy(logits, scored)
+    print(f"{model.name}, {len(cache.layers)} layers, perplexity {loss.exp():.1f}",
+          file=sys.stderr)  # a model that was read wrong has thousands
+    return {f"{model.name}_{letter}_bf16.npy": _bf16(torch.stack(
+        [getattr(layer, held)[0].transpose(0, 1) for layer in cache.layers]))
+        for letter, held in (("k", "keys"), ("v", "values"))}
+
+
+def _bf16(tensor: torch.Tensor) -> np.ndarray:
+    """Return the bits."""
+    import torch
+    return tensor.contiguous().to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def _states(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -145,5 +203,19 @@ def _mamba2(inputs: torch.Tensor, into: torch.Tensor, decays: torch.Tensor) -> t
     return state
 
 
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.kv_sample",
+                                     description="Makes the codec benchmarks' sample.")
+    parser.add_argument("--gguf", type=Path, metavar="FILE",
+                        help="a model that transformers can load: its keys and values instead")
+    options = parser.parse_args(given)
+    try:
+        print(make_of(options.gguf) if options.gguf else make())
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(make())
+    sys.exit(main())

