@@ -35,12 +35,12 @@ size_t padded(size_t bytes) {
     return (bytes + CodeTable::ALIGNMENT - 1) / CodeTable::ALIGNMENT * CodeTable::ALIGNMENT;
 }
 
-void add_to_all(const uint8_t* __restrict values, uint8_t value, uint8_t mask, size_t count,
-                uint8_t* __restrict sums) {
-    for (size_t i = 0; i < count; ++i) sums[i] = uint8_t(values[i] + value) & mask;
-}
-
 }  // namespace
+
+void add_base_portable(const uint8_t* __restrict values, uint8_t base, uint8_t mask, size_t count,
+                       uint8_t* __restrict sums) {
+    for (size_t i = 0; i < count; ++i) sums[i] = uint8_t(values[i] + base) & mask;
+}
 
 const ElementFormat* element_format(uint8_t dtype) {
     return dtype >= 1 && dtype <= std::size(FORMATS) ? &FORMATS[dtype - 1] : nullptr;
@@ -144,7 +144,7 @@ bool CodeTable::set_up(uint64_t elements) {
 
 void CodeTable::unroll() {
     unrolled_.resize(base_period_ + STRIP_ELEMENTS + OVERREAD_BYTES);
-    fill(0, base_period_, unrolled_.data());
+    fill(0, base_period_, unrolled_.data(), add_base_portable);
     for (size_t done = base_period_; done < unrolled_.size();) {  // twice as many each time
         const size_t count = std::min(done, unrolled_.size() - done);
         std::memcpy(unrolled_.data() + done, unrolled_.data(), count);
@@ -153,7 +153,7 @@ void CodeTable::unroll() {
 }
 
 // Line by line, which is along the innermost axis; the odometer of the others is turned by steps.
-void CodeTable::fill(uint32_t position, size_t count, uint8_t* out) const {
+void CodeTable::fill(uint32_t position, size_t count, uint8_t* out, AddBase add_base) const {
     constexpr size_t axes = BasePattern::AXES, inner = axes - 1;
     const auto& extents = pattern_.extents;
     std::array<uint32_t, axes> at, row_steps{}, column_steps{};
@@ -173,7 +173,7 @@ void CodeTable::fill(uint32_t position, size_t count, uint8_t* out) const {
     }
     while (count > 0) {
         const size_t length = std::min<size_t>(count, extents[inner] - at[inner]);
-        fill_line(row, column, length, out);
+        fill_line(row, column, length, out, add_base);
         out += length;
         count -= length;
         row -= at[inner] * row_steps[inner];
@@ -190,7 +190,8 @@ void CodeTable::fill(uint32_t position, size_t count, uint8_t* out) const {
     }
 }
 
-void CodeTable::fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out) const {
+void CodeTable::fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out,
+                          AddBase add_base) const {
     const uint8_t mask = uint8_t((1u << format_->exponent_bits) - 1);
     const uint8_t* const rows = bytes_.data() + FIXED_BYTES + row;
     const uint8_t* const columns = bytes_.data() + FIXED_BYTES + row_count_ + column;
@@ -200,17 +201,18 @@ void CodeTable::fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* 
     if (rows_vary && columns_vary) {
         for (size_t i = 0; i < count; ++i) out[i] = uint8_t(rows[i] + columns[i]) & mask;
     } else if (rows_vary) {
-        add_to_all(rows, column_base, mask, count, out);
+        add_base(rows, column_base, mask, count, out);
     } else if (columns_vary) {
-        add_to_all(columns, rows[0], mask, count, out);
+        add_base(columns, rows[0], mask, count, out);
     } else {
         std::memset(out, uint8_t(rows[0] + column_base) & mask, count);
     }
 }
 
-const uint8_t* CodeTable::bases(uint32_t position, size_t count, uint8_t* scratch) const {
+const uint8_t* CodeTable::bases(uint32_t position, size_t count, uint8_t* scratch,
+                                AddBase add_base) const {
     if (!unrolled_.empty()) return unrolled_.data() + position % base_period_;
-    fill(position, count, scratch);
+    fill(position, count, scratch, add_base);
     return scratch;
 }
 

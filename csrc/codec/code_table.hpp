@@ -33,6 +33,12 @@ struct BasePattern {
     uint64_t column_count() const;  // 0 without column axes
 };
 
+// sums[i] = (values[i] + base) & mask, which `sums` and `values` may not share.
+using AddBase = void (*)(const uint8_t* values, uint8_t base, uint8_t mask, size_t count,
+                         uint8_t* sums);
+void add_base_portable(const uint8_t* values, uint8_t base, uint8_t mask, size_t count,
+                       uint8_t* sums);
+
 // Immutable, so any thread may use it.
 class CodeTable {
 public:
@@ -82,14 +88,16 @@ public:
     // in the table itself or written to `scratch`, which has STRIP_ELEMENTS + OVERREAD_BYTES. So
     // many bytes more may be read behind them.
     static constexpr size_t OVERREAD_BYTES = 63;
-    const uint8_t* bases(uint32_t position, size_t count, uint8_t* scratch) const;
+    const uint8_t* bases(uint32_t position, size_t count, uint8_t* scratch,
+                         AddBase add_base) const;
 
 private:
     CodeTable() = default;
     bool set_up(uint64_t elements);
     void unroll();
-    void fill(uint32_t position, size_t count, uint8_t* out) const;
-    void fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out) const;
+    void fill(uint32_t position, size_t count, uint8_t* out, AddBase add_base) const;
+    void fill_line(uint32_t row, uint32_t column, size_t count, uint8_t* out,
+                   AddBase add_base) const;
 
     std::vector<uint8_t> bytes_;
     const ElementFormat* format_ = nullptr;

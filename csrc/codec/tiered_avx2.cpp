@@ -344,6 +344,15 @@ void get_tier_of(const uint8_t* offsets, int width, const uint8_t* planes, size_
     kernels[width - 1](offsets, planes, count, lower, distances);
 }
 
+KVWIRE_TARGET void add_base(const uint8_t* values, uint8_t base, uint8_t mask, size_t count,
+                            uint8_t* sums) {
+    const size_t stop = count / HALF * HALF;
+    const __m256i bases = _mm256_set1_epi8(char(base)), kept = _mm256_set1_epi8(char(mask));
+    for (size_t i = 0; i < stop; i += HALF)
+        store(sums + i, _mm256_and_si256(_mm256_add_epi8(load(values + i), bases), kept));
+    add_base_portable(values + stop, base, mask, count - stop, sums + stop);
+}
+
 }  // namespace
 
 const TieredKernels& tiered_avx2() {
@@ -356,6 +365,7 @@ const TieredKernels& tiered_avx2() {
         put_tier_of,
         count_on,
         get_tier_of,
+        add_base,
     };
     return kernels;
 }

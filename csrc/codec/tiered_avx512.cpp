@@ -306,6 +306,17 @@ void get_tier_of(const uint8_t* offsets, int width, const uint8_t* planes, size_
     kernels[width - 1](offsets, planes, count, lower, distances);
 }
 
+KVWIRE_TARGET void add_base(const uint8_t* values, uint8_t base, uint8_t mask, size_t count,
+                            uint8_t* sums) {
+    const __m512i bases = _mm512_set1_epi8(char(base)), kept = _mm512_set1_epi8(char(mask));
+    for (size_t i = 0; i < count; i += LANES) {
+        const __mmask64 there = _bzhi_u64(~uint64_t(0), unsigned(std::min(count - i, LANES)));
+        const __m512i these = _mm512_maskz_loadu_epi8(there, values + i);
+        _mm512_mask_storeu_epi8(sums + i, there,
+                                _mm512_and_si512(_mm512_add_epi8(these, bases), kept));
+    }
+}
+
 }  // namespace
 
 const TieredKernels& tiered_avx512() {
@@ -319,6 +330,7 @@ const TieredKernels& tiered_avx512() {
         put_tier_of,
         count_on,
         get_tier_of,
+        add_base,
     };
     return kernels;
 }

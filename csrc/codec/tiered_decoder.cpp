@@ -125,8 +125,10 @@ bool TieredDecoder::strip(uint8_t* raw) {
     size_t body_taken = 0;
     switch (StripForm(entry >> FORM_SHIFT)) {
         case StripForm::TIERED:
-            if (!decode_strip(count, tail_bytes, raw)) return false;
             body_taken = body_bytes(*table, count);
+            prefetch<0>(part_.body + body_taken, body_taken);  // for the next strip
+            prefetch<1>(raw + bytes, bytes);
+            if (!decode_strip(count, tail_bytes, raw)) return false;
             break;
         case StripForm::EXACT:
             std::memcpy(raw, part_.body, bytes);
@@ -184,7 +186,8 @@ bool TieredDecoder::decode_strip(size_t count, size_t tail_bytes, uint8_t* raw) 
                           distances);
         std::swap(lower, distances);
     }
-    const uint8_t* const bases = table.bases(part_.position, count, bases_.data());
+    const uint8_t* const bases =
+        table.bases(part_.position, count, bases_.data(), kernels_.add_base);
     kernels_.join[table.dtype() - 1u](part_.body, bases, lower, count, raw);
     return true;
 }

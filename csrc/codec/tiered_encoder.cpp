@@ -71,7 +71,8 @@ size_t TieredEncoder::encode_strip(const uint8_t* raw, size_t count, uint8_t* ta
     const CodedPart& part = (*parts_)[part_];
     const CodeTable& table = *part.table;
     const uint64_t element = part.position + raw_done_ / table.format().item_bytes;
-    const uint8_t* bases = table.bases(uint32_t(element % table.period()), count, bases_.data());
+    const uint8_t* bases = table.bases(uint32_t(element % table.period()), count, bases_.data(),
+                                       kernels_.add_base);
     kernels_.split[table.dtype() - 1u](raw, bases, count, body_, distances_.data());
     size_t left = count;
     uint8_t* at = tail;

@@ -37,4 +37,11 @@ inline size_t body_bytes(const CodeTable& table, size_t count) {
     return tier_1_at(table, count) + size_t(table.tier_bits(0)) * plane_bytes(count);
 }
 
+// Asks for memory that is soon to be read or written, and does not wait for it. There need be none.
+template <int WRITTEN>
+inline void prefetch(const uint8_t* at, size_t bytes) {
+    constexpr size_t LINE_BYTES = 64;
+    for (size_t i = 0; i < bytes; i += LINE_BYTES) __builtin_prefetch(at + i, WRITTEN, 2);
+}
+
 }  // namespace kvwire

@@ -74,6 +74,7 @@ const TieredKernels& tiered_portable() {
         put_tier,
         count_on,
         get_tier,
+        add_base_portable,
     };
     return kernels;
 }

@@ -59,6 +59,7 @@ struct TieredKernels {
     // on, the next of `lower`. 16 offsets are readable.
     void (*get_tier)(const uint8_t* offsets, int width, const uint8_t* planes, size_t count,
                      const uint8_t* lower, uint8_t* distances);
+    AddBase add_base;
 };
 
 const TieredKernels& tiered_portable();

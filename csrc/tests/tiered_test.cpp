@@ -54,6 +54,29 @@ TEST(tiered_variants_agree_within_their_buffers_at_every_length) {
     }
 }
 
+// Longer than what is spread out ahead of time: heads x (keys | values), as states have.
+TEST(tiered_variants_agree_where_bases_are_worked_out_strip_by_strip) {
+    Random random(3);
+    for (const uint8_t dtype : DTYPES) {
+        for (const uint32_t values : {31, 64, 100, 128}) {
+            const BasePattern pattern{{1, 8, 64, values * 2}, 0b0110, 0b1010};
+            std::vector<uint8_t> bases(size_t(pattern.row_count() + pattern.column_count()));
+            for (uint8_t& base : bases)
+                base = uint8_t(pick(random, 0, (1u << element_format(dtype)->exponent_bits) - 1));
+            Sample sample;
+            const Table table = CodeTable::make(dtype, {2, 2}, {0, 1, 2, 3, 4, 5}, pattern, bases);
+            CHECK(table != nullptr);
+            const size_t count = 4096 + pick(random, 0, 4200);
+            sample.raw.resize(count * table->format().item_bytes);
+            fill_elements(sample.raw.data(), count, dtype, random);
+            sample.parts = {CodedPart{uint32_t(sample.raw.size()), table,
+                                      uint32_t(pick(random, 0, table->period() - 1)),
+                                      TABLE_INSIDE}};
+            check_all_variants(sample);
+        }
+    }
+}
+
 TEST(tiered_code_shrinks_what_crowds) {
     constexpr size_t count = 4096;
     Random random(2);
