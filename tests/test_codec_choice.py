@@ -80,6 +80,26 @@ def test_auto_delivers_and_says_what_it_chose():
     assert keys.send_gbps > 0
 
 
+def test_auto_does_not_try_what_a_histogram_says_will_not_shrink():
+    slow = kvwire.LinkOptions(bandwidth_max_gbps=0.2)
+    rng = np.random.default_rng(1)
+    spec = kvwire.CacheSpec("m", (SPEC.groups[0],))
+
+    def memory(writable):
+        arrays = {(layer, name): rng.integers(0, 1 << 16, (TOKENS, 4, 64), np.uint16)
+                  for layer in range(LAYERS) for name in ("k", "v")}
+        return kvwire.CacheMemory(spec, arrays, tokens=TOKENS, writable=writable)
+
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec="auto", link_options=slow) as sender:
+        ticket = receiver.expect(memory(True))
+        sent = sender.send(ticket.id, memory(False)).result(60)
+        choice = sender.links()[0].stats().codecs[0]
+    assert choice.codec == "raw" and sent.wire_bytes == LAYERS * 2 * TOKENS * 4 * 64 * 2
+    tiered = {estimate.codec: estimate for estimate in choice.estimates}["tiered"]
+    assert 0.9 < tiered.ratio < 1.05 and not tiered.encode_gbps
+
+
 def test_auto_codes_for_a_slow_link_and_fixed_codecs_choose_nothing():
     slow = kvwire.LinkOptions(bandwidth_max_gbps=0.2)
     with kvwire.Receiver() as receiver, \

@@ -9,13 +9,15 @@ namespace kvwire {
 namespace {
 
 constexpr uint32_t FIRST_CHUNKS = 8;  // raw: they show what the path does
+constexpr uint32_t SAMPLE_EVERY = 64;  // chunks, while TIERED does not show by itself what it does
 constexpr uint32_t TRIAL_EVERY = 256;  // chunks, to see whether the other codecs have changed
 constexpr uint32_t FIRST_TRIAL_EVERY = 4, FIRST_TRIALS = 64;  // until they have been measured
 constexpr uint32_t TIMED_EVERY = 8;  // reading the time that a core took is slow itself
 constexpr double GAIN_MIN = 1.05, LOSS_MAX = 1.01;  // apart, so that nothing swings to and fro
 constexpr uint32_t PATIENCE_CHUNKS = 8;
 constexpr uint32_t PROBE_EVERY_CHUNKS = 256;
-constexpr uint32_t PROBE_EVERY = 16, PROBE_EVERY_MAX = 256;  // times the length of a probe
+constexpr uint32_t PROBE_EVERY = 32, PROBE_EVERY_MAX = 256;  // times the length of a probe
+constexpr double IDLE_SHARE = 0.5;  // of the time: a side that codes for less is not what bounds
 constexpr uint64_t VETO_MIN_NS = 1'000'000'000, VETO_MAX_NS = 60'000'000'000;
 constexpr uint32_t JUDGED_MIN = 3;  // intervals
 constexpr double CHANGED_SHARE = 0.7;
@@ -40,6 +42,11 @@ constexpr Codec CODECS[] = {Codec::RAW, Codec::LZ4, Codec::TIERED};
 uint32_t bit(Codec codec) { return uint32_t(1) << uint8_t(codec); }
 
 }  // namespace
+
+void CodingRecord::Entry::add(double raw, double wire) {
+    raw_bytes = RATIO_KEPT * raw_bytes + raw;
+    wire_bytes = RATIO_KEPT * wire_bytes + wire;
+}
 
 CodecChoice::CodecChoice(std::shared_ptr<CodingRecord> record)
     : record_(std::move(record)), probe_every_(PROBE_EVERY), next_veto_ns_(VETO_MIN_NS) {}
@@ -88,14 +95,25 @@ CodecChoice::Prediction CodecChoice::predict(TensorKind kind, Codec codec,
     return found;
 }
 
+// A look at a chunk's exponents costs less than coding it, and keeps the receiver out of it.
+bool CodecChoice::wants_sample(Kind& state, TensorKind kind) {
+    if (!(state.permitted & bit(Codec::TIERED)) || state.chosen == Codec::TIERED) return false;
+    const bool is_first = state.sampled_at == 0 && !entry(kind, Codec::TIERED);
+    if (!is_first && state.chunks - state.sampled_at < SAMPLE_EVERY) return false;
+    state.sampled_at = state.chunks;
+    return true;
+}
+
 // For a trial: of a codec not measured yet soon again, of others now and then, less often if slow.
+// What is known not to shrink need not be tried.
 bool CodecChoice::is_due(const Kind& state, TensorKind kind, Codec codec) const {
     if (!(state.permitted & bit(codec))) return false;
+    const CodingRecord::Entry* known = entry(kind, codec);
+    if (codec == Codec::TIERED && known && known->ratio() < GAIN_MIN) return false;
+    const bool is_known = known && known->coding.is_known();
     const auto found = state.trials.find(codec);
     if (found == state.trials.end()) return true;
     const auto [count, at] = found->second;
-    const CodingRecord::Entry* known = entry(kind, codec);
-    const bool is_known = known && known->coding.is_known();
     double every = !is_known && count < FIRST_TRIALS ? FIRST_TRIAL_EVERY : TRIAL_EVERY;
     if (is_known)
         every *= std::max(1.0, predict(kind, codec).core_s / predict(kind, state.chosen).core_s);
@@ -109,16 +127,17 @@ CodecChoice::Pick CodecChoice::next(TensorKind kind, uint32_t permitted) {
     ++state.chunks;
     ++chunks_since_probe_;
     const bool timed = state.chunks <= FIRST_CHUNKS || state.chunks % TIMED_EVERY == 0;
-    if (bandwidth_ == 0 && state.chunks <= FIRST_CHUNKS) return {Codec::RAW, timed};
+    const bool sampled = wants_sample(state, kind);
+    if (bandwidth_ == 0 && state.chunks <= FIRST_CHUNKS) return {Codec::RAW, timed, sampled};
     for (const Codec codec : CODECS) {
         if (codec == state.chosen || !is_due(state, kind, codec)) continue;
         auto& [count, at] = state.trials[codec];
         ++count;
         at = state.chunks;
-        return {codec, true};
+        return {codec, true, sampled};
     }
     if (bandwidth_ > 0) decide(state, kind);
-    return {is_coding() ? state.chosen : Codec::RAW, timed};
+    return {is_coding() ? state.chosen : Codec::RAW, timed, sampled};
 }
 
 // What is clearly faster; or as fast, and clearly cheaper for the processors.
@@ -150,11 +169,14 @@ void CodecChoice::decide(Kind& state, TensorKind kind) {
 void CodecChoice::coded(TensorKind kind, Codec tried, uint64_t raw_bytes, uint64_t wire_bytes,
                         uint64_t ns) {
     CodingRecord::Entry& entry = record_->entries[{kind, tried}];
-    entry.raw_bytes = RATIO_KEPT * entry.raw_bytes + double(raw_bytes);
-    entry.wire_bytes = RATIO_KEPT * entry.wire_bytes + double(wire_bytes);
+    entry.add(double(raw_bytes), double(wire_bytes));
     if (ns > 0) entry.coding.add(raw_bytes, ns);
     raw_bytes_ = RATIO_KEPT * raw_bytes_ + double(raw_bytes);
     wire_bytes_ = RATIO_KEPT * wire_bytes_ + double(wire_bytes);
+}
+
+void CodecChoice::predicted(TensorKind kind, uint64_t raw_bytes, uint64_t wire_bytes) {
+    record_->entries[{kind, Codec::TIERED}].add(double(raw_bytes), double(wire_bytes));
 }
 
 bool CodecChoice::wants_coding() const {
@@ -209,6 +231,8 @@ void CodecChoice::judge() {
     }
     if (veto_ns_ > 0 && brought_raw_ < CHANGED_SHARE * vetoed_at_) veto_ns_ = 0;
     if (!is_probing_) return;
+    // That raw chunks brought more once may be chance.
+    if (brought_raw_ > GAIN_MIN * brought_coded_ && judged_intervals_ < JUDGED_MIN) return;
     is_probing_ = false;
     since_probe_ns_ = chunks_since_probe_ = 0;
     if (brought_raw_ > GAIN_MIN * brought_coded_) {
@@ -221,8 +245,18 @@ void CodecChoice::judge() {
     }
 }
 
+// Raw chunks can bring more than coded ones where a side is busy coding. Where both are idle half
+// of the time the link is slow, and one that became faster would show with coded chunks too.
+uint32_t CodecChoice::probe_every() const {
+    const bool is_idle = std::all_of(kinds_.begin(), kinds_.end(), [&](const auto& one) {
+        const double most = predict(one.first, one.second.chosen, 0).bytes_per_s;
+        return brought_coded_ < IDLE_SHARE * most;
+    });
+    return is_idle ? PROBE_EVERY_MAX : probe_every_;
+}
+
 bool CodecChoice::should_probe() const {
-    if (since_probe_ns_ < probe_every_ * std::max(probe_ns_, PROBE_MIN_NS) ||
+    if (since_probe_ns_ < probe_every() * std::max(probe_ns_, PROBE_MIN_NS) ||
         chunks_since_probe_ < PROBE_EVERY_CHUNKS)
         return false;
     return std::any_of(kinds_.begin(), kinds_.end(), [&](const auto& one) {

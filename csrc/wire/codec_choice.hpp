@@ -28,8 +28,9 @@ struct TensorKind {
 struct CodingRecord {
     struct Entry {
         Speed coding;  // raw bytes
-        double raw_bytes = 0, wire_bytes = 0;  // of late
+        double raw_bytes = 0, wire_bytes = 0;  // of late, coded or predicted
         double ratio() const { return wire_bytes > 0 ? raw_bytes / wire_bytes : 1; }
+        void add(double raw, double wire);
     };
     std::map<std::pair<TensorKind, Codec>, Entry> entries;
 };
@@ -67,7 +68,8 @@ public:
 
     struct Pick {
         Codec codec{};
-        bool timed = false;  // coded() wants to hear how long it took
+        bool timed = false;    // coded() wants to hear how long it took
+        bool sampled = false;  // predicted() wants to hear what TIERED would make of it
     };
     // For the next chunk of this kind; `permitted` has bit n set for codec n.
     Pick next(TensorKind kind, uint32_t permitted);
@@ -76,6 +78,8 @@ public:
     // measured). A chunk that did not shrink has `wire_bytes` equal to `raw_bytes`. Not to be told
     // of chunks that were unlike others of the kind.
     void coded(TensorKind kind, Codec tried, uint64_t raw_bytes, uint64_t wire_bytes, uint64_t ns);
+    // What a sample of a chunk says that TIERED would make of it.
+    void predicted(TensorKind kind, uint64_t raw_bytes, uint64_t wire_bytes);
     void sent(uint64_t wire_bytes, uint64_t ns) { send_.add(wire_bytes, ns); }
     void set_cores(Cores cores) { cores_ = cores; }
     void set_peer(const Speeds& peer) { peer_ = peer; }
@@ -99,6 +103,7 @@ private:
         uint32_t permitted = 1;
         uint32_t chunks = 0;
         uint32_t better = 0;  // chunks in a row for which another codec was
+        uint32_t sampled_at = 0;  // the latest: which chunk
         struct Trials {
             uint32_t count = 0, at = 0;  // the latest: which chunk
         };
@@ -111,6 +116,7 @@ private:
     Prediction predict(TensorKind kind, Codec codec) const {
         return predict(kind, codec, bandwidth_);
     }
+    bool wants_sample(Kind& state, TensorKind kind);
     bool is_due(const Kind& state, TensorKind kind, Codec codec) const;
     Codec best(const Kind& state, TensorKind kind) const;
     void decide(Kind& state, TensorKind kind);
@@ -119,6 +125,7 @@ private:
     void measure(const BusyInterval& interval);
     void judge();
     bool should_probe() const;
+    uint32_t probe_every() const;
     void start_probe();
     std::string why(const Kind& state, TensorKind kind) const;
 

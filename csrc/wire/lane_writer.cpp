@@ -71,6 +71,11 @@ void LaneWriter::prepare(Entry& entry) {
     code(entry);
     entry.was_usual = encoder_.was_usual();
     if (entry.source.timed) entry.coding_ns = uint32_t(thread_cpu_ns() - began_ns);
+    const Source& source = entry.source;
+    if (source.sampled && source.coding)
+        entry.tiered_bytes = source.coding->predict(SegmentCoding::samples_of(*source.placement),
+                                                    entry.header.raw_offset,
+                                                    entry.header.raw_bytes);
 }
 
 void LaneWriter::code(Entry& entry) {

@@ -43,12 +43,14 @@ public:
         SendTables* tables = nullptr;               // of the link, likewise
         const SegmentRounding* rounding = nullptr;  // where something is lossy: how it is coded
         bool timed = false;                         // find out how long coding takes
+        bool sampled = false;                       // ... and what TIERED would make of it
     };
     struct Prepared {
         const FrameHeader& header;
         const Source& source;
         uint32_t coding_ns = 0;  // of a core; 0: not measured
         bool was_usual = true;   // see ChunkEncoder
+        uint32_t tiered_bytes = 0;  // what it would make of it; 0: not known
     };
     void chunk(const FrameHeader& header, const Source& source);  // header: all but the checksums
 
@@ -94,6 +96,7 @@ private:
         uint64_t sent = 0;
         uint32_t coding_ns = 0;
         bool was_usual = true;
+        uint32_t tiered_bytes = 0;
         const void* lender = nullptr;  // as source.owner, even when detached
         uint64_t lent_until = 0;       // zero-copy sends with lesser numbers read it; 0: none
         uint64_t total() const { return head.size() + payload_bytes; }
@@ -128,7 +131,8 @@ void LaneWriter::commit(Take&& take) {
     for (size_t i = 0; i < entries_.size();) {
         if (entries_[i].state == Entry::PREPARING) {
             const Entry& entry = entries_[i];
-            const Prepared done{entry.header, entry.source, entry.coding_ns, entry.was_usual};
+            const Prepared done{entry.header, entry.source, entry.coding_ns, entry.was_usual,
+                                entry.tiered_bytes};
             if (!take(done)) continue;
             queued_bytes_ += entries_[i].payload_bytes - entries_[i].header.raw_bytes;
             entries_[i].state = Entry::COMMITTED;

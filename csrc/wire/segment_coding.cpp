@@ -10,6 +10,7 @@ namespace {
 
 constexpr size_t PART_BYTES = 16, PART_CODED_BYTES_AT = 4;
 constexpr uint64_t SAMPLE_ELEMENTS_MIN = 2048;      // fewer make no table
+constexpr uint64_t HISTOGRAM_ELEMENTS = 4096;
 constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled as a whole
 constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
 constexpr uint64_t TABLE_SHARE_MIN = 4;             // ... and must be so much smaller than the part
@@ -109,6 +110,26 @@ void SegmentCoding::append_part(const Samples& samples, const Run& run, uint64_t
     parts->push_back(std::move(part));
     entries->push_back(run.entry.get());
     append_opaque(to - (run.offset + last * width), parts, entries);
+}
+
+// Of the run that the chunk begins in.
+uint32_t SegmentCoding::predict(const Samples& samples, uint64_t offset, uint32_t bytes) const {
+    const auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
+                                      [](uint64_t at, const Run& r) { return at < r.offset; }) - 1;
+    if (!run->entry) return 0;
+    const auto dtype = uint8_t(tensors_[run->tensor].dtype);
+    const ElementFormat& format = *element_format(dtype);
+    const uint64_t first = (offset - run->offset + format.item_bytes - 1) / format.item_bytes;
+    const uint64_t last =
+        (std::min(offset + bytes, run->offset + run->bytes) - run->offset) / format.item_bytes;
+    if (last < first + SAMPLE_ELEMENTS_MIN) return 0;
+    Calibrator histogram(dtype, {1, 1, 1, 1}, {});
+    samples({run->offset + first * format.item_bytes, last - first, format.item_bytes,
+             HISTOGRAM_ELEMENTS},
+            [&](uint64_t, const uint8_t* raw, size_t count) { histogram.add(0, raw, count); });
+    if (histogram.elements() == 0) return 0;
+    const double bits = format.verbatim_bits + histogram.finish().exponent_bits;
+    return uint32_t(std::min(1.0, bits / (8 * format.item_bytes)) * bytes);
 }
 
 // The longest run that the same table is for: not a partial block.

@@ -50,6 +50,10 @@ public:
     bool parts(const Samples& samples, uint64_t offset, uint64_t bytes, SendTables* tables,
                std::vector<CodedPart>* parts, std::vector<CodeEntry*>* entries) const;
 
+    // What a chunk should come to, by a histogram of a few of its exponents and one base for all:
+    // bases make it less. 0: nothing to go by.
+    uint32_t predict(const Samples& samples, uint64_t offset, uint32_t bytes) const;
+
     // Makes the table of the only item anew, from where it is longest. Nothing: the dtype has no
     // exponent, or there is too little of it.
     std::optional<Calibration> calibrate(const Placement& placement) const;

@@ -131,7 +131,8 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
         pick = choice_.next(segment.kind, permitted);
     lanes_.at(lane_index).writer.chunk(
         header, {&segment.placement, &segment, pick.codec, segment.item_bytes,
-                 segment.coding.get(), &tables_, segment.rounding.get(), pick.timed});
+                 segment.coding.get(), &tables_, segment.rounding.get(), pick.timed,
+                 pick.sampled});
 }
 
 uint32_t SendLink::agreed_codecs(const SendTransfer& transfer) const {
@@ -164,6 +165,8 @@ bool SendLink::take_checksum(uint32_t lane, const LaneWriter::Prepared& prepared
     if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding)
         choice_.coded(segment.kind, prepared.source.codec, header.raw_bytes, header.payload_bytes,
                       prepared.coding_ns);
+    if (prepared.tiered_bytes)
+        choice_.predicted(segment.kind, header.raw_bytes, prepared.tiered_bytes);
     SendTransfer::Chunk& chunk =
         segment.chunks[size_t(header.raw_offset / segment.announcement.chunk_bytes)];
     if (!source_is_unchanged(transfer, segment, chunk, header)) return false;
