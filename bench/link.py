@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -245,21 +246,27 @@ class Bench:
         return Run((ended - began) / 1e9, self.payload_bytes, wire_bytes, wrong is None)
 
 
-def measured(link: Link, options: argparse.Namespace, system: str, codec: str
-             ) -> dict[str, object]:
-    """Run one system; returns its row, with the medians of the rounds."""
-    runs = []
-    try:
-        with Bench(link, options, system, codec) as bench:
-            for number in range(options.rounds):
-                progress(f"{system}, {codec}: round {number + 1}/{options.rounds}")
-                runs.append(bench.run(number + 1))
-    except (RuntimeError, OSError, ValueError) as error:
-        progress("")
-        print(f"{system}: {error}", file=sys.stderr)
-        runs = None
+def measured(link: Link, options: argparse.Namespace, subjects: Sequence[tuple[str, str]]
+             ) -> list[dict[str, object]]:
+    """Run systems, each with a codec, in turn; returns their rows, with the medians of the
+    rounds."""
+    runs: dict[tuple[str, str], list[Run] | None] = {subject: [] for subject in subjects}
+    benches: dict[tuple[str, str], Bench] = {}
+    with ExitStack() as open_benches:
+        for number in range(options.rounds):
+            for subject in [each for each in subjects if runs[each] is not None]:
+                progress(f"{', '.join(subject)}: round {number + 1}/{options.rounds}")
+                try:
+                    if subject not in benches:
+                        benches[subject] = open_benches.enter_context(
+                            Bench(link, options, *subject))
+                    runs[subject].append(benches[subject].run(number + 1))
+                except (RuntimeError, OSError, ValueError) as error:
+                    progress("")
+                    print(f"{subject[0]}: {error}", file=sys.stderr)
+                    runs[subject] = None
     progress("")
-    return row(link, options, system, codec, runs)
+    return [row(link, options, *subject, runs[subject]) for subject in subjects]
 
 
 def row(link: Link, options: argparse.Namespace, system: str, codec: str, runs: list[Run] | None
@@ -406,6 +413,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
                         help="runs of each system, all but iperf3's over the same connections, "
                              "so that only the first starts slowly; the median counts; "
                              "%(default)s")
+    parser.add_argument("--alternate", action="store_true",
+                        help="round by round, A B A B, all connections and memory kept; else "
+                             "A A B B")
     parser.add_argument("--systems", default=",".join(SYSTEMS),
                         help="comma-separated; NAME-pN: N connections; also the peers "
                              f"{','.join(PEERS)}; %(default)s")
@@ -454,9 +464,10 @@ def main(given: list[str] | None = None) -> int:
         if options.case == BLACKHOLE:
             rows = [blackholed(link, options, codec) for codec in options.codecs]
         else:
-            rows = [measured(link, options, system, codec)
-                    for system in without_absent(options.systems)
-                    for codec in (options.codecs if system == "kvwire" else ["raw"])]
+            subjects = [(system, codec) for system in without_absent(options.systems)
+                        for codec in (options.codecs if system == "kvwire" else ["raw"])]
+            batches = [subjects] if options.alternate else [[subject] for subject in subjects]
+            rows = [each for batch in batches for each in measured(link, options, batch)]
         print(table(rows, link.payload_rate_gbit))
     if options.json:
         peers = [row["system"] for row in rows if row["system"] in PEERS]
