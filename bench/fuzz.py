@@ -86,12 +86,13 @@ def seeds(stream: bytes) -> Iterator[tuple[str, bytes]]:
 def conversations() -> Iterator[tuple[str, bytes]]:
     """Yield (target, input) for hand-offs that succeed, as the two machines' targets decode them:
     by chance they would be found late."""
-    for kind in range(4):  # raw, LZ4, in blocks, tiered
+    for kind in range(6):  # raw, LZ4, in blocks, tiered, rounded, rounded and in blocks
         for lanes in (1, 2):
             said = [byte for turn in range(60) for byte in (turn % lanes, 13, 1, 1)]
             yield "receive", bytes([kind, 0, 0, 1, 0, 0, 2, kind % 2, 0, 3, 0, *said])
-    grant, segment_receipt, done = [0, 0, 0, 3, 1], [0, 0, 1], [0, 0, 5]
-    for codec, blocks, chunk in ((0, 0, 0), (1, 0, 1), (0, 1, 0), (2, 0, 0)):
+    segment_receipt, done = [0, 0, 1], [0, 0, 5]
+    for codec, blocks, chunk in ((0, 0, 0), (1, 0, 1), (0, 1, 0), (2, 0, 0), (3, 0, 0), (3, 1, 1)):
+        grant = [0, 0, 0, 3, max(1, codec)]
         answers = [[0, 0, 11, *answer, 1, 1] for answer in (grant, segment_receipt, done)]
         written = [0, 0, 7, 6] * 24
         yield "send", bytes([codec, blocks, chunk, 0, 0, 0, 0, 0, 2, 0, 0, 3, 3, 0, 0, 0, 5,

@@ -12,23 +12,19 @@ namespace {
 using namespace fuzz;
 
 constexpr uint32_t LANES = 3;
-constexpr uint64_t TOKENS = 70;
 constexpr uint64_t TICK_NS = 100'000'000, LONG_TICK_NS_MAX = 60'000'000'000;
 const Id OTHER_TICKET = id_of('T');
 
-// One tensor of two chunks, a fused and replicated one, and a state with columns: 7 KiB.
-Manifest small(const Id& ticket, uint16_t rank = 0, uint16_t ranks = 1, uint32_t blocks = 0) {
-    Manifest manifest = hybrid(0, TOKENS, rank, ranks, blocks);
+Manifest small(const Id& ticket, bool is_lossy, uint16_t rank = 0, uint16_t ranks = 1,
+               uint32_t blocks = 0) {
+    Manifest manifest = small_hybrid(rank, ranks, blocks, is_lossy);
     manifest.ticket_id = ticket;
-    manifest.groups.erase(manifest.groups.begin() + 2, manifest.groups.begin() + 4);
-    manifest.groups[0].layers = {0};
-    manifest.groups[0].tensors.resize(1);
     return manifest;
 }
 
 // Two ranks fill the one ticket, one rank the other.
-Manifest wanted(const Id& ticket) {
-    Manifest manifest = small(ticket);
+Manifest wanted(const Id& ticket, bool is_lossy) {
+    Manifest manifest = small(ticket, is_lossy);
     if (ticket == TICKET) manifest.source_rank_count = 2;
     return manifest;
 }
@@ -36,25 +32,28 @@ Manifest wanted(const Id& ticket) {
 struct Honest {
     std::vector<Frame> frames;  // all that the senders say, in order
     Bytes content, other_content;
+    bool is_lossy;
 };
 
-Honest capture(uint8_t codec, uint32_t blocks) {
+Honest capture(uint8_t codec, uint32_t blocks, bool is_lossy = false) {
     Random random{ByteSpan{}};
     Honest honest;
+    honest.is_lossy = is_lossy;
     ReceiverEnd receiver;
     Destination other(receiver.tickets);
     SenderEnd sender;
     sender.open_lane(0);
     receiver.open_lane(0);
-    receiver.bind(wanted(TICKET), random);
-    other.bind(wanted(OTHER_TICKET), random);
-    const Memory truth(small(TICKET), random);
+    receiver.bind(wanted(TICKET, is_lossy), random);
+    other.bind(wanted(OTHER_TICKET, is_lossy), random);
+    const Memory truth(small(TICKET, is_lossy), random);
     std::vector<std::unique_ptr<Source>> sources;
     for (uint8_t i = 0; i < 3; ++i) {
-        const Manifest part =
-            i < 2 ? small(TICKET, i, 2, blocks) : small(OTHER_TICKET, 0, 1, blocks);
+        const Manifest part = i < 2 ? small(TICKET, is_lossy, i, 2, blocks)
+                                    : small(OTHER_TICKET, is_lossy, 0, 1, blocks);
         sources.push_back(
             std::make_unique<Source>(id_of(uint8_t(i + 1)), part, *truth.map, random, codec));
+        if (is_lossy) sources.back()->transfer->roundings = roundings_of(part, random);
         sender.link.open(sources.back()->transfer);
         const std::vector<Item> items = all_items(part);
         sources.back()->push(sender.link, {items.begin(), items.begin() + 2});
@@ -73,7 +72,8 @@ Honest capture(uint8_t codec, uint32_t blocks) {
 }
 
 const Honest& honest(uint64_t which) {
-    static const Honest all[] = {capture(0, 0), capture(1, 0), capture(0, 16), capture(2, 0)};
+    static const Honest all[] = {capture(0, 0), capture(1, 0), capture(0, 16), capture(2, 0),
+                                 capture(2, 0, true), capture(2, 16, true)};
     return all[which];
 }
 
@@ -160,7 +160,7 @@ private:
 class Conversation {
 public:
     explicit Conversation(Random& choices)
-        : choices_(choices), honest_(honest(pick(choices, 0, 3))) {}
+        : choices_(choices), honest_(honest(pick(choices, 0, 5))) {}
 
     void run() {
         while (choices_.has_choices()) {
@@ -209,7 +209,7 @@ private:
     void bind(Destination& destination, const Id& ticket) {
         if (destination.ticket) return;
         Random contents{ByteSpan{}};
-        destination.bind(wanted(ticket), contents, pick(choices_, 0, 1));
+        destination.bind(wanted(ticket, honest_.is_lossy), contents, pick(choices_, 0, 1));
         receiver_.link.ticket_added(ticket);
     }
 
@@ -233,7 +233,8 @@ private:
 
     void pull() {
         if (receiver_.ticket && !receiver_.ended)
-            receiver_.link.pull(TICKET, {OFFER, 0, TOKENS, uint16_t(pick(choices_, 0, 1)), 0, 1});
+            receiver_.link.pull(TICKET, {OFFER, 0, receiver_.manifest.token_stop,
+                                         uint16_t(pick(choices_, 0, 1)), 0, 1});
     }
 
     void say_next(uint32_t lane) {
@@ -254,7 +255,7 @@ private:
         if (header.type == FrameType::CHUNK) {
             header.attempt = uint32_t(pick(choices_, 0, 3));
             if (pick(choices_, 0, 3) == 0) header.raw_offset = odd_number(choices_);
-            if (pick(choices_, 0, 3) == 0) header.codec = uint8_t(pick(choices_, 0, 2));
+            if (pick(choices_, 0, 3) == 0) header.codec = uint8_t(pick(choices_, 0, 3));
         }
         change(frame.payload, choices_);
         Bytes bytes = frame.bytes();

@@ -13,22 +13,16 @@ namespace {
 using namespace fuzz;
 
 constexpr uint32_t LANES = 3;
-constexpr uint64_t TOKENS = 70, TICK_NS = 100'000'000;
+constexpr uint64_t TICK_NS = 100'000'000;
 constexpr uint8_t SOURCES = 3;
 constexpr uint8_t OFFERED = 1;  // the one that is offered, not opened
+constexpr uint8_t LOSSY = 3;     // tiered, and rounded first
 
-Manifest small(uint32_t blocks) {
-    Manifest manifest = hybrid(0, TOKENS, 0, 1, blocks);
-    manifest.groups.erase(manifest.groups.begin() + 2, manifest.groups.begin() + 4);
-    manifest.groups[0].layers = {0};
-    manifest.groups[0].tensors.resize(1);
-    return manifest;
-}
-
-const Memory& truth() {
+const Memory& truth(bool is_lossy) {
     static Random random{ByteSpan{}};
-    static const Memory memory(small(0), random);
-    return memory;
+    static const Memory exact(small_hybrid(0, 1, 0, false), random);
+    static const Memory lossy(small_hybrid(0, 1, 0, true), random);
+    return is_lossy ? lossy : exact;
 }
 
 class Lent : public Source {
@@ -129,8 +123,8 @@ private:
 class Conversation {
 public:
     explicit Conversation(Random& choices)
-        : choices_(choices), codec_(uint8_t(pick(choices, 0, 2))),
-          manifest_(small(pick(choices, 0, 1) ? 16 : 0)),
+        : choices_(choices), codec_(uint8_t(pick(choices, 0, 3))),
+          manifest_(small_hybrid(0, 1, pick(choices, 0, 1) ? 16 : 0, codec_ == LOSSY)),
           sender_(pick(choices, 0, 1) ? 8192 : 4096) {}
 
     void run() {
@@ -150,10 +144,14 @@ private:
     Lent& pick_source() {
         const uint64_t which = pick(choices_, 0, SOURCES - 1);
         Random contents{ByteSpan{}};
-        if (!sources_[which])
-            sources_[which] = std::make_unique<Lent>(id_of(uint8_t(which + 1)), manifest_,
-                                                     *truth().map, contents, codec_);
-        return *sources_[which];
+        std::unique_ptr<Lent>& source = sources_[which];
+        if (source) return *source;
+        const bool is_lossy = codec_ == LOSSY;
+        source = std::make_unique<Lent>(id_of(uint8_t(which + 1)), manifest_, *truth(is_lossy).map,
+                                        contents, is_lossy ? uint8_t(Codec::TIERED) : codec_);
+        Random rungs(which);
+        if (is_lossy) source->transfer->roundings = roundings_of(manifest_, rungs);
+        return *source;
     }
 
     void step() {
@@ -273,7 +271,9 @@ private:
 
     Grant grant() {
         static const uint64_t windows[] = {4096, 8192, 12000, 1 << 20};
-        return {windows[pick(choices_, 0, 3)], uint32_t(1 + 2 * pick(choices_, 0, 1)), 8192};
+        static const uint32_t codecs[] = {1, 3, 7, 15};
+        const uint64_t window = windows[pick(choices_, 0, 3)];
+        return {window, codecs[pick(choices_, 0, 3)], 8192};
     }
 
     std::vector<RepairEntry> repair(const SendTransfer::Segment* segment, uint32_t index,

@@ -333,10 +333,41 @@ private:
     }
     SendLink& machine() override { return link; }
     LaneWriter& open_writer(uint32_t lane) override {
-        return link.lane_opened(lane, uint32_t(limits::chunk_bytes_max), 7);
+        return link.lane_opened(lane, uint32_t(limits::chunk_bytes_max), 15);
     }
     void before_writing(uint32_t lane) override { link.refill(lane); }
 };
+
+// A rung for everything that may be lossy.
+inline std::vector<Rounding> roundings_of(const Manifest& manifest, Random& random) {
+    static const Rung STATE[] = {Rung::BF16, Rung::E4M3, Rung::INT8_GRID};
+    static const Rung OTHER[] = {Rung::E4M3, Rung::INT8, Rung::INT6, Rung::INT4};
+    std::vector<Rounding> roundings;
+    for (size_t group = 0; group < manifest.groups.size(); ++group) {
+        const GroupKind kind = manifest.groups[group].kind;
+        if (kind == GroupKind::CONVOLUTION) continue;
+        for (size_t tensor = 0; tensor < manifest.groups[group].tensors.size(); ++tensor) {
+            const Rung rung = kind == GroupKind::RECURRENT ? STATE[pick(random, 0, 2)]
+                                                           : OTHER[pick(random, 0, 3)];
+            roundings.push_back({uint16_t(group), uint16_t(tensor), rung, tensor == 0});
+        }
+    }
+    return roundings;
+}
+
+// A little of everything that the machines' fuzz targets move: one tensor of two chunks, a fused and
+// replicated one, and a state with columns; 7 KiB. Where `is_lossy`, tokens that may be rounded and
+// a recurrent state too: 21 KiB.
+inline Manifest small_hybrid(uint16_t rank, uint16_t ranks, uint32_t blocks, bool is_lossy) {
+    Manifest manifest = hybrid(0, is_lossy ? 150 : 70, rank, ranks, blocks);
+    auto& groups = manifest.groups;
+    groups.erase(groups.begin() + 2, groups.begin() + (is_lossy ? 3 : 4));
+    groups[0].layers = {0};
+    groups[0].tensors.resize(1);
+    if (is_lossy) groups[2].layers = {4};
+    manifest.codecs = 15;
+    return manifest;
+}
 
 struct Frame {
     FrameHeader header;

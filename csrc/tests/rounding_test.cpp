@@ -2,7 +2,7 @@
 #include <memory>
 
 #include "checksum/crc32c.hpp"
-#include "tests/memory_world.hpp"
+#include "tests/link_world.hpp"
 #include "wire/chunk_coder.hpp"
 #include "wire/chunk_rounder.hpp"
 #include "wire/link_tables.hpp"
@@ -12,22 +12,6 @@ using namespace kvwire;
 using namespace kvwire::test;
 
 namespace {
-
-std::vector<Rounding> roundings_of(const Manifest& manifest, Random& random) {
-    static const Rung STATE[] = {Rung::BF16, Rung::E4M3, Rung::INT8_GRID};
-    static const Rung OTHER[] = {Rung::E4M3, Rung::INT8, Rung::INT6, Rung::INT4};
-    std::vector<Rounding> roundings;
-    for (size_t group = 0; group < manifest.groups.size(); ++group) {
-        const GroupKind kind = manifest.groups[group].kind;
-        if (kind == GroupKind::CONVOLUTION) continue;
-        for (size_t tensor = 0; tensor < manifest.groups[group].tensors.size(); ++tensor) {
-            const Rung rung = kind == GroupKind::RECURRENT ? STATE[pick(random, 0, 2)]
-                                                           : OTHER[pick(random, 0, 3)];
-            roundings.push_back({uint16_t(group), uint16_t(tensor), rung, tensor == 0});
-        }
-    }
-    return roundings;
-}
 
 ByteSpan span(const Bytes& bytes) { return {bytes.data(), bytes.size()}; }
 
