@@ -91,7 +91,8 @@ class CodeBook:
     def names(self) -> tuple[str, ...]:
         """What there is a table for: "model|kind|tensor|layer|dtype|extents", numbers by FORMAT.md.
 
-        Model and tensor are percent-encoded. Extents are the pattern's, 0 for the token axis.
+        Model and tensor are percent-encoded. Extents are the pattern's without its token axis, so
+        that pages in NHD and in HND order have the same.
         """
         return tuple(_name(key) for key, _ in self.native.tables())
 

@@ -180,7 +180,7 @@ def test_calibrate_keeps_the_models_order_on_request(capsys, tmp_path):
     code, _, _ = run(capsys, "calibrate", "qwen3-next", "--out", str(out), "--tokens", "100",
                      "--order", "HND", "--dtype", "fp32")
     assert code == 0
-    assert "qwen3_next|1|k|3|1|1x2x0x128" in kvwire.CodeBook.load(out).names
+    assert "qwen3_next|1|k|3|1|1x1x2x128" in kvwire.CodeBook.load(out).names
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -1,5 +1,7 @@
 """Code books: made from caches, kept in files, used by whoever codes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from kvwire.layout import (
     Axis, AxisSpec, CacheSpec, DType, GroupKind, LayerGroup, TensorSpec, attention, recurrent,
 )
 from kvwire.memory import CacheMemory
-from kvwire.tiered import decode_tiered
+from kvwire.tiered import CodeTable, decode_tiered
 
 HEADS, DIM, TOKENS = 2, 64, 400
 
@@ -87,6 +89,22 @@ def test_tables_are_used_and_not_made_again():
     assert tables(book) == before
     assert before["k", 1] in payload
     assert decode_tiered(payload, len(raw)) == raw
+
+
+@pytest.mark.parametrize("block_tokens", [16, 0])
+def test_pages_of_either_order_have_the_same_tables(block_tokens):
+    by_token, by_head = hybrid("NHD", block_tokens), hybrid("HND", block_tokens)
+    books = [CodeBook(), CodeBook()]
+    for book, memory in zip(books, (by_token, by_head)):
+        book.calibrate(memory)
+    assert books[0].names == books[1].names
+    for book in books:
+        before = tables(book)
+        for memory in (by_token, by_head):
+            raw, payload = encoded(book, memory, 0)
+            assert decode_tiered(payload, len(raw)) == raw
+            assert len(raw) > 1.45 * len(payload)
+        assert tables(book) == before
 
 
 def keys_and_values(keys, values):
@@ -207,6 +225,15 @@ BAD_BOOKS = {
 def test_the_good_form_of_the_bad_books_loads(tmp_path):
     np.savez(tmp_path / "book.npz", **{NAME: table_bytes()})
     assert CodeBook.load(tmp_path / "book.npz").names == (NAME,)
+
+
+def test_a_book_of_pages_by_head_loads_under_its_old_name(tmp_path):
+    by_channel = CodeTable.decode(table_bytes().tobytes())[0]
+    by_head = replace(by_channel, extents=(1, 2, 16, 64), row_axes=0b1010)
+    np.savez(tmp_path / "book.npz",
+             **{"m|1|k|0|3|1x2x0x64": np.frombuffer(by_head.encode(), np.uint8)})
+    book = CodeBook.load(tmp_path / "book.npz")
+    assert book.names == (NAME,) and book.native.tables()[0][1] == table_bytes().tobytes()
 
 
 @pytest.mark.parametrize("bad", BAD_BOOKS)

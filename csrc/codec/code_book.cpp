@@ -2,38 +2,45 @@
 
 #include <algorithm>
 
-#include "base/bytes.hpp"
-
 namespace kvwire {
 namespace {
 
 constexpr double DRIFT = 1.02, GAIN = 0.99;
 constexpr uint64_t PATIENCE_MIN = uint64_t{1} << 16, PATIENCE_MAX = uint64_t{1} << 30;
 constexpr size_t EXTENTS_KEPT = 32;
-constexpr size_t EXTENTS_AT = 24;  // in a code table
 
-int token_axis_of(const CodeKey& key) {
-    for (size_t axis = 0; axis < key.extents.size(); ++axis)
-        if (key.extents[axis] == 0) return int(axis);
-    return -1;
+// The same code where bases repeat along other axes, but in the same order.
+std::shared_ptr<const CodeTable> with_pattern(const CodeTable& table, const BasePattern& pattern,
+                                              const std::vector<uint8_t>& bases) {
+    std::vector<uint8_t> tier_bits, offsets;
+    for (int tier = 0; tier < table.tier_count(); ++tier)
+        tier_bits.push_back(uint8_t(table.tier_bits(tier)));
+    for (int rank = 0; rank < table.rank_count(); ++rank) offsets.push_back(table.offset(rank));
+    return CodeTable::make(table.dtype(), tier_bits, offsets, pattern, bases);
+}
+
+std::vector<uint8_t> bases_of(const CodeTable& table) {
+    const BasePattern& pattern = table.pattern();
+    const uint8_t* const bases = table.bytes().data() + CodeTable::FIXED_BYTES;
+    return {bases, bases + pattern.row_count() + pattern.column_count()};
 }
 
 }  // namespace
 
-CodeEntry::CodeEntry(const CodeKey& key, std::shared_ptr<std::atomic<uint64_t>> book_bytes)
-    : book_bytes_(std::move(book_bytes)), token_axis_(token_axis_of(key)),
-      patience_(PATIENCE_MIN) {}
+CodeEntry::CodeEntry(std::shared_ptr<std::atomic<uint64_t>> book_bytes)
+    : book_bytes_(std::move(book_bytes)), patience_(PATIENCE_MIN) {}
 
 void CodeEntry::hold(uint64_t bytes) {
     *book_bytes_ += bytes - bytes_;
     bytes_ = bytes;
 }
 
-CodeEntry::Table CodeEntry::table(uint32_t tokens, const std::function<Table()>& make) {
+CodeEntry::Table CodeEntry::table(TokenAxis tokens, const std::function<Table()>& make) {
     if (wants_calibration()) {
         const std::lock_guard<std::mutex> lock(calibration_);
         if (wants_calibration())
-            if (Table made = make()) put(std::move(made));
+            if (Table made = make())
+                put(tokens.axis < 0 ? std::move(made) : without_axis(*made, tokens.axis));
     }
     return with_tokens(tokens);
 }
@@ -43,16 +50,17 @@ bool CodeEntry::wants_calibration() const {
     return !table_ || has_drifted_;
 }
 
-CodeEntry::Table CodeEntry::with_tokens(uint32_t tokens) {
+CodeEntry::Table CodeEntry::with_tokens(TokenAxis tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!table_ || token_axis_ < 0) return table_;
+    if (!table_ || tokens.axis < 0) return table_;
     const auto found = of_tokens_.find(tokens);
     if (found != of_tokens_.end()) return found->second;
     if (of_tokens_.size() >= EXTENTS_KEPT) {
         of_tokens_.clear();
         hold(table_->memory_bytes());
     }
-    Table made = with_extent(*table_, token_axis_, tokens);
+    Table made = with_axis(*table_, tokens.axis, tokens.extent);
+    if (!made) return nullptr;
     hold(bytes_ + made->memory_bytes());
     return of_tokens_[tokens] = std::move(made);
 }
@@ -88,11 +96,32 @@ CodeEntry::Table CodeEntry::canonical() const {
     return table_;
 }
 
-std::shared_ptr<const CodeTable> with_extent(const CodeTable& table, int axis, uint32_t extent) {
-    std::vector<uint8_t> bytes = table.bytes();
-    store_le<uint32_t>(bytes.data() + EXTENTS_AT + 4 * axis, extent);
-    size_t taken;
-    return CodeTable::parse(bytes.data(), bytes.size(), &taken);
+std::shared_ptr<const CodeTable> with_axis(const CodeTable& table, int axis, uint32_t extent) {
+    BasePattern pattern = table.pattern();
+    if (pattern.extents[0] != 1 || (pattern.row_axes | pattern.column_axes) & 1) return nullptr;
+    std::copy_n(pattern.extents.begin() + 1, axis, pattern.extents.begin());
+    pattern.extents[size_t(axis)] = extent;
+    const unsigned outer = (2u << axis) - 1;  // those that move out by one, and the new one
+    for (uint8_t* axes : {&pattern.row_axes, &pattern.column_axes})
+        *axes = uint8_t((*axes & outer) >> 1 | (*axes & ~outer));
+    return with_pattern(table, pattern, bases_of(table));
+}
+
+std::shared_ptr<const CodeTable> without_axis(const CodeTable& table, int axis) {
+    BasePattern pattern = table.pattern();
+    if ((pattern.row_axes | pattern.column_axes) >> axis & 1) return nullptr;
+    pattern.extents = without_axis(pattern.extents, axis);
+    const unsigned outer = (1u << axis) - 1;
+    for (uint8_t* axes : {&pattern.row_axes, &pattern.column_axes})
+        *axes = uint8_t((*axes & outer) << 1 | (*axes & ~outer));
+    return with_pattern(table, pattern, bases_of(table));
+}
+
+std::array<uint32_t, BasePattern::AXES> without_axis(
+    std::array<uint32_t, BasePattern::AXES> extents, int axis) {
+    std::copy_backward(extents.begin(), extents.begin() + axis, extents.begin() + axis + 1);
+    extents[0] = 1;
+    return extents;
 }
 
 std::shared_ptr<const CodeTable> outer_range(const CodeTable& table, uint32_t count,
@@ -114,12 +143,8 @@ std::shared_ptr<const CodeTable> outer_range(const CodeTable& table, uint32_t co
         kept.insert(kept.end(), bases + first * each, bases + stop * each);
         bases += bases_of_all;
     }
-    std::vector<uint8_t> tier_bits, offsets;
-    for (int tier = 0; tier < table.tier_count(); ++tier)
-        tier_bits.push_back(uint8_t(table.tier_bits(tier)));
-    for (int rank = 0; rank < table.rank_count(); ++rank) offsets.push_back(table.offset(rank));
     *position -= first * step;
-    return CodeTable::make(table.dtype(), tier_bits, offsets, part, kept);
+    return with_pattern(table, part, kept);
 }
 
 std::shared_ptr<CodeEntry> CodeBook::entry(const CodeKey& key) {
@@ -134,22 +159,21 @@ std::shared_ptr<CodeEntry> CodeBook::entry(const CodeKey& key) {
         asked_.pop_front();
     }
     const auto made =
-        entries_.emplace(key, Kept{std::make_shared<CodeEntry>(key, bytes_), {}}).first;
+        entries_.emplace(key, Kept{std::make_shared<CodeEntry>(bytes_), {}}).first;
     made->second.asked = asked_.insert(asked_.end(), &made->first);
     return made->second.entry;
 }
 
-bool CodeBook::put(const CodeKey& key, std::shared_ptr<const CodeTable> table) {
-    const BasePattern& pattern = table->pattern();
-    bool suits = table->dtype() == key.dtype;
-    for (size_t axis = 0; axis < key.extents.size(); ++axis) {
-        if (key.extents[axis] == 0)
-            suits &= !((pattern.row_axes | pattern.column_axes) >> axis & 1);
-        else
-            suits &= pattern.extents[axis] == key.extents[axis];
+bool CodeBook::put(CodeKey key, std::shared_ptr<const CodeTable> table) {
+    for (int axis = 0; axis < BasePattern::AXES && table; ++axis) {
+        if (key.extents[size_t(axis)] != 0) continue;
+        key.extents = without_axis(key.extents, axis);
+        table = without_axis(*table, axis);
     }
-    if (suits) entry(key)->put(std::move(table));
-    return suits;
+    if (!table || table->dtype() != key.dtype || table->pattern().extents != key.extents)
+        return false;
+    entry(key)->put(std::move(table));
+    return true;
 }
 
 CodeBook::Tables CodeBook::tables() const {

@@ -25,7 +25,8 @@ struct CodeKey {
     std::string tensor;
     uint32_t layer = 0;
     uint8_t dtype = 0;
-    std::array<uint32_t, BasePattern::AXES> extents = {1, 1, 1, 1};  // 0: of the token axis
+    // Without the token axis, wherever it lies: pages of either order have the same tables.
+    std::array<uint32_t, BasePattern::AXES> extents = {1, 1, 1, 1};
 
     bool operator<(const CodeKey& other) const {
         return std::tie(model, group_kind, tensor, layer, dtype, extents) <
@@ -34,22 +35,31 @@ struct CodeKey {
     }
 };
 
-// The table of one key, for every extent of its token axis. Any thread may use it.
+// The table of one key, for every place and extent of the token axis. Any thread may use it.
 class CodeEntry {
 public:
     // `book_bytes`: of memory, what all entries of the book hold.
-    CodeEntry(const CodeKey& key, std::shared_ptr<std::atomic<uint64_t>> book_bytes);
+    explicit CodeEntry(std::shared_ptr<std::atomic<uint64_t>> book_bytes);
     CodeEntry(const CodeEntry&) = delete;
     ~CodeEntry() { hold(0); }
 
     using Table = std::shared_ptr<const CodeTable>;
 
-    // For `tokens` as extent of the token axis (without effect where there is none); null: there
-    // is none. Where there is none yet, or it has become worse than it was, `make` is asked for
-    // another first, and who comes meanwhile waits; null: it cannot tell.
-    Table table(uint32_t tokens, const std::function<Table()>& make);
+    // Where tokens lie in a pattern; -1: not in it.
+    struct TokenAxis {
+        int axis = -1;
+        uint32_t extent = 1;
+        bool operator<(const TokenAxis& other) const {
+            return std::tie(axis, extent) < std::tie(other.axis, other.extent);
+        }
+    };
 
-    // With any extent of the token axis, which must not count in any base.
+    // Null: there is none. Where there is none yet, or it has become worse than it was, `make` is
+    // asked for another first, with the token axis as here, and who comes meanwhile waits; null: it
+    // cannot tell.
+    Table table(TokenAxis tokens, const std::function<Table()>& make);
+
+    // Without a token axis.
     void put(Table table);
 
     // `coded_bits` per element is what a part of a chunk came to with the table.
@@ -59,16 +69,15 @@ public:
     Table canonical() const;
 
 private:
-    Table with_tokens(uint32_t tokens);
+    Table with_tokens(TokenAxis tokens);
     bool wants_calibration() const;
     void hold(uint64_t bytes);
 
     const std::shared_ptr<std::atomic<uint64_t>> book_bytes_;
-    const int token_axis_;  // -1: none
     std::mutex calibration_;
     mutable std::mutex mutex_;  // of what follows
     Table table_;
-    std::map<uint32_t, Table> of_tokens_;
+    std::map<TokenAxis, Table> of_tokens_;
     bool has_drifted_ = false;
     double usual_bits_ = 0;   // of the first data that the table coded; 0: none yet
     double drifted_bits_ = 0; // what made it be made again
@@ -77,8 +86,12 @@ private:
     uint64_t bytes_ = 0;      // that it holds
 };
 
-// The same table where its pattern has another extent on an axis that counts in no base.
-std::shared_ptr<const CodeTable> with_extent(const CodeTable& table, int axis, uint32_t extent);
+// The same table where its pattern has one more axis, which counts in no base and for which the
+// outermost one, of extent 1, makes room; and one less. null: there is no room, or the axis counts.
+std::shared_ptr<const CodeTable> with_axis(const CodeTable& table, int axis, uint32_t extent);
+std::shared_ptr<const CodeTable> without_axis(const CodeTable& table, int axis);
+std::array<uint32_t, BasePattern::AXES> without_axis(
+    std::array<uint32_t, BasePattern::AXES> extents, int axis);
 
 // What the elements from `position` on need of the table, `count` of them before the pattern ends:
 // rows and columns of the outermost axis that they touch. `position` becomes that in the new table.
@@ -94,8 +107,9 @@ public:
 
     std::shared_ptr<CodeEntry> entry(const CodeKey& key);
 
-    // False: the table does not suit the key.
-    [[nodiscard]] bool put(const CodeKey& key, std::shared_ptr<const CodeTable> table);
+    // False: the table does not suit the key. An extent of 0 in the key, as books once had it, is a
+    // token axis, which has any extent in the table.
+    [[nodiscard]] bool put(CodeKey key, std::shared_ptr<const CodeTable> table);
 
     using Tables = std::vector<std::pair<CodeKey, std::shared_ptr<const CodeTable>>>;
     Tables tables() const;  // those that there are

@@ -15,6 +15,11 @@ constexpr uint64_t STATE_ELEMENTS_MAX = 4 << 20;  // of a state that is sampled 
 constexpr uint64_t TABLE_SHARE = 200;               // a table inside is cut to what its part needs
 constexpr uint64_t TABLE_SHARE_MIN = 4;             // ... and must be so much smaller than the part
 
+std::array<uint32_t, BasePattern::AXES> bases_extents(const StreamPattern& pattern) {
+    return pattern.token_axis < 0 ? pattern.extents
+                                  : without_axis(pattern.extents, pattern.token_axis);
+}
+
 void append_opaque(uint64_t bytes, std::vector<CodedPart>* parts,
                    std::vector<CodeEntry*>* entries) {
     if (bytes == 0) return;
@@ -46,7 +51,7 @@ void SegmentCoding::append(const std::string& model, const GroupDesc& group, con
     std::shared_ptr<CodeEntry> entry;
     if (element_format(uint8_t(desc.dtype)))
         entry = book_->entry({model, uint8_t(group.kind), desc.name, item.layer,
-                              uint8_t(desc.dtype), tensor.pattern.extents});
+                              uint8_t(desc.dtype), bases_extents(tensor.pattern)});
     for (const Stretch& stretch : stretches(desc, item)) {
         Run run{bytes_, stretch.bytes, number, stretch.tokens, 0, false, nullptr};
         run.lasts = group.kind != GroupKind::RECURRENT &&
@@ -88,7 +93,8 @@ void SegmentCoding::append_part(const Samples& samples, const Run& run, uint64_t
     const uint64_t first = (from - run.offset + width - 1) / width;
     const uint64_t last = (to - run.offset) / width;
     if (first >= last) return append_opaque(to - from, parts, entries);
-    std::shared_ptr<const CodeTable> table = run.entry->table(run.tokens, [&] {
+    const int token_axis = tensor.pattern.token_axis;
+    std::shared_ptr<const CodeTable> table = run.entry->table({token_axis, run.tokens}, [&] {
         *at_hand = false;
         return calibrated(samples, best_sample(run)).table;
     });
@@ -144,7 +150,8 @@ std::optional<Calibration> SegmentCoding::calibrate(const Placement& placement) 
     if (runs_.empty() || !runs_[0].entry) return std::nullopt;
     Calibration made = calibrated(samples_of(placement), best_sample(runs_[0]));
     if (!made.table) return std::nullopt;
-    runs_[0].entry->put(made.table);
+    const int token_axis = tensors_[runs_[0].tensor].pattern.token_axis;
+    runs_[0].entry->put(token_axis < 0 ? made.table : without_axis(*made.table, token_axis));
     return made;
 }
 
