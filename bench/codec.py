@@ -163,6 +163,7 @@ def main(given: list[str] | None = None) -> int:
     own = {name: codec for name, codec in subjects.items() if name == "tiered"}
     facts = machine(codecs.versions(subjects.values()))
     facts["tables"] = options.tables if options.tables in ("own", "first") else "another model's"
+    facts["quick"] = options.quick
     facts |= {"tiered": options.variant or _native.tiered_active(), "chunk_bytes": CHUNK_BYTES}
     records, wrong, measured = [{"machine": facts}], [], []
     print(heading(levels))
