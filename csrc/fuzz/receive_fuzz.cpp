@@ -66,6 +66,12 @@ Honest capture(uint8_t codec, uint32_t blocks, bool is_lossy = false) {
         receiver.feed(0, stream);
         sender.feed(0, receiver.take(0));
     }
+    const bool has_rounded = std::any_of(
+        honest.frames.begin(), honest.frames.end(), [](const Frame& frame) {
+            return frame.type() == FrameType::CHUNK &&
+                   Codec(frame.header.codec) == Codec::QUANTISED;
+        });
+    CHECK_EQ(has_rounded, is_lossy);
     honest.content = receiver.delivered;
     honest.other_content = other.delivered;
     return honest;
