@@ -16,7 +16,7 @@ constexpr uint32_t TIMED_EVERY = 8;  // reading the time that a core took is slo
 constexpr double GAIN_MIN = 1.05, LOSS_MAX = 1.01;  // apart, so that nothing swings to and fro
 constexpr uint32_t PATIENCE_CHUNKS = 8;
 constexpr uint32_t PROBE_EVERY_CHUNKS = 256;
-constexpr uint32_t PROBE_EVERY = 8, PROBE_EVERY_MAX = 256;  // times the length of a probe
+constexpr uint32_t PROBE_EVERY = 16, PROBE_EVERY_MAX = 256;  // times the length of a probe
 constexpr double IDLE_SHARE = 0.5;  // of the time: a side that codes for less is not what bounds
 constexpr uint64_t VETO_MIN_NS = 1'000'000'000, VETO_MAX_NS = 60'000'000'000;
 constexpr uint32_t JUDGED_MIN = 3;  // intervals
