@@ -33,7 +33,8 @@ def lines(encode_s: float, decode_s: float, ratio: float) -> list[str]:
         slowest_s = max(encode_s, wire_s, decode_s)
         transfer_s = chunk_s + (TRANSFER_BYTES / CHUNK_BYTES - 1) * slowest_s
         saved_s = min(encode_s, wire_s)
-        times = "".join(f"{seconds * 1e6:8.0f}" for seconds in (encode_s, wire_s, decode_s, chunk_s))
+        shown = (encode_s, wire_s, decode_s, chunk_s)
+        times = "".join(f"{seconds * 1e6:8.0f}" for seconds in shown)
         found.append(f"{f'{rate} Gbit/s':16}{times}{saved_s * 1e6:15.0f}{saved_s / chunk_s:9.1%}"
                      f"{saved_s / transfer_s:11.2%}")
     return found

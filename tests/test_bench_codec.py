@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import codec as bench_codec  # noqa: E402
-from bench import beside, codecs, kv_sample, tensors, workloads  # noqa: E402
+from bench import beside, chunk_trace, codecs, kv_sample, tensors, workloads  # noqa: E402
 from bench.measure import Unable  # noqa: E402
 from kvwire import _native  # noqa: E402
 from kvwire.tensor_spec import DType  # noqa: E402
@@ -220,6 +220,14 @@ def test_a_model_file_that_is_none_is_refused(tmp_path, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF, it says")
     assert kv_sample.main(["--gguf", str(tmp_path / "bad.gguf")]) == 2
     assert "transformers cannot load" in capsys.readouterr().err
+
+
+def test_split_send_saves_the_coding_of_one_chunk_at_most():
+    heading, *rows = chunk_trace.lines(50e-6, 40e-6, 1.5)
+    assert "saved at most" in heading and len(rows) == 3
+    encode, wire, decode, all_, saved = (float(word) for word in rows[0].split()[2:7])
+    assert (encode, decode, saved) == (50, 40, 50) and all_ == pytest.approx(90 + wire, abs=1)
+    assert wire == pytest.approx((256 << 10) / 1.5 * 8 / (1e9 * 1448 / 1538) * 1e6, rel=0.01)
 
 
 def test_scalar_work_is_timed_after_and_beside_coding(tmp_path):

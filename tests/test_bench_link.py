@@ -55,6 +55,36 @@ def test_rows_have_the_agreed_shape_and_are_verified(laboratory, tmp_path):
         assert row["system"] in done.stdout
 
 
+def test_systems_run_in_turn_and_one_that_fails_stops_alone(monkeypatch, capsys):
+    ran = []
+
+    class Subject:
+        def __init__(self, link, options, system, codec):
+            self.codec = codec
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            ran.append(f"{self.codec} closed")
+
+        def run(self, number):
+            ran.append(self.codec)
+            if self.codec == "broken" and number == 2:
+                raise RuntimeError("no more")
+            return bench_link.Run(1.0, 2 * 10**9, 10**9, True)
+
+    class Unlimited:
+        payload_rate_gbit = None
+
+    monkeypatch.setattr(bench_link, "Bench", Subject)
+    options = bench_link.arguments(["--rounds", "3"])
+    rows = bench_link.measured(Unlimited(), options, [("kvwire", "a"), ("kvwire", "broken")])
+    assert ran == ["a", "broken", "a", "broken", "a", "broken closed", "a closed"]
+    assert [(row["effective_gbit"], row["verified"]) for row in rows] == [(16, True), (None, False)]
+    assert "no more" in capsys.readouterr().err
+
+
 def test_effective_rate_counts_cache_bytes_and_goodput_those_on_the_wire():
     class OneGigabit:
         payload_rate_gbit = 0.8

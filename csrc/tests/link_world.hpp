@@ -355,9 +355,9 @@ inline std::vector<Rounding> roundings_of(const Manifest& manifest, Random& rand
     return roundings;
 }
 
-// A little of everything that the machines' fuzz targets move: one tensor of two chunks, a fused and
-// replicated one, and a state with columns; 7 KiB. Where `is_lossy`, tokens that may be rounded and
-// a recurrent state too: 21 KiB.
+// A little of everything, for fuzz targets: one tensor of two chunks, a fused and replicated one,
+// and a state with columns; 7 KiB. Where `is_lossy`, tokens that may be rounded and a recurrent
+// state too: 21 KiB.
 inline Manifest small_hybrid(uint16_t rank, uint16_t ranks, uint32_t blocks, bool is_lossy) {
     Manifest manifest = hybrid(0, is_lossy ? 150 : 70, rank, ranks, blocks);
     auto& groups = manifest.groups;
