@@ -113,7 +113,8 @@ headers = sorted(glob("csrc/**/*.hpp", recursive=True) + glob("kernels/*.cuh"))
 
 ParallelCompile(default=2, needs_recompile=is_stale).install()
 setup(
-    packages=[*find_packages(include=["kvwire", "kvwire.*"]), "kvwire.kernels"],
+    packages=[*find_packages(include=["kvwire", "kvwire.*"]), "kvwire.kernels",
+              "kvwire.kernels.triton"],
     package_dir={"kvwire": "kvwire", "kvwire.kernels": "kernels"},
     package_data={"kvwire": ["FORMAT.md", "py.typed", "*.pyi"]},
     ext_modules=[
