@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["LANES", "TILE_BYTES", "beginning", "lane_weights", "multiply", "row_step",
+__all__ = ["LANES", "TILE_BYTES", "beginning", "cuda_tables", "lane_weights", "multiply", "row_step",
            "tile_weights", "x_to_the"]
 
 LANES = 1024          # words side by side; each lane goes down its column by Horner's rule
@@ -65,3 +65,24 @@ def lane_weights() -> np.ndarray:
 def tile_weights(count: int) -> np.ndarray:
     """Return uint32 [count]: the factor of the remainder of the tile that so many tiles follow."""
     return np.array([x_to_the(8 * TILE_BYTES * behind) for behind in range(count)], np.uint32)
+
+
+CUDA_LANES = 256
+
+
+@lru_cache(maxsize=1)
+def cuda_tables() -> np.ndarray:
+    """Return uint32: `CrcTables` of kernels/cuda/crc.cuh."""
+    step = x_to_the(32 * CUDA_LANES)
+    single = [multiply(1 << bit, step) for bit in range(32)]
+    table = np.zeros((4, 256), np.uint32)
+    for byte in range(4):
+        for value in range(256):
+            for bit in range(8):
+                table[byte, value] ^= np.uint32(single[8 * byte + bit] * (value >> bit & 1))
+    weights = [x_to_the(32 * (CUDA_LANES - lane)) for lane in range(CUDA_LANES)]
+    powers, power = [], x_to_the(8)
+    for _ in range(64):
+        powers.append(power)
+        power = multiply(power, power)
+    return np.concatenate([table.ravel(), np.array(weights + powers, np.uint32)])

@@ -87,6 +87,22 @@ def unused_bits(plane, count):
 # ---- encoding
 
 @triton.jit
+def code_tier(planes, kept, code, distance, left, shift, WIDTH: tl.constexpr):
+    """Store the planes of a tier that `left` elements came to. Return the distances that go on,
+    by way of `kept`, and how many they are."""
+    i = tl.arange(0, _N)
+    LAST: tl.constexpr = (1 << WIDTH) - 1
+    digit = tl.load(code + distance, mask=i < left, other=0).to(tl.uint32) >> shift & LAST
+    for bit in tl.static_range(WIDTH):
+        store_plane(digit >> bit & 1, planes + bit * ((left + 7) // 8), left)
+    goes_on = (digit == LAST).to(tl.int32)
+    tl.store(kept + tl.cumsum(goes_on, 0) - 1, distance.to(tl.uint8), mask=goes_on != 0)
+    left = tl.sum(goes_on, 0)
+    tl.debug_barrier()
+    return tl.load(kept + i, mask=i < left, other=0).to(tl.uint32), left
+
+
+@triton.jit
 def encode_kernel(raw, strips, numbers, blob, bodies, tails, waiting, lengths,
                   ITEM_BYTES: tl.constexpr, EXPONENT_BITS: tl.constexpr, TIER_BITS: tl.constexpr):
     """A program codes one strip into its scratch. `lengths`: form, body and tail bytes of each.
@@ -125,30 +141,20 @@ def encode_kernel(raw, strips, numbers, blob, bodies, tails, waiting, lengths,
         tail = tails + number * _TAIL_SLOT
         left = count
         tiered_tail = count * 0
+        kept = waiting + number * _TIERS * _N
         shift = 0
         for tier in tl.static_range(_TIERS):
-            WIDTH: tl.constexpr = (TIER_BITS >> (4 * tier)) & 15
-            if WIDTH > 0:
-                here = i < left
-                LAST: tl.constexpr = (1 << WIDTH) - 1
-                digit = tl.load(code + distance, mask=here, other=0).to(tl.uint32)
-                digit = digit >> shift & LAST
-                plane_bytes = (left + 7) // 8
-                for bit in tl.static_range(WIDTH):
-                    if tier == 0:
-                        store_plane(digit >> bit & 1, body + at, left)
-                        at += plane_bytes
-                    else:
-                        store_plane(digit >> bit & 1, tail + tiered_tail, left)
-                        tiered_tail += plane_bytes
-                goes_on = (digit == LAST).to(tl.int32)
-                place = tl.cumsum(goes_on, 0) - 1
-                kept = waiting + (number * _TIERS + tier) * _N
-                tl.store(kept + place, distance.to(tl.uint8), mask=goes_on != 0)
-                left = tl.sum(goes_on, 0)
-                tl.debug_barrier()
-                distance = tl.load(kept + i, mask=i < left, other=0).to(tl.uint32)
-                shift += WIDTH
+            if (TIER_BITS >> (4 * tier)) & 15 > 0:
+                planes_bytes = ((TIER_BITS >> (4 * tier)) & 15) * ((left + 7) // 8)
+                if tier == 0:
+                    planes = body + at
+                    at += planes_bytes
+                else:
+                    planes = tail + tiered_tail
+                    tiered_tail += planes_bytes
+                distance, left = code_tier(planes, kept + tier * _N, code, distance, left, shift,
+                                           (TIER_BITS >> (4 * tier)) & 15)
+                shift += (TIER_BITS >> (4 * tier)) & 15
         tl.store(tail + tiered_tail + i, distance.to(tl.uint8), mask=i < left)
         tiered_tail += left
         shorter = (is_constant == 0) & (at + tiered_tail < count * ITEM_BYTES)
@@ -282,6 +288,27 @@ def move_kernel(raw, chunks, strips, bodies, tails, lengths, places, out):
 # ---- decoding
 
 @triton.jit
+def read_tier(planes, kept, offsets, distances, element, left, WIDTH: tl.constexpr):
+    """Store the distances of those of the `left` elements that end in this tier. Return the
+    elements that go on, by way of `kept`, how many they are, and bits that must be 0."""
+    i = tl.arange(0, _N)
+    LAST: tl.constexpr = (1 << WIDTH) - 1
+    digit = tl.zeros((_N,), tl.int32)
+    unused = left * 0
+    for bit in tl.static_range(WIDTH):
+        plane = planes + bit * ((left + 7) // 8)
+        digit |= load_plane(plane, i, i < left) << bit
+        unused |= unused_bits(plane, left)
+    ends = (i < left) & (digit != LAST)
+    tl.store(distances + element, tl.load(offsets + digit, mask=ends, other=0), mask=ends)
+    goes_on = (digit == LAST).to(tl.int32)
+    tl.store(kept + tl.cumsum(goes_on, 0) - 1, element.to(tl.int16), mask=goes_on != 0)
+    left = tl.sum(goes_on, 0)
+    tl.debug_barrier()
+    return tl.load(kept + i, mask=i < left, other=0).to(tl.int32), left, unused
+
+
+@triton.jit
 def decode_kernel(coded, strips, numbers, blob, waiting, distances, raw, chunk_invalid,
                   ITEM_BYTES: tl.constexpr, EXPONENT_BITS: tl.constexpr, TIER_BITS: tl.constexpr):
     """A program decodes one strip. Planes that break a rule set `chunk_invalid` of its chunk.
@@ -325,37 +352,22 @@ def decode_kernel(coded, strips, numbers, blob, waiting, distances, raw, chunk_i
         tail_at = count * 0
         element = i
         rank = 0
+        kept = waiting + number * _TIERS * _N
         for tier in tl.static_range(_TIERS):
-            WIDTH: tl.constexpr = (TIER_BITS >> (4 * tier)) & 15
-            if WIDTH > 0:
-                LAST: tl.constexpr = (1 << WIDTH) - 1
-                plane_bytes = (left + 7) // 8
-                if tier > 0:  # never beyond the tail: what is missing counts as 0
-                    wrong |= (tail_at + WIDTH * plane_bytes > tail_bytes).to(tl.int32)
+            if (TIER_BITS >> (4 * tier)) & 15 > 0:
+                planes_bytes = ((TIER_BITS >> (4 * tier)) & 15) * ((left + 7) // 8)
+                if tier == 0:
+                    planes = body + at
+                    at += planes_bytes
+                else:  # never beyond the tail: an element too many is none
+                    wrong |= (tail_at + planes_bytes > tail_bytes).to(tl.int32)
                     left = tl.where(wrong != 0, 0, left)
-                    plane_bytes = (left + 7) // 8
-                here = i < left
-                digit = tl.zeros((_N,), tl.int32)
-                for bit in tl.static_range(WIDTH):
-                    if tier == 0:
-                        digit |= load_plane(body + at, i, here) << bit
-                        wrong |= unused_bits(body + at, left)
-                        at += plane_bytes
-                    else:
-                        digit |= load_plane(tail + tail_at, i, here) << bit
-                        wrong |= unused_bits(tail + tail_at, left)
-                        tail_at += plane_bytes
-                goes_on = (here & (digit == LAST)).to(tl.int32)
-                here = here & (digit != LAST)
-                tl.store(mine + element, tl.load(offsets + rank + digit, mask=here, other=0),
-                         mask=here)
-                kept = waiting + (number * _TIERS + tier) * _N
-                tl.store(kept + tl.cumsum(goes_on, 0) - 1, element.to(tl.int16),
-                         mask=goes_on != 0)
-                left = tl.sum(goes_on, 0)
-                tl.debug_barrier()
-                element = tl.load(kept + i, mask=i < left, other=0).to(tl.int32)
-                rank += LAST
+                    planes = tail + tail_at
+                    tail_at += planes_bytes
+                element, left, unused = read_tier(planes, kept + tier * _N, offsets + rank, mine,
+                                                  element, left, (TIER_BITS >> (4 * tier)) & 15)
+                wrong |= unused
+                rank += (1 << ((TIER_BITS >> (4 * tier)) & 15)) - 1
         wrong |= (tail_at + left != tail_bytes).to(tl.int32)
         here = i < tl.where(wrong == 0, left, 0)
         literal = tl.load(tail + tail_at + i, mask=here, other=0)
