@@ -100,6 +100,7 @@ class CodePlan:
         blob: uint8.
         strips_of: numbers of the strips of each format.
         out_bytes: of all slots; that of a chunk has its raw bytes, rounded up.
+        sources: the parts of each chunk.
     """
 
     chunks: np.ndarray
@@ -108,6 +109,7 @@ class CodePlan:
     blob: np.ndarray
     strips_of: Mapping[Format, np.ndarray]
     out_bytes: int
+    sources: tuple[Sequence[Part], ...]
 
     @classmethod
     def of_chunks(cls, chunks: Sequence[tuple[int, Sequence[Part]]]) -> CodePlan:
@@ -145,7 +147,8 @@ class CodePlan:
                     formats.append(format_of(table))
                 at += part.raw_bytes
         return cls(_rows(chunk_rows, CHUNK), _rows(part_rows, PART_ROW), _rows(strip_rows, STRIP),
-                   np.frombuffer(bytes(blob.data) or b"\0", np.uint8), _by_format(formats), out)
+                   np.frombuffer(bytes(blob.data) or b"\0", np.uint8), _by_format(formats), out,
+                   tuple(parts for _, parts in chunks))
 
 
 def _cut(raw_bytes: int, width: int) -> list[tuple[int, int]]:

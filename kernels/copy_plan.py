@@ -43,12 +43,14 @@ class CopyPlan:
         block_ids: int64, all tables one after another.
         bytes: of the segment.
         word_bytes: 1, 2, 4, 8 or 16: what divides every offset, stride, address and run.
+        placements: the planner's, of each item; they keep the memory alive.
     """
 
     legs: np.ndarray
     block_ids: np.ndarray
     bytes: int
     word_bytes: int
+    placements: tuple = ()
 
     @classmethod
     def of_items(cls, spec: CacheSpec, items: Sequence[Item], memory: CacheMemory,
@@ -65,11 +67,9 @@ class CopyPlan:
         Raises:
             As `kvwire.plan.place`.
         """
-        plans = []
-        for item in items:
-            placement = place(spec, [item], memory)
-            blocks = (block_counts or {}).get(item.group_index)
-            plans.append(_item_rows(placement.pieces(), blocks))
+        placements = tuple(place(spec, [item], memory) for item in items)
+        plans = [_item_rows(placement.pieces(), (block_counts or {}).get(item.group_index))
+                 for item, placement in zip(items, placements)]
         legs, ids, wire_bytes, entries = [], [], 0, 0
         for rows, table, item_bytes in plans:
             rows[:, WIRE_OFFSET] += wire_bytes
@@ -80,7 +80,7 @@ class CopyPlan:
             entries += len(table)
         legs = np.concatenate(legs or [np.empty((0, LEG_COLUMNS), np.int64)])
         return cls(legs, np.concatenate([*ids, np.zeros(1, np.int64)]), wire_bytes,
-                   _word_bytes(legs))
+                   _word_bytes(legs), placements)
 
     def tile_starts(self, rows: int, columns: int, word_bytes: int) -> np.ndarray:
         """Return the first tile of each leg and, last, how many there are; int64 [legs + 1].

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +23,14 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefin
 
 
 @lru_cache(maxsize=1)
-def library(folder):
+def library():
     compiler = os.environ.get("CXX", "g++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"{compiler[0]} is not here")
-    path = f"{folder}/host.so"
-    subprocess.run([*compiler, *FLAGS, SOURCES / "host.cpp", "-o", path], check=True)
-    return ctypes.CDLL(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/host.so"
+        subprocess.run([*compiler, *FLAGS, SOURCES / "host.cpp", "-o", path], check=True)
+        return ctypes.CDLL(path)
 
 
 def call(function, *args):
@@ -49,8 +51,8 @@ def aligned(size, fill=0):
 class Host:
     """Runs what the driver runs on a GPU. A segment is an array or a CopyPlan."""
 
-    def __init__(self, folder):
-        self.library = library(folder)
+    def __init__(self):
+        self.library = library()
         self.bad_entry = np.array([NO_BAD_ENTRY])
 
     def copy(self, plan: CopyPlan, segment, pack, rows=4, words=64):

@@ -18,8 +18,8 @@ from kvwire.tiered import CodeTable, Part, decode_tiered, element_format, encode
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return Host(tmp_path_factory.mktemp("cuda"))
+def host():
+    return Host()
 
 
 @settings(max_examples=60)

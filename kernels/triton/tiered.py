@@ -288,6 +288,23 @@ def move_kernel(raw, chunks, strips, bodies, tails, lengths, places, out):
 # ---- decoding
 
 @triton.jit
+def read_verbatim(body, count, VERBATIM: tl.constexpr):
+    """Return the verbatim values of `count` elements, and bits that must be 0."""
+    i = tl.arange(0, _N)
+    WHOLE: tl.constexpr = VERBATIM // 8
+    value = tl.zeros((_N,), tl.uint32)
+    for byte in tl.static_range(WHOLE):
+        here = tl.load(body + i * WHOLE + byte, mask=i < count, other=0)
+        value |= here.to(tl.uint32) << (8 * byte)
+    unused = count * 0
+    for bit in tl.static_range(8 * WHOLE, VERBATIM):
+        plane = body + count * WHOLE + (bit - 8 * WHOLE) * ((count + 7) // 8)
+        value |= load_plane(plane, i, i < count).to(tl.uint32) << bit
+        unused |= unused_bits(plane, count)
+    return value, unused
+
+
+@triton.jit
 def read_tier(planes, kept, offsets, distances, element, left, WIDTH: tl.constexpr):
     """Store the distances of those of the `left` elements that end in this tier. Return the
     elements that go on, by way of `kept`, how many they are, and bits that must be 0."""
@@ -333,18 +350,8 @@ def decode_kernel(coded, strips, numbers, blob, waiting, distances, raw, chunk_i
     elif TIER_BITS != 0:
         BITS: tl.constexpr = 8 * ITEM_BYTES
         VERBATIM: tl.constexpr = BITS - EXPONENT_BITS
-        WHOLE: tl.constexpr = VERBATIM // 8
-        rotated = tl.zeros((_N,), tl.uint32)
-        for byte in tl.static_range(WHOLE):
-            rotated |= tl.load(body + i * WHOLE + byte, mask=held, other=0).to(tl.uint32) \
-                << (8 * byte)
-        plane_bytes = (count + 7) // 8
-        at = count * WHOLE
-        wrong = count * 0
-        for bit in tl.static_range(8 * WHOLE, VERBATIM):
-            rotated |= load_plane(body + at, i, held).to(tl.uint32) << bit
-            wrong |= unused_bits(body + at, count)
-            at += plane_bytes
+        rotated, wrong = read_verbatim(body, count, VERBATIM)
+        at = count * (VERBATIM // 8) + VERBATIM % 8 * ((count + 7) // 8)
         tail_bytes = tl.load(strip + _TAIL_BYTES).to(tl.int32)
         offsets = blob + tl.load(strip + _CODE_AT) + _OFFSETS_AT
         mine = distances + number * _N
