@@ -45,7 +45,7 @@ class Driver:
     def __init__(self, ordinal: int = 0):
         if absent := why_no_library():
             raise UnsupportedError(absent)
-        self._library = ctypes.CDLL(LIBRARY)
+        self.library = ctypes.CDLL(LIBRARY)
         self._call("cuInit", ctypes.c_uint(0))
         device, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
@@ -58,9 +58,10 @@ class Driver:
         self._call("cuModuleLoadData", ctypes.byref(module), FATBIN.read_bytes())
         self._module = module
         self._kernels: dict[str, ctypes.c_void_p] = {}
+        self.timed, self.kernel_s = False, 0.0  # while timed, launches are waited for and added up
 
     def _call(self, name: str, *args) -> None:
-        if result := getattr(self._library, name)(*args):
+        if result := getattr(self.library, name)(*args):
             raise error_of(result, name)
 
     def attach(self) -> None:
@@ -77,8 +78,33 @@ class Driver:
         values = [ctypes.c_int64(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         u = ctypes.c_uint
+        marks = [self._mark(stream)] if self.timed else []
         self._call("cuLaunchKernel", self._kernels[kernel], u(grid[0]), u(grid[1]), u(1),
                    u(THREADS), u(1), u(1), u(0), ctypes.c_void_p(stream), pointers, None)
+        if marks:
+            self.kernel_s += self._since(marks[0], self._mark(stream))
+
+    def copy(self, target: int, source: int, count: int) -> None:
+        """Copy within the device, timed as kernels are."""
+        marks = [self._mark(0)] if self.timed else []
+        self._call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
+                   ctypes.c_size_t(count), ctypes.c_void_p(0))
+        if marks:
+            self.kernel_s += self._since(marks[0], self._mark(0))
+
+    def _mark(self, stream: int) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        self._call("cuEventRecord", event, ctypes.c_void_p(stream))
+        return event
+
+    def _since(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        passed_ms = ctypes.c_float()
+        self._call("cuEventSynchronize", end)
+        self._call("cuEventElapsedTime", ctypes.byref(passed_ms), begin, end)
+        for event in (begin, end):
+            self._call("cuEventDestroy_v2", event)
+        return passed_ms.value / 1000
 
     def allocate(self, count: int) -> int:
         address = ctypes.c_uint64()
