@@ -58,7 +58,7 @@ def test_any_two_layouts(pair, seed):
 
 
 @pytest.mark.long
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(sides(), st.integers(0, 2**32))
 def test_any_two_layouts_at_length(pair, seed):
     check(*pair, seed)
