@@ -39,6 +39,7 @@ def test_triton_kernels_compile_without_spills(tmp_path, only):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_cuda_sources_compile_without_warnings_or_spills(tmp_path):
     said = run(NVCC, "--options-file", KERNELS / "cuda" / "nvcc.options", "-Xptxas=-v",

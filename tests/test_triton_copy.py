@@ -58,7 +58,8 @@ def test_any_two_layouts(pair, seed):
 
 
 @pytest.mark.long
-@settings(max_examples=100)
+@pytest.mark.timeout(1200)
+@settings(max_examples=60)
 @given(sides(), st.integers(0, 2**32))
 def test_any_two_layouts_at_length(pair, seed):
     check(*pair, seed)

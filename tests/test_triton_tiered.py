@@ -69,7 +69,7 @@ SHAPES = [(1,), (4,), (2, 2), (1, 2, 3), (3, 3), (2, 2, 2, 2), (1, 1, 1)]
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind, tier_bits", zip(KINDS, SHAPES))
+@pytest.mark.parametrize("kind, tier_bits", list(zip(KINDS, SHAPES)))
 def test_all_kinds_of_bytes(dtype, kind, tier_bits):
     form = element_format(dtype)
     if sum((1 << bits) - 1 for bits in tier_bits) > 1 << form.exponent_bits:
