@@ -26,6 +26,7 @@ def test_rows_of_the_cpu_are_verified(tmp_path, capsys):
     assert record["rows"][3]["ratio"] > 1.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", gpu.MODELS)
 def test_states_of_the_models_are_cases(model):
     case, = gpu.cases(backends.load("cpu"), [], (), (model,))
