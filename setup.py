@@ -1,7 +1,7 @@
 """Build rules only; metadata lives in pyproject.toml.
 
-KVWIRE_CUDA=auto|0|1 decides whether ``kernels/*.cu`` are compiled into the extension:
-``auto`` does so when nvcc is found, ``1`` insists. Nothing here needs torch or a GPU.
+KVWIRE_CUDA=auto|0|1 decides whether ``kernels/cuda`` is compiled to a fatbin, which is loaded where
+there is a GPU: ``auto`` does so when nvcc is found, ``1`` insists. Nothing here needs torch or one.
 KVWIRE_TLS=auto|0|1 decides likewise whether TLS is built, with the system's OpenSSL: ``auto``
 does so when a program can be compiled and linked with it. The build says which it was.
 """
@@ -22,7 +22,9 @@ from setuptools.command.build_ext import build_ext
 CUDA_MODE = os.environ.get("KVWIRE_CUDA", "auto")
 TLS_MODE = os.environ.get("KVWIRE_TLS", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-CUDA_SOURCES = sorted(glob("kernels/*.cu"))
+CUDA_SOURCES = sorted(glob("kernels/cuda/*.cu") + glob("kernels/cuda/*.cuh"))
+CUDA_FLAGS = "kernels/cuda/nvcc.options"
+FATBIN = "cuda/kvwire.fatbin"
 
 for name, mode in (("KVWIRE_CUDA", CUDA_MODE), ("KVWIRE_TLS", TLS_MODE)):
     if mode not in ("auto", "0", "1"):
@@ -68,8 +70,7 @@ class BuildExt(build_ext):
     def finalize_options(self):
         super().finalize_options()
         # One place for editable, in-place and wheel builds, so that none compiles twice.
-        self.build_temp = (f".build/{sys.implementation.cache_tag}-cuda{int(USE_CUDA)}"
-                           f"-tls{int(USE_TLS)}")
+        self.build_temp = f".build/{sys.implementation.cache_tag}-tls{int(USE_TLS)}"
 
     def run(self):
         # Two builds at once would write the same objects.
@@ -79,29 +80,19 @@ class BuildExt(build_ext):
         with open(f"{self.build_temp}/lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             super().run()
+            if USE_CUDA:
+                self.build_fatbin()
 
-    def build_extension(self, ext):
-        self.compiler.src_extensions.append(".cu")
-        compile_host = self.compiler._compile
-
-        def compile_one(obj, src, suffix, cc_args, extra, pp_opts):
-            if suffix == ".cu":
-                flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-MMD"]
-                self.compiler.spawn([NVCC, *pp_opts, *flags, "-c", src, "-o", obj])
-            else:
-                compile_host(obj, src, suffix, cc_args, extra, pp_opts)
-
-        self.compiler._compile = compile_one
-        super().build_extension(ext)
-
-
-def cuda_library_dir():
-    """Directory of libcudart_static.a, found beside the nvcc that compiles."""
-    for home in (Path(NVCC).resolve().parents[1], *sorted(Path("/usr/local").glob("cuda*"))):
-        for lib in ("lib64", "lib"):
-            if (home / lib / "libcudart_static.a").exists():
-                return str(home / lib)
-    raise SystemExit(f"{NVCC} was found but libcudart_static.a was not; set KVWIRE_CUDA=0")
+    def build_fatbin(self):
+        folder = Path("kernels") if self.inplace else Path(self.build_lib, "kvwire/kernels")
+        fatbin = folder / FATBIN
+        newest = max(os.path.getmtime(source) for source in (*CUDA_SOURCES, CUDA_FLAGS))
+        if fatbin.exists() and fatbin.stat().st_mtime > newest:
+            return
+        fatbin.parent.mkdir(parents=True, exist_ok=True)
+        made = f"{self.build_temp}/kvwire.fatbin"
+        self.spawn([NVCC, "--options-file", CUDA_FLAGS, "kernels/cuda/kvwire.cu", "-o", made])
+        shutil.copyfile(made, fatbin)
 
 
 sources = sorted(
@@ -109,28 +100,27 @@ sources = sorted(
     for path in glob("csrc/**/*.cpp", recursive=True)
     if not path.startswith(("csrc/tests/", "csrc/fuzz/"))
 )
-headers = sorted(glob("csrc/**/*.hpp", recursive=True) + glob("kernels/*.cuh"))
+headers = sorted(glob("csrc/**/*.hpp", recursive=True))
 
 ParallelCompile(default=2, needs_recompile=is_stale).install()
 setup(
-    packages=[*find_packages(include=["kvwire", "kvwire.*"]), "kvwire.kernels"],
+    packages=[*find_packages(include=["kvwire", "kvwire.*"]), "kvwire.kernels",
+              "kvwire.kernels.triton"],
     package_dir={"kvwire": "kvwire", "kvwire.kernels": "kernels"},
-    package_data={"kvwire": ["FORMAT.md", "py.typed", "*.pyi"]},
+    package_data={"kvwire": ["FORMAT.md", "py.typed", "*.pyi"], "kvwire.kernels": [FATBIN]},
     ext_modules=[
         Pybind11Extension(
             "kvwire._native",
-            sources + (CUDA_SOURCES if USE_CUDA else []),
+            sources,
             cxx_std=17,
             include_dirs=["csrc"],
             depends=headers,
-            define_macros=[("KVWIRE_CUDA", str(int(USE_CUDA))), ("KVWIRE_TLS", str(int(USE_TLS)))],
+            define_macros=[("KVWIRE_TLS", str(int(USE_TLS)))],
             extra_compile_args=[
                 *("-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0", "-MMD", "-pthread"),
             ],
             extra_link_args=["-pthread"],
-            libraries=["dl"] + (["cudart_static", "rt"] if USE_CUDA else [])
-            + (["ssl", "crypto"] if USE_TLS else []),
-            library_dirs=[cuda_library_dir()] if USE_CUDA else [],
+            libraries=["dl"] + (["ssl", "crypto"] if USE_TLS else []),
         )
     ],
     cmdclass={"build_ext": BuildExt},

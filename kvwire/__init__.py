@@ -45,8 +45,9 @@ __all__ = ["__version__", "backends", *sorted(_HOME)]
 
 def backends() -> dict[str, object]:
     """Say which variants this process uses: checksum, codecs, kernels of the tiered code and of the
-    lossy rungs; and the OpenSSL that TLS was built with, None if it was not. Forced by environment
-    variables (KVWIRE_CRC32C, KVWIRE_LZ4, KVWIRE_TIERED, KVWIRE_QUANTISED)."""
+    lossy rungs, back end for device memory; and the OpenSSL that TLS was built with, None if it was
+    not. Forced by environment variables (KVWIRE_CRC32C, KVWIRE_LZ4, KVWIRE_TIERED,
+    KVWIRE_QUANTISED, KVWIRE_BACKEND)."""
     native = import_module("kvwire._native")
     names = ("raw", "lz4", "tiered", "quantised")
     codecs = [name for bit, name in enumerate(names)
@@ -54,7 +55,9 @@ def backends() -> dict[str, object]:
     return {"crc32c": native.crc32c_active(), "crc32c_variants": native.crc32c_variants(),
             "codecs": codecs, "tiered": native.tiered_active(),
             "tiered_variants": native.tiered_variants(), "quantised": native.quantised_active(),
-            "quantised_variants": native.quantised_variants(), "tls": native.tls_library()}
+            "quantised_variants": native.quantised_variants(),
+            "backend": import_module("kvwire.kernels.backends").choose(),
+            "tls": native.tls_library()}
 
 
 def __getattr__(name: str) -> object:

@@ -125,7 +125,7 @@ def include_against_the_arrows(path, text):
 PYTHON = ("kvwire/*.py", "kernels/*.py", "bench/*.py", "tests/*.py", "setup.py")
 CPP = ("csrc/*.cpp", "csrc/*.hpp")
 RULES = [
-    (too_big, PYTHON + CPP + ("kernels/*.cu", "kernels/*.cuh")),
+    (too_big, PYTHON + CPP + ("kernels/*.cu", "kernels/*.cuh", "kernels/*.cpp")),
     (long_function, PYTHON),
     (eager_heavy_import, PYTHON),
     (unsafe_import, PYTHON),

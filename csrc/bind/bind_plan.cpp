@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -121,6 +122,33 @@ py::bytes gather(const Placement& placement, uint64_t offset, uint64_t bytes) {
     return py::bytes(out);
 }
 
+// (counts, table steps, block ids or None, legs) of each piece; a leg is (address, strides, block
+// stride, table start, run bytes).
+py::list pieces(const Placement& placement) {
+    py::list found;
+    std::map<const void*, py::object> tables;
+    for (const Piece& piece : placement.pieces()) {
+        py::object table = py::none();
+        if (piece.block_ids) {
+            py::object& kept = tables[piece.block_ids.get()];
+            if (!kept)
+                kept = py::array_t<int64_t>(py::ssize_t(piece.block_ids->size()),
+                                            piece.block_ids->data());
+            table = kept;
+        }
+        py::list legs;
+        for (const Piece::Leg& leg : piece.legs) {
+            const std::vector<int64_t> strides(leg.stride, leg.stride + piece.level_count);
+            legs.append(py::make_tuple(reinterpret_cast<uintptr_t>(leg.base), strides,
+                                       leg.block_stride, leg.table_start, leg.run_bytes));
+        }
+        const std::vector<uint64_t> counts(piece.count, piece.count + piece.level_count);
+        const std::vector<uint64_t> steps(piece.table_step, piece.table_step + piece.level_count);
+        found.append(py::make_tuple(counts, steps, table, legs));
+    }
+    return found;
+}
+
 void scatter(const Placement& placement, uint64_t offset, const py::bytes& data) {
     const std::string_view in = data;
     const py::gil_scoped_release release;
@@ -170,6 +198,9 @@ void register_plan(py::module_& module) {
         .def_property_readonly("piece_count", &Placement::piece_count)
         .def("extents", &extents, py::arg("offset"), py::arg("bytes"), py::arg("iov_max") = 1024,
              "(address, bytes) of each run; address 0 where bytes have no place.")
+        .def("pieces", &pieces,
+             "(counts, table steps, block ids or None, legs) of each piece in wire order; a leg is "
+             "(address, strides, block stride, table start, run bytes), address 0: skipped.")
         .def("gather", &gather, py::arg("offset"), py::arg("bytes"))
         .def("scatter", &scatter, py::arg("offset"), py::arg("data"))
         .def("crc32c", &Placement::crc32c, py::arg("offset"), py::arg("bytes"),

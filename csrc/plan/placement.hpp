@@ -85,6 +85,8 @@ public:
     uint32_t crc32c(uint64_t offset, uint64_t bytes, uint32_t crc = 0) const;
 
     size_t piece_count() const { return pieces_.size(); }
+    // In wire order; what a device copies by.
+    const std::vector<Piece>& pieces() const { return pieces_; }
 
 private:
     friend void zero_missing_columns(const GroupDesc&, const Item&, const MemoryMap&);

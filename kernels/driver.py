@@ -1,0 +1,147 @@
+"""The CUDA driver, loaded where it is: no CUDA library is linked, and none is needed to import.
+
+Written from the driver API's documentation. It has not yet run on a GPU: see kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from kvwire.errors import ErrorCode, InternalError, LimitError, UnsupportedError
+
+__all__ = ["Driver", "FATBIN", "error_of", "why_no_library", "why_not"]
+
+LIBRARY = "libcuda.so.1"
+FATBIN = Path(__file__).parent / "cuda" / "kvwire.fatbin"
+THREADS = 256  # of a block: kernels/cuda/cta.cuh
+
+OUT_OF_MEMORY, NOT_READY = 2, 600
+# What says that there is nothing to run on; the rest leaves a context that is lost.
+ABSENT = {3: "not initialised", 34: "a stub library", 35: "a driver older than the fatbin",
+          100: "no device", 101: "no such device", 209: "no code for this device", 803: "driver "
+          "and library disagree"}
+
+
+def error_of(result: int, call: str) -> Exception:
+    """Return the error that stands for the driver's answer `result` to `call`."""
+    if result == OUT_OF_MEMORY:
+        return LimitError(f"{call}: the device is out of memory: code fewer chunks at a time, or "
+                          "leave kvwire more", code=ErrorCode.RESOURCES_EXHAUSTED, actual=result)
+    if result in ABSENT:
+        return UnsupportedError(f"{call}: {ABSENT[result]}; KVWIRE_BACKEND=cpu does without",
+                                actual=result)
+    return InternalError(f"{call}: CUDA error {result}: the device's context is lost; transfers "
+                         "in flight have failed, and the process must be started anew",
+                         actual=result)
+
+
+class Driver:
+    """One device's primary context, which torch uses too. Addresses are plain integers."""
+
+    def __init__(self, ordinal: int = 0):
+        if absent := why_no_library():
+            raise UnsupportedError(absent)
+        self.library = ctypes.CDLL(LIBRARY)
+        self._call("cuInit", ctypes.c_uint(0))
+        device, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self._context = context
+        if not FATBIN.exists():
+            raise UnsupportedError("kvwire was built without CUDA kernels: install it where nvcc "
+                                   "is, or use KVWIRE_BACKEND=triton")
+        self._call("cuModuleLoadData", ctypes.byref(module), FATBIN.read_bytes())
+        self._module = module
+        self._kernels: dict[str, ctypes.c_void_p] = {}
+        self.timed, self.kernel_s = False, 0.0  # while timed, launches are waited for and added up
+
+    def _call(self, name: str, *args) -> None:
+        if result := getattr(self.library, name)(*args):
+            raise error_of(result, name)
+
+    def attach(self) -> None:
+        """Make the context this thread's: every thread that calls must do so once."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def launch(self, kernel: str, grid: tuple[int, int], args: list[int], stream: int = 0) -> None:
+        """Enqueue a kernel. Numbers go as 8 bytes, which serve for 4 as well."""
+        if kernel not in self._kernels:
+            function = ctypes.c_void_p()
+            self._call("cuModuleGetFunction", ctypes.byref(function), self._module,
+                       kernel.encode())
+            self._kernels[kernel] = function
+        values = [ctypes.c_int64(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        u = ctypes.c_uint
+        marks = [self._mark(stream)] if self.timed else []
+        self._call("cuLaunchKernel", self._kernels[kernel], u(grid[0]), u(grid[1]), u(1),
+                   u(THREADS), u(1), u(1), u(0), ctypes.c_void_p(stream), pointers, None)
+        if marks:
+            self.kernel_s += self._since(marks[0], self._mark(stream))
+
+    def copy(self, target: int, source: int, count: int) -> None:
+        """Copy within the device, timed as kernels are."""
+        marks = [self._mark(0)] if self.timed else []
+        self._call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
+                   ctypes.c_size_t(count), ctypes.c_void_p(0))
+        if marks:
+            self.kernel_s += self._since(marks[0], self._mark(0))
+
+    def _mark(self, stream: int) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        self._call("cuEventRecord", event, ctypes.c_void_p(stream))
+        return event
+
+    def _since(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        passed_ms = ctypes.c_float()
+        self._call("cuEventSynchronize", end)
+        self._call("cuEventElapsedTime", ctypes.byref(passed_ms), begin, end)
+        for event in (begin, end):
+            self._call("cuEventDestroy_v2", event)
+        return passed_ms.value / 1000
+
+    def allocate(self, count: int) -> int:
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(count, 1)))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def write(self, address: int, data: np.ndarray) -> None:
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address),
+                   ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes))
+
+    def read(self, address: int, data: np.ndarray) -> None:
+        """Copy to `data`, once all that was enqueued on the default stream has run."""
+        self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(data.ctypes.data),
+                   ctypes.c_uint64(address), ctypes.c_size_t(data.nbytes))
+
+
+@lru_cache(maxsize=None)
+def _first() -> Driver:
+    return Driver()
+
+
+def why_no_library() -> str:
+    """Say why the driver's library cannot be loaded; empty where it can."""
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        return f"there is no CUDA driver here: {error}"
+    return ""
+
+
+def why_not() -> str:
+    """Say why the CUDA kernels cannot run here; empty where they can."""
+    try:
+        _first()
+    except (UnsupportedError, LimitError, InternalError) as error:
+        return str(error)
+    return ""

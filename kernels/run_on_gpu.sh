@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds, checks and times every kernel on this machine's GPU; figures go to bench/results/gpu-*.json.
+#   kernels/run_on_gpu.sh [MIB...]        (default 256 1024)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+SIZES=("$@")
+[ ${#SIZES[@]} -gt 0 ] || SIZES=(256 1024)
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+KVWIRE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
+"$PYTHON" -m pytest -q -m gpu tests
+
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+        timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 3 \
+            "$PYTHON" -m bench.gpu --backend cuda --mib 1 --pages 4096 --models
+    done
+else
+    echo "compute-sanitizer is not here: memory errors were not looked for" >&2
+fi
+
+name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
+for backend in cuda triton; do
+    "$PYTHON" -m bench.gpu --backend "$backend" --mib "${SIZES[@]}" \
+        --json "bench/results/gpu-$name-$backend.json"
+done

@@ -1,0 +1,1 @@
+"""Triton kernels: portable, and the ones to read. The CUDA sources are held to the same results."""

@@ -1,0 +1,149 @@
+"""The CUDA device functions on the CPU: bit for bit what planner and reference say."""
+
+import numpy as np
+import pytest
+from cuda_host import NO_BAD_ENTRY, Host, aligned, aligned_copy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import Side, sides
+from test_tiered import KINDS, code_tables, kinds_of_bytes
+
+from kvwire import _native, plan
+from kvwire.control import Item
+from kvwire.errors import ErrorCode, KvwireError
+from kvwire.kernels.code_plan import CodePlan, Payload
+from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.layout import CacheSpec, DType, attention
+from kvwire.tiered import CodeTable, Part, decode_tiered, element_format, encode_tiered
+
+
+@pytest.fixture(scope="module")
+def host():
+    return Host()
+
+
+@settings(max_examples=60)
+@given(sides(), st.integers(0, 2**32), st.sampled_from([(1, 1), (4, 16), (32, 64)]))
+def test_copies_equal_the_planner(host, pair, seed, shape):
+    sent, held, tokens = pair
+    source, target = Side(sent, tokens, seed), Side(held, tokens, seed + 1, writable=True)
+    source.fill()
+    items = source.memory.items(sent.groups[0].layers[0])
+    reading = CopyPlan.of_items(sent, items, source.memory)
+    writing = CopyPlan.of_items(sent, items, target.memory)
+    segment = aligned(reading.bytes)
+    host.copy(reading, segment, True, *shape)
+    data = plan.gather(sent, items, source.memory.leaves)
+    assert segment.tobytes() == data
+
+    chunks = [(at, min(1000, len(data) - at)) for at in range(0, len(data), 1000)]
+    crcs = [_native.crc32c(data[at:at + size]) for at, size in chunks]
+    assert host.crc(chunks, reading) == host.crc(chunks, segment) == crcs
+
+    before = target.snapshot()
+    plan.scatter(sent, items, target.memory.leaves, data)
+    expected = target.snapshot()
+    target.restore(before)
+    host.copy(writing, segment, False, *shape)
+    for raw, want in zip(target.storage, expected):
+        np.testing.assert_array_equal(raw, want)
+    assert host.bad_entry[0] == NO_BAD_ENTRY
+
+
+@st.composite
+def chunks_of_parts(draw):
+    """Return raw bytes and the parts that cover them."""
+    raw, parts = b"", []
+    for number in range(draw(st.integers(1, 3))):
+        table = draw(st.none() | code_tables(window=24))
+        width = element_format(table.dtype).item_bytes if table else 1
+        count = draw(st.sampled_from([1, 7, 8, 33, 4095, 4096, 5000]) | st.integers(1, 9000))
+        kind = draw(st.sampled_from(KINDS))
+        raw += kinds_of_bytes(kind, count * width, width, draw(st.integers(0, 99))) \
+            if width > 1 or table else np.random.default_rng(count).bytes(count)
+        position = draw(st.integers(0, table.period - 1)) if table else 0
+        parts.append(Part(count * width, table, position, draw(st.sampled_from([0, 5 + number]))))
+    return raw, parts
+
+
+@settings(max_examples=120)
+@given(chunks_of_parts(), st.integers(0, 3))
+def test_payloads_equal_the_reference(host, chunk, lead):
+    raw, parts = chunk
+    expected = encode_tiered(raw, parts)
+    codes = CodePlan.of_chunks([(lead, parts), (0, [Part(max(lead, 1))])])
+    padded = aligned_copy(bytes(lead) + raw)
+    slots, crcs = host.encode(codes, padded)
+    assert slots[0] == (expected if len(expected) < len(raw) else raw)
+    assert crcs[0] == _native.crc32c(raw)
+
+    tables = {part.table_index: part.table for part in parts if part.table}
+    got = aligned(len(padded), 0xA5)
+    invalid, crcs = host.decode([Payload(expected, 0, lead, len(raw))], expected, got, tables)
+    assert (got[lead:].tobytes(), invalid, crcs) == (raw, [0], [_native.crc32c(raw)])
+
+
+@settings(max_examples=150)
+@given(chunks_of_parts(), st.randoms(use_true_random=False))
+def test_flipped_payloads_are_refused_alike(host, chunk, random):
+    raw, parts = chunk
+    tables = {part.table_index: part.table for part in parts if part.table}
+    bad = bytearray(encode_tiered(raw, parts))
+    for _ in range(random.randint(1, 3)):
+        bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
+    bad = bytes(bad)
+    try:
+        expected = decode_tiered(bad, len(raw), tables.get)
+    except KvwireError as error:
+        expected = error.code
+    got = aligned(len(raw))
+    try:
+        (invalid,), crcs = host.decode([Payload(bad, 0, 0, len(raw))], bad, got, tables)
+        got = ErrorCode.CODED_INVALID if invalid else got.tobytes()
+    except KvwireError as error:
+        got = error.code
+    assert got == expected
+
+
+@pytest.mark.parametrize("order", ["NHD", "HND"])
+def test_coded_from_pages_and_decoded_into_pages(host, order):
+    def side(seed, block_tokens):
+        spec = CacheSpec("m", (attention([3], kv_heads=2, head_dim=64, block_tokens=block_tokens,
+                                         order=order),))
+        return spec, Side(spec, (0, 50), seed, writable=True)
+
+    sent, source = side(1, 16)
+    _, target = side(2, 8)
+    for array in source.arrays.values():
+        array[...] = np.frombuffer(kinds_of_bytes("gauss", 2 * array.size, 2, 5),
+                                   np.uint16).reshape(array.shape)
+    items = [Item(0, 0, 3, 0, 50), Item(0, 1, 3, 0, 50)]
+    raw = plan.gather(sent, items, source.memory.leaves)
+    half = len(raw) // 2
+    parts = [Part(half, CodeTable.of_elements(raw, DType.BF16))] * 2
+    codes = CodePlan.of_chunks([(0, parts[:1]), (half, parts[1:])])
+    slots, crcs = host.encode(codes, CopyPlan.of_items(sent, items, source.memory))
+    assert slots == [encode_tiered(raw[at:at + half], parts[:1]) for at in (0, half)]
+    assert crcs == [_native.crc32c(raw[at:at + half]) for at in (0, half)]
+
+    payloads = [Payload(slots[0], 0, 0, half), Payload(slots[1], len(slots[0]), half, half)]
+    invalid, written = host.decode(payloads, b"".join(slots),
+                                   CopyPlan.of_items(sent, items, target.memory))
+    assert (invalid, written) == ([0, 0], crcs)
+    assert plan.gather(sent, items, target.memory.leaves) == raw
+
+
+@pytest.mark.parametrize("block", [-1, 1 << 60, (1 << 63) - 1])
+def test_a_bad_block_id_is_reported_and_never_followed(host, block):
+    spec = CacheSpec("m", (attention([3], kv_heads=2, head_dim=16, block_tokens=4),))
+    side = Side(spec, (0, 20), 3, writable=True)
+    copies = CopyPlan.of_items(spec, [Item(0, 0, 3, 0, 20)], side.memory)
+    copies.block_ids[3] = block
+    for pack in (True, False):
+        host.bad_entry[0] = NO_BAD_ENTRY
+        host.copy(copies, aligned(copies.bytes), pack)
+        assert host.bad_entry[0] == 3
+    host.bad_entry[0] = NO_BAD_ENTRY
+    host.crc([(0, copies.bytes)], copies)
+    assert host.bad_entry[0] == 3
+    host.bad_entry[0] = NO_BAD_ENTRY
