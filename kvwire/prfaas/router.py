@@ -20,6 +20,8 @@ from kvwire.prfaas.view import ClusterView, NodeView, PrefixIndex, PrefixMatch
 
 __all__ = ["RouteDecision", "RouteRequest", "Router", "Rule", "Target"]
 
+LINK_FULL = "link full"
+
 
 class Target(str, Enum):
     """The cluster that prefills."""
@@ -72,7 +74,7 @@ class RouteDecision(NamedTuple):
         cached_tokens: the prefix that the chosen node will skip, fetched or its own.
         fetch_tokens: of these, how many come from the other cluster first; fetch_from: its node.
         held_tokens: KV that the local cluster has already, so that it does not travel.
-        wire_bytes: expected on the link after prefill; 0 for a local one.
+        wire_bytes: expected on the link after prefill, or refused by it ("link full"); else 0.
         codec: for that transfer; "" for a local one.
         queue_s, prefill_s: expected at the node.
     """
@@ -198,7 +200,7 @@ class Router:
         if not offload:
             return Target.LOCAL, "threshold"
         if wire_bytes > view.admit_bytes:
-            return Target.LOCAL, "link full"
+            return Target.LOCAL, LINK_FULL
         return Target.REMOTE, "threshold"
 
     def _transfer(self, request: RouteRequest, view: ClusterView, held: int,
@@ -232,7 +234,8 @@ class Router:
         return RouteDecision(
             target, node.name, reason, request.tokens, view.threshold_tokens, view.abundant,
             self._rule, uncached, local.cached_tokens, remote.cached_tokens, cached, fetch_tokens,
-            fetch_from, local.kv_tokens, wire_bytes if is_remote else 0.0,
+            fetch_from, local.kv_tokens,
+            wire_bytes if is_remote or reason == LINK_FULL else 0.0,
             codec.name if is_remote else "", node.queue_s, prefill_s)
 
     def _worth_fetching(self, view: ClusterView, own: _Side, other: _Side,
