@@ -226,7 +226,8 @@ class WithPrefixHits(LengthDistribution):
         hits = round(count * self.hit_share)
         cold = [self.prompts.grid(n)[0] for n in (hits, count - hits) if n]
         whole = cold[0] if hits else np.empty(0)
-        lengths = np.concatenate((whole * (1 - self.cached_share), cold[-1] if hits < count else []))
+        misses = cold[-1] if hits < count else np.empty(0)
+        lengths = np.concatenate((whole * (1 - self.cached_share), misses))
         cached = np.concatenate((whole * self.cached_share, np.zeros(len(lengths) - len(whole))))
         order = np.argsort(lengths, kind="stable")
         return lengths[order], cached[order]

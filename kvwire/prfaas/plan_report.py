@@ -58,7 +58,8 @@ def _stages(deployment: Deployment, plan: Plan) -> list[str]:
     if plan.prfaas_nodes:
         rows += [f"remote prefill  {plan.theta_prfaas_rps:6.2f} requests/s of "
                  f"{plan.long_tokens:,.0f} tokens, {plan.offloaded_share:.1%} of all; "
-                 f"{plan.remote_prefill_s:.2f} s each, first token after {plan.remote_ttft_s:.2f} s",
+                 f"{plan.remote_prefill_s:.2f} s each, first token after "
+                 f"{plan.remote_ttft_s:.2f} s",
                  f"link            {plan.egress_gbps:6.2f} Gbit/s of "
                  f"{deployment.link.goodput_gbps:g} ({plan.link_utilisation:.0%}); "
                  f"{plan.wire_bytes / 1e6:,.0f} MB a request"]

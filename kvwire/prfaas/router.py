@@ -8,15 +8,16 @@ much as a long request of the published rule; it is judged by what it costs, not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvwire.errors import UsageError
 from kvwire.prfaas import codecs
 from kvwire.prfaas.codecs import CodecOption
 from kvwire.prfaas.profiles import GBPS, ModelProfile
-from kvwire.prfaas.view import ClusterView, NodeView, PrefixIndex, PrefixMatch
+from kvwire.prfaas.view import ClusterView, HeldBlocks, NodeView, PrefixIndex
 
 __all__ = ["RouteDecision", "RouteRequest", "Router", "Rule", "Target"]
 
@@ -47,16 +48,15 @@ class RouteRequest(NamedTuple):
 
     Attributes:
         tokens: of the prompt, at least 1.
-        block_hashes: the chained hashes of its full blocks, as the engines compute them (keyed
-            by tenant, model, spec and tokenizer, see `pool.hashes`).
-        tenant: for people; the hashes are what keeps tenants apart.
+        block_hashes: the chained hashes of its full blocks, as the engines compute them.
+        tenant_key: whose they are (`pool.hashes.CacheKey.digest`): tenant, model, spec, tokenizer.
         ttft_max_s: the goal for the first token.
         lossy: this tenant allows lossy codecs.
     """
 
     tokens: int
     block_hashes: Sequence[bytes] = ()
-    tenant: str = ""
+    tenant_key: bytes = b""
     ttft_max_s: float = math.inf
     lossy: bool = False
 
@@ -124,7 +124,17 @@ class _Side(NamedTuple):
     cached_tokens: int
     cached_node: str
     kv_tokens: int
-    matches: dict[str, PrefixMatch]
+    matches: Mapping[str, HeldBlocks]
+
+
+class _Place(NamedTuple):
+    """The node that prefills, and with which prefix."""
+
+    node: NodeView
+    cached_tokens: int
+    prefill_s: float
+    fetch_tokens: int = 0
+    fetch_from: str = ""
 
 
 class Router:
@@ -132,21 +142,26 @@ class Router:
 
     Args:
         index: which node holds which prefix.
+        block_tokens: tokens of one of its blocks.
         remote, local: the model's profile in each cluster.
         rule: how cached prefixes are judged.
         options: codecs that a transfer may use, least work first.
     """
 
-    def __init__(self, index: PrefixIndex, remote: ModelProfile, local: ModelProfile, *,
-                 rule: Rule = Rule.PRICED,
+    def __init__(self, index: PrefixIndex, block_tokens: int, remote: ModelProfile,
+                 local: ModelProfile, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = codecs.EXACT_OPTIONS):
         if not any(option.exact for option in options):
             raise UsageError("options hold no exact codec")
+        if block_tokens < 1:
+            raise UsageError(f"block_tokens is {block_tokens}; it must be at least 1")
         self._index = index
+        self._block_tokens = block_tokens
         self._remote = remote
         self._local = local
         self._rule = Rule(rule)
         self._options = tuple(options)
+        self._prices: tuple[float, tuple[float, float, float]] = math.nan, (0.0, 0.0, 0.0)
 
     def route(self, request: RouteRequest, view: ClusterView) -> RouteDecision:
         """Decide for one request.
@@ -157,129 +172,124 @@ class Router:
         tokens = request.tokens
         if tokens < 1:
             raise UsageError(f"the request has {tokens} tokens; at least 1 is needed")
-        matches = self._index.match(request.block_hashes) if request.block_hashes else ()
-        local = _side(view.local, matches, tokens)
-        remote = _side(view.remote, matches, tokens) if view.remote_up else _NOTHING
+        local = remote = _NOTHING
+        if request.block_hashes:
+            matches = self._index.match(request.tenant_key, request.block_hashes)
+            if matches:
+                local = self._side(view.local, matches, tokens)
+                remote = self._side(view.remote, matches, tokens) if view.remote_up else _NOTHING
+        target, reason = self._choose(request, view, local, remote)
         longest = max(local.cached_tokens, remote.cached_tokens)
-        cached_here = longest if view.abundant else local.cached_tokens
-        cached_there = longest if view.abundant else remote.cached_tokens
-        target, reason = self._choose(view)
-        codec, wire_bytes = None, 0.0
-        if target is None or target is Target.REMOTE:
-            prefill_s = self._remote.prefill_s(tokens - cached_there, cached_there)
-            codec, wire_bytes = self._transfer(request, view, local.kv_tokens, prefill_s)
-        if target is None:
-            target, reason = self._judge(view, tokens, cached_here, cached_there, wire_bytes)
-        return self._decide(request, view, target, reason, local, remote, tokens - cached_here,
-                            codec, wire_bytes)
+        uncached = tokens - (longest if view.abundant else local.cached_tokens)
+        wire_bytes, codec = 0.0, ""
+        if target is Target.REMOTE:
+            placed = self._place(request, view, target, remote, local)
+            wire_bytes, codec = self._transfer(request, view, local.kv_tokens, placed)
+            if wire_bytes > view.admit_bytes and view.local:
+                target, reason, codec = Target.LOCAL, LINK_FULL, ""
+        if target is Target.LOCAL:
+            placed = self._place(request, view, target, local, remote)
+        return RouteDecision(
+            target, placed.node.name, reason, tokens, view.threshold_tokens, view.abundant,
+            self._rule, uncached, local.cached_tokens, remote.cached_tokens, placed.cached_tokens,
+            placed.fetch_tokens, placed.fetch_from, local.kv_tokens, wire_bytes, codec,
+            placed.node.queue_s, placed.prefill_s)
 
-    def _choose(self, view: ClusterView) -> tuple[Target | None, str]:
-        """What needs no rule: one of the clusters cannot be used."""
+    def _choose(self, request: RouteRequest, view: ClusterView, local: _Side,
+                remote: _Side) -> tuple[Target, str]:
         if not view.remote_up or not view.remote:
             if not view.local:
                 raise UsageError("neither cluster has a prefill node that can take a request")
             return Target.LOCAL, "no remote node" if view.remote_up else "remote down"
-        return (None, "") if view.local else (Target.REMOTE, "no local node")
+        if not view.local:
+            return Target.REMOTE, "no local node"
+        offload = self._offloads(request.tokens, view, local, remote)
+        return (Target.REMOTE if offload else Target.LOCAL), "threshold"
 
-    def _judge(self, view: ClusterView, tokens: int, cached_local: int, cached_remote: int,
-               wire_bytes: float) -> tuple[Target, str]:
-        threshold = view.threshold_tokens
-        cold = not (cached_local or cached_remote)
-        if self._rule is Rule.PUBLISHED or cold or not 0 < threshold < math.inf:
-            offload = tokens - cached_local > threshold
-        else:
-            saved_s = self._local.prefill_s(tokens - cached_local, cached_local)
-            worth_s = self._local.prefill_s(threshold)
-            if view.abundant:
-                cost = self._remote.prefill_s(tokens - cached_remote, cached_remote)
-                offload = saved_s * self._remote.prefill_s(threshold) > worth_s * cost
-            else:
-                # The ratios of the codec cancel but for their mix; raw bytes on both sides.
-                cost = self._remote.wire_bytes(tokens, cached_local)
-                offload = saved_s * self._remote.wire_bytes(threshold) > worth_s * cost
-        if not offload:
-            return Target.LOCAL, "threshold"
-        if wire_bytes > view.admit_bytes:
-            return Target.LOCAL, LINK_FULL
-        return Target.REMOTE, "threshold"
+    def _offloads(self, tokens: int, view: ClusterView, local: _Side, remote: _Side) -> bool:
+        here, there, threshold = local.cached_tokens, remote.cached_tokens, view.threshold_tokens
+        if view.abundant:
+            here = there = max(here, there)
+        if self._rule is Rule.PUBLISHED or not (here or there) or not 0 < threshold < math.inf:
+            return tokens - here > threshold
+        saved_s = self._local.prefill_s(tokens - here, here)
+        worth_s, remote_s, wire_bytes = self._at_threshold(threshold)
+        if view.abundant:
+            return saved_s * remote_s > worth_s * self._remote.prefill_s(tokens - there, there)
+        return saved_s * wire_bytes > worth_s * self._remote.wire_bytes(tokens, local.kv_tokens)
 
-    def _transfer(self, request: RouteRequest, view: ClusterView, held: int,
-                  prefill_s: float) -> tuple[CodecOption, float]:
-        """Return the codec of the transfer after a remote prefill, and its bytes on the wire."""
+    def _at_threshold(self, threshold: float) -> tuple[float, float, float]:
+        """Return what a cold request of that length saves here, and costs there and in raw bytes
+        on the wire. Kept for the next request: the threshold moves once in many."""
+        known, prices = self._prices
+        if known != threshold:
+            prices = (self._local.prefill_s(threshold), self._remote.prefill_s(threshold),
+                      self._remote.wire_bytes(threshold))
+            self._prices = threshold, prices
+        return prices
+
+    def _transfer(self, request: RouteRequest, view: ClusterView, held_tokens: int,
+                  placed: _Place) -> tuple[float, str]:
+        """Return the bytes on the wire after a remote prefill, and their codec."""
         profile = self._remote
-        kv_bytes = profile.kv_bytes_per_token * (request.tokens - held)
-        codec = codecs.choose(self._options, kv_bytes, profile.state_bytes, prefill_s,
-                              view.link_gbps, late_s=view.backlog_s,
+        kv_bytes = profile.kv_bytes_per_token * (request.tokens - held_tokens)
+        codec = codecs.choose(self._options, kv_bytes, profile.state_bytes, placed.prefill_s,
+                              view.link_gbps, late_s=placed.node.queue_s + view.backlog_s,
                               ttft_max_s=request.ttft_max_s, scarce=not view.abundant,
                               lossy=request.lossy)
-        wire_bytes = kv_bytes / codec.kv_ratio + profile.state_bytes / codec.state_ratio
-        return codec, wire_bytes
+        return kv_bytes / codec.kv_ratio + profile.state_bytes / codec.state_ratio, codec.name
 
-    def _decide(self, request: RouteRequest, view: ClusterView, target: Target, reason: str,
-                local: _Side, remote: _Side, uncached: int, codec: CodecOption | None,
-                wire_bytes: float) -> RouteDecision:
-        is_remote = target is Target.REMOTE
-        own, other = (remote, local) if is_remote else (local, remote)
-        profile = self._remote if is_remote else self._local
-        node, cached, prefill_s = _node(view.remote if is_remote else view.local, own, profile,
-                                        request.tokens)
-        fetch_tokens, fetch_from = 0, ""
-        if view.abundant and other.cached_tokens > cached:
-            fetched_s = profile.prefill_s(request.tokens - other.cached_tokens,
-                                          other.cached_tokens)
-            if self._rule is Rule.PUBLISHED or self._worth_fetching(
-                    view, own, other, prefill_s - fetched_s):
-                fetch_tokens, fetch_from = other.cached_tokens - cached, other.cached_node
-                cached, prefill_s = other.cached_tokens, fetched_s
-        return RouteDecision(
-            target, node.name, reason, request.tokens, view.threshold_tokens, view.abundant,
-            self._rule, uncached, local.cached_tokens, remote.cached_tokens, cached, fetch_tokens,
-            fetch_from, local.kv_tokens,
-            wire_bytes if is_remote or reason == LINK_FULL else 0.0,
-            codec.name if is_remote else "", node.queue_s, prefill_s)
+    def _place(self, request: RouteRequest, view: ClusterView, target: Target, own: _Side,
+               other: _Side) -> _Place:
+        """Return the node of the cluster `target` that is done first, and whether a longer prefix
+        is brought to it from the other cluster."""
+        tokens = request.tokens
+        nodes, profile = ((view.remote, self._remote) if target is Target.REMOTE
+                          else (view.local, self._local))
+        node, cached, prefill_s = self._node(nodes, own, profile, tokens)
+        longer = other.cached_tokens
+        if not view.abundant or longer <= cached:
+            return _Place(node, cached, prefill_s)
+        fetched_s = profile.prefill_s(tokens - longer, longer)
+        if self._rule is Rule.PRICED:  # a fetch must be admitted and faster than what it saves
+            held = min(own.kv_tokens, longer)
+            fetch_bytes = profile.wire_bytes(longer, held)
+            fetch_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
+            if fetch_bytes > view.admit_bytes or fetch_s >= prefill_s - fetched_s:
+                return _Place(node, cached, prefill_s)
+        return _Place(node, longer, fetched_s, longer - cached, other.cached_node)
 
-    def _worth_fetching(self, view: ClusterView, own: _Side, other: _Side,
-                        saved_s: float) -> bool:
-        """A fetch must take less than the prefill that it saves, and be admitted."""
-        held = min(own.kv_tokens, other.cached_tokens)
-        fetch_bytes = self._local.wire_bytes(other.cached_tokens, held)
-        fetch_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
-        return fetch_s < saved_s and fetch_bytes <= view.admit_bytes
+    def _side(self, nodes: Sequence[NodeView], matches: Mapping[str, HeldBlocks],
+              tokens: int) -> _Side:
+        """Return what a cluster holds. A prefill computes at least the last token of a prompt."""
+        here = {node.name: matches[node.name] for node in nodes if node.name in matches}
+        if not here:
+            return _NOTHING
+        best = max(here, key=lambda name: here[name].usable_blocks)
+        kv_blocks = max(held.kv_blocks for held in here.values())
+        return _Side(min(here[best].usable_blocks * self._block_tokens, tokens - 1), best,
+                     min(kv_blocks * self._block_tokens, tokens), here)
+
+    def _node(self, nodes: Sequence[NodeView], side: _Side, profile: ModelProfile,
+              tokens: int) -> tuple[NodeView, int, float]:
+        """Return the node that would be done first, its usable prefix and its prefill time."""
+        matches = side.matches
+        best, best_s = None, math.inf
+        cold = min((node for node in nodes if node.name not in matches),
+                   key=_queue_s, default=None)
+        if cold is not None:
+            prefill_s = profile.prefill_s(tokens)
+            best, best_s = (cold, 0, prefill_s), cold.queue_s + prefill_s
+        for node in nodes if matches else ():
+            held = matches.get(node.name)
+            if held is None:
+                continue
+            cached = min(held.usable_blocks * self._block_tokens, tokens - 1)
+            prefill_s = profile.prefill_s(tokens - cached, cached)
+            if node.queue_s + prefill_s < best_s:
+                best, best_s = (node, cached, prefill_s), node.queue_s + prefill_s
+        return best
 
 
 _NOTHING = _Side(0, "", 0, {})
-
-
-def _side(nodes: Sequence[NodeView], matches: Sequence[PrefixMatch], tokens: int) -> _Side:
-    """Return what a cluster holds. A prefill computes at least the last token of a prompt."""
-    if not matches:
-        return _NOTHING
-    names = {node.name for node in nodes}
-    here = {match.node: match for match in matches if match.node in names}
-    if not here:
-        return _NOTHING
-    best = max(here.values(), key=lambda match: match.usable_tokens)
-    return _Side(min(best.usable_tokens, tokens - 1), best.node,
-                 min(max(match.kv_tokens for match in here.values()), tokens), here)
-
-
-def _node(nodes: Sequence[NodeView], side: _Side, profile: ModelProfile,
-          tokens: int) -> tuple[NodeView, int, float]:
-    """Return the node that would finish first, its usable prefix and its prefill time."""
-    matches = side.matches
-    cold = min((node for node in nodes if node.name not in matches),
-               key=lambda node: node.queue_s, default=None)
-    best = None
-    if cold is not None:
-        prefill_s = profile.prefill_s(tokens)
-        best = cold.queue_s + prefill_s, cold, 0, prefill_s
-    if matches:
-        for node in nodes:
-            match = matches.get(node.name)
-            if match is None:
-                continue
-            cached = min(match.usable_tokens, tokens - 1)
-            prefill_s = profile.prefill_s(tokens - cached, cached)
-            if best is None or node.queue_s + prefill_s < best[0]:
-                best = node.queue_s + prefill_s, node, cached, prefill_s
-    return best[1:]
+_queue_s = attrgetter("queue_s")

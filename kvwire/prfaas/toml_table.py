@@ -30,7 +30,8 @@ def read(path: Path) -> Table:
         try:
             import tomli as tomllib
         except ImportError:
-            raise UnsupportedError("Python 3.10 reads no TOML by itself: pip install tomli") from None
+            raise UnsupportedError("Python 3.10 reads no TOML by itself: "
+                                   "pip install tomli") from None
     try:
         text = Path(path).read_text("utf-8")
         values = tomllib.loads(text)

@@ -7,36 +7,41 @@ them, the engines' cache events, queue lengths, and the controller's reading of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-__all__ = ["ClusterView", "NodeView", "PrefixIndex", "PrefixMatch"]
+__all__ = ["ClusterView", "HeldBlocks", "NodeView", "PrefixIndex"]
 
 
-class PrefixMatch(NamedTuple):
-    """What one node holds of a request's prompt.
+class HeldBlocks(Protocol):
+    """What one node holds of a prompt, in blocks from its first.
 
-    `kv_tokens`: leading tokens whose KV is there. `usable_tokens`: of these, how many a prefill
-    there can skip, for which the states of exactly that length must be there too. Equal for a
-    model without states.
+    `kv_blocks`: blocks of KV. `usable_blocks`: of these, how many a prefill there can skip, for
+    which the states of exactly that length must be there too; equal for a model without states.
     """
 
-    node: str
-    kv_tokens: int
-    usable_tokens: int
+    @property
+    def kv_blocks(self) -> int: ...
+
+    @property
+    def usable_blocks(self) -> int: ...
 
 
 class PrefixIndex(Protocol):
     """Which node holds which prefix; `kvwire.prfaas.pool.metadata` has implementations."""
 
-    def match(self, block_hashes: Sequence[bytes]) -> Sequence[PrefixMatch]:
-        """Return the nodes that hold something of the chain, in any order; must not wait."""
+    def match(self, tenant_key: bytes, hashes: Sequence[bytes]) -> Mapping[str, HeldBlocks]:
+        """Return what each node holds of a prompt, by its name; must not wait."""
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """A prefill node that is there. `queue_s`: seconds until it would start a new request."""
+    """A prefill node that is there.
+
+    `name`: unique over both clusters, as the index knows it ("cluster/node"). `queue_s`: seconds
+    until it would start a new request.
+    """
 
     name: str
     queue_s: float = 0.0
