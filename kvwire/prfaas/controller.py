@@ -19,6 +19,7 @@ import math
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from kvwire.prfaas.profiles import GBPS
 from kvwire.prfaas.router import RouteDecision, Target
 from kvwire.prfaas.throughput import Deployment, Plan
 from kvwire.prfaas.view import ClusterView, NodeView
+
+if TYPE_CHECKING:
+    from kvwire.link import LinkStats
 
 __all__ = ["Controller", "ControllerSettings", "ControllerState", "LinkSignals", "QueueSignals",
            "critical_gain", "loop_radius"]
@@ -50,10 +54,15 @@ class LinkSignals:
     up: bool = True
 
     @classmethod
-    def of_stats(cls, stats: object, signs: Collection[str] = ()) -> LinkSignals:
-        """Take a `LinkStats`, and what `CongestionThresholds.signs` found in it."""
-        return cls(stats.goodput_gbps, stats.backlog_bytes, bool({"loss", "rtt"} & set(signs)),
-                   bool(stats.lanes))
+    def of_stats(cls, links: Sequence[LinkStats], signs: Collection[str] = ()) -> LinkSignals:
+        """Take the `link.stats()` of all senders on one line, and what
+        `CongestionThresholds.signs` found in any of them."""
+        goodput_gbps = sum(stats.goodput_gbps for stats in links)
+        effective_gbps = sum(stats.effective_gbps for stats in links)
+        coded = goodput_gbps / effective_gbps if effective_gbps > 0 else 1.0
+        backlog_bytes = min(coded, 1.0) * sum(stats.backlog_bytes for stats in links)
+        return cls(goodput_gbps, backlog_bytes, bool({"loss", "rtt"} & set(signs)),
+                   any(stats.lanes for stats in links))
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class ControllerSettings:
         backlog_max_s: transfers are not admitted beyond it.
         dead_band: relative deviation of load from goal that is left alone.
         balance_max: bound of the balance term, in units of y.
+        least_share: of the plan's threshold, below which it never goes.
         stall_s: a backlog without any goodput for so long means that the link is gone.
         scarce_above, abundant_below: utilisation at which the regime changes.
         calm_s: how long it must be below before bandwidth counts as abundant.
@@ -91,6 +101,7 @@ class ControllerSettings:
     backlog_max_s: float = 2.0
     dead_band: float = 0.05
     balance_max: float = 1.0
+    least_share: float = 0.25
     stall_s: float = 3.0
     scarce_above: float = 0.8
     abundant_below: float = 0.5
@@ -99,7 +110,7 @@ class ControllerSettings:
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
     def __post_init__(self):
-        for name in ("smoothing", "utilisation_max", "return_share"):
+        for name in ("smoothing", "utilisation_max", "least_share", "return_share"):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise UsageError(f"{name} is {value:g}; it must be above 0, at most 1")
@@ -230,6 +241,7 @@ class Controller:
         self._retreats = np.concatenate(([0.0], -np.log(left[kept])))
         planned = min(plan.threshold_tokens, float(self._tokens[-1]))
         self._planned = float(np.interp(planned, self._tokens, self._retreats))
+        self._least_tokens = self._settings.least_share * planned
         self._returning = -math.log(self._settings.return_share)
         self._remote_prefill_s = plan.remote_prefill_s
         self._balance_gain = _balance_gain(deployment, plan, self._settings)
@@ -237,7 +249,7 @@ class Controller:
 
     def _threshold(self) -> float:
         wanted = self._planned + self._balance + self._retreat
-        return float(np.interp(wanted, self._retreats, self._tokens))
+        return max(float(np.interp(wanted, self._retreats, self._tokens)), self._least_tokens)
 
     # ---- one period
 
