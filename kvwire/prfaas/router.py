@@ -1,8 +1,8 @@
 """Where a request is prefilled: in the remote cluster or here, and on which node.
 
 Source: arXiv 2604.15039 section 3.3 (length threshold, two bandwidth regimes). Rule.PRICED is
-kvwire's own: states travel whole, so a short append behind a long cached prefix costs the link as
-much as a long request of the published rule; it is judged by what it costs, not by its length.
+kvwire's own: a request with a cached prefix is judged by the prefill that it saves here and by what
+it costs there and on the wire, where its states travel whole and KV that is here does not.
 """
 
 from __future__ import annotations
