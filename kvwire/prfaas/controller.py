@@ -7,7 +7,7 @@ answers linearly to what is done, whatever the distribution of lengths:
     y = y(plan) + balance + z            threshold = the length at which the share is exp(-y)
     balance = b (queue there - queue here)        proportional, bounded
     z <- max(0, z + g ln(load / goal))            integral, only ever away from the link
-    goal = utilisation_max (1 - backlog / drain) caution
+    goal = utilisation_max (1 - excess / drain) caution      excess: backlog over one request
 
 Beneath it two things act at once, not in steps: a transfer that would make the link's backlog
 longer than backlog_max_s is not admitted, and a remote side that is gone is not used (`health`).
@@ -82,7 +82,7 @@ class ControllerSettings:
         smoothing: of the offered load, per period: weight of the newest, above 0 to 1.
         delay_periods: how late queues show what was decided, at most; bounds the balance gain.
         utilisation_max: of the link, that the loop aims for.
-        drain_s: a backlog of so many seconds lowers the goal to its least.
+        drain_s: so many seconds of backlog beyond one request lower the goal to its least.
         backlog_max_s: transfers are not admitted beyond it.
         dead_band: relative deviation of load from goal that is left alone.
         balance_max: bound of the balance term, in units of y.
@@ -97,8 +97,8 @@ class ControllerSettings:
     smoothing: float = 0.1
     delay_periods: int = 3
     utilisation_max: float = 0.9
-    drain_s: float = 5.0
-    backlog_max_s: float = 2.0
+    drain_s: float = 10.0
+    backlog_max_s: float = 5.0
     dead_band: float = 0.05
     balance_max: float = 1.0
     least_share: float = 0.25
@@ -169,7 +169,8 @@ class Controller:
         self._nominal_gbps = self._capacity_gbps = deployment.link.goodput_gbps
         self._load_gbps = self._offered_bytes = self._outstanding_bytes = 0.0
         self._retreat = self._balance = 0.0
-        self._backlog_s = self._stalled_s = self._lead_s = 0.0
+        self._backlog_s = self._stalled_s = 0.0
+        self._recent_count = self._recent_bytes = self._recent_byte_s = self._excess_s = 0.0
         self._caution = 1.0
         self._abundant, self._calm_since_s = True, -math.inf
         self._observed_s: float | None = None
@@ -191,9 +192,14 @@ class Controller:
         """A request was routed. What it wanted from the link counts, admitted or not."""
         with self._lock:
             self._offered_bytes += decision.wire_bytes
-            if decision.target is Target.REMOTE:
-                self._outstanding_bytes += decision.wire_bytes
-                self._breaker.sent(now_s)
+            if decision.target is not Target.REMOTE:
+                return
+            self._outstanding_bytes += decision.wire_bytes
+            self._breaker.sent(now_s)
+            ahead_s = decision.queue_s + decision.prefill_s
+            self._recent_count = 0.95 * self._recent_count + 1
+            self._recent_bytes = 0.95 * self._recent_bytes + decision.wire_bytes
+            self._recent_byte_s = 0.95 * self._recent_byte_s + decision.wire_bytes * ahead_s
 
     def done(self, now_s: float, decision: RouteDecision, ok: bool = True) -> None:
         """An offloaded request has its cache here, or failed and was taken back."""
@@ -216,7 +222,6 @@ class Controller:
             elif was is health:
                 self._retreat = self._retreated(link)
             self._balance = self._balanced(queues)
-            self._lead_s = queues.remote_s + self._remote_prefill_s
             self._set_regime(now_s)
             self._threshold_tokens = self._threshold()
             return self._state(health)
@@ -286,7 +291,9 @@ class Controller:
             self._caution = max(0.5, self._caution * (1 - 0.2 * weight / settings.smoothing))
         else:
             self._caution = min(1.0, self._caution + 0.02 * weight / settings.smoothing)
-        room = min(max(1 - self._backlog_s / settings.drain_s, 0.1), 1.0)
+        one_s = self._recent_bytes * GBPS / max(self._recent_count, 1.0) / self._capacity_gbps
+        self._excess_s += weight * (max(0.0, self._backlog_s - one_s) - self._excess_s)
+        room = min(max(1 - self._excess_s / settings.drain_s, 0.1), 1.0)
         self._goal = settings.utilisation_max * room * self._caution
 
     def _retreated(self, link: LinkSignals) -> float:
@@ -314,10 +321,15 @@ class Controller:
             self._abundant = True
 
     def _admit_bytes(self) -> float:
-        """What may still be promised: when a request that comes now has its cache ready, lead_s
-        from now, the link must be no more than backlog_max_s behind."""
-        horizon_s = self._settings.backlog_max_s + self._lead_s
-        return max(0.0, self._capacity_gbps / GBPS * horizon_s - self._outstanding_bytes)
+        """All or nothing: what is promised may keep the link busy for backlog_max_s beyond the
+        time that promises are made ahead of their bytes (by Little's law; the mean, weighted by
+        bytes, of the last ones' queue and prefill), and one request more."""
+        lead_s = self._remote_prefill_s
+        if self._recent_bytes:
+            lead_s = max(lead_s, self._recent_byte_s / self._recent_bytes)
+        horizon_s = self._settings.backlog_max_s + lead_s
+        free = self._outstanding_bytes < self._capacity_gbps / GBPS * horizon_s
+        return math.inf if free else 0.0
 
     def _state(self, health: Health) -> ControllerState:
         return ControllerState(
