@@ -133,8 +133,12 @@ def test_an_empirical_distribution_is_its_requests(lengths, tokens):
     assert distribution.quantile(1.0) == max(lengths)
 
 
-def test_prefix_hits_leave_the_rest_of_a_prompt():
-    lengths, cached = WithPrefixHits(LENGTHS, 0.25, 0.8).grid(1000)
+@pytest.mark.parametrize("prompts", [LENGTHS, Empirical(np.array([700, 8_000, 90_000]))],
+                         ids=["lognormal", "trace"])
+def test_prefix_hits_leave_the_rest_of_a_prompt(prompts):
+    lengths, cached = WithPrefixHits(prompts, 0.25, 0.8).grid(1000)
+    assert len(lengths) == 1000 and (lengths + cached).mean() == pytest.approx(
+        prompts.mean(), rel=0.01)
     assert (cached > 0).sum() == 250
     assert cached[cached > 0] == pytest.approx(4 * lengths[cached > 0])
 

@@ -227,11 +227,9 @@ class WithPrefixHits(LengthDistribution):
 
     def grid(self, count: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         hits = round(count * self.hit_share)
-        cold = [self.prompts.grid(n)[0] for n in (hits, count - hits) if n]
-        whole = cold[0] if hits else np.empty(0)
-        misses = cold[-1] if hits < count else np.empty(0)
-        lengths = np.concatenate((whole * (1 - self.cached_share), misses))
-        cached = np.concatenate((whole * self.cached_share, np.zeros(len(lengths) - len(whole))))
+        hit, cold = self._middles(hits), self._middles(count - hits)
+        lengths = np.concatenate((hit * (1 - self.cached_share), cold))
+        cached = np.concatenate((hit * self.cached_share, np.zeros(len(cold))))
         order = np.argsort(lengths, kind="stable")
         return lengths[order], cached[order]
 
@@ -239,6 +237,10 @@ class WithPrefixHits(LengthDistribution):
         whole = self.prompts.sample(rng, count)
         left = np.where(rng.random(count) < self.hit_share, 1 - self.cached_share, 1.0)
         return np.maximum(np.rint(whole * left), 1).astype(np.int64)
+
+    def _middles(self, count: int) -> np.ndarray:
+        """Whole prompts that stand for equal shares of all."""
+        return np.array([self.prompts.quantile((index + 0.5) / count) for index in range(count)])
 
     def _shares_above(self, tokens: float) -> tuple[float, float]:
         whole = tokens / (1 - self.cached_share)
