@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from kvwire.prfaas.pool.blocks import BlockGeometry, Match
 from kvwire.prfaas.pool.eviction import CostAware, Lru
+from kvwire.prfaas.pool.metadata import NodeMatch
 from kvwire.prfaas.pool.pool import PrefixPool
 from kvwire.prfaas.profiles import ModelProfile
-from kvwire.prfaas.view import PrefixMatch
 
 __all__ = ["CacheHold", "ClusterCache", "ClusterIndex"]
 
@@ -102,12 +102,13 @@ class ClusterIndex:
     def __init__(self, nodes: dict[str, list[str]], caches: dict[str, ClusterCache]):
         self._clusters = [(nodes[name], cache) for name, cache in caches.items()]
 
-    def match(self, block_hashes: Sequence[bytes]) -> list[PrefixMatch]:
+    def match(self, tenant_key: bytes, hashes: Sequence[bytes]) -> dict[str, NodeMatch]:
         """See `PrefixIndex.match`."""
-        found = []
+        found = {}
         for names, cache in self._clusters:
-            kv_blocks, _, usable = cache.match(block_hashes)
+            kv_blocks, _, usable_tokens = cache.match(hashes)
             if kv_blocks:
-                kv_tokens = kv_blocks * cache.pool.geometry.block_tokens
-                found += [PrefixMatch(name, kv_tokens, usable) for name in names]
+                held = NodeMatch(kv_blocks, usable_tokens // cache.pool.geometry.block_tokens)
+                for name in names:
+                    found[name] = held
         return found

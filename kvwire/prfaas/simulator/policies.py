@@ -154,7 +154,8 @@ class _Routed:
             {name: [view.name for view in views] for name, views in self._views.items()},
             {name: cache for name, cache in caches.items()
              if cache is not None and name in self._views})
-        self._router = Router(index, simulation.deployment.prfaas.profile,
+        self._router = Router(index, simulation.trace.block_tokens,
+                              simulation.deployment.prfaas.profile,
                               simulation.deployment.local.profile, rule=self._rule,
                               options=tuple(self._options.values()))
         self._ticked_s, self._delivered_bytes = simulation.queue.now_s, 0.0

@@ -164,7 +164,7 @@ class Simulation:
         link = self.back_link if choice.remote else self.link
         source, target = self._caches(choice.remote)
         request.stage = Stage.DISPATCH
-        hashes = request.hashes[:choice.fetch_tokens // self.trace.block_tokens]
+        hashes = request.hashes[:-(-choice.fetch_tokens // self.trace.block_tokens)]
         request.hold(source.hold(hashes))
         room = target.hold(hashes)
         request.hold(room)
