@@ -158,7 +158,7 @@ class Controller:
         self._nominal_gbps = self._capacity_gbps = deployment.link.goodput_gbps
         self._load_gbps = self._offered_bytes = self._outstanding_bytes = 0.0
         self._retreat = self._balance = 0.0
-        self._backlog_s = self._stalled_s = self._lead_s = 0.0
+        self._backlog_gbit = self._backlog_s = self._stalled_s = self._lead_s = 0.0
         self._caution = 1.0
         self._abundant, self._calm_since_s = True, -math.inf
         self._observed_s: float | None = None
@@ -264,8 +264,9 @@ class Controller:
         offered_gbps = self._offered_bytes * GBPS / elapsed_s
         self._offered_bytes = 0.0
         self._load_gbps += weight * (offered_gbps - self._load_gbps)
-        backlog_gbit = link.backlog_bytes * GBPS
-        if backlog_gbit > link.goodput_gbps * settings.period_s > 0:  # the link was the limit
+        waited_gbit, backlog_gbit = self._backlog_gbit, link.backlog_bytes * GBPS
+        self._backlog_gbit = backlog_gbit
+        if waited_gbit > 1.01 * link.goodput_gbps * elapsed_s > 0:  # never idle: it was the limit
             self._capacity_gbps += weight * (link.goodput_gbps - self._capacity_gbps)
         else:  # nothing shows that it is less than promised: believe the promise again, slowly
             self._capacity_gbps += 0.05 * weight * (self._nominal_gbps - self._capacity_gbps)
