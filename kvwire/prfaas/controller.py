@@ -7,7 +7,7 @@ answers linearly to what is done, whatever the distribution of lengths:
     y = y(plan) + balance + z            threshold = the length at which the share is exp(-y)
     balance = b (queue there - queue here)        proportional, bounded
     z <- max(0, z + g ln(load / goal))            integral, only ever away from the link
-    goal = utilisation_max (1 - backlog / drain) caution
+    goal = utilisation_max (1 - excess / drain) caution      excess: backlog over one request
 
 Beneath it two things act at once, not in steps: a transfer that would make the link's backlog
 longer than backlog_max_s is not admitted, and a remote side that is gone is not used (`health`).
@@ -19,6 +19,7 @@ import math
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from kvwire.prfaas.profiles import GBPS
 from kvwire.prfaas.router import RouteDecision, Target
 from kvwire.prfaas.throughput import Deployment, Plan
 from kvwire.prfaas.view import ClusterView, NodeView
+
+if TYPE_CHECKING:
+    from kvwire.link import LinkStats
 
 __all__ = ["Controller", "ControllerSettings", "ControllerState", "LinkSignals", "QueueSignals",
            "critical_gain", "loop_radius"]
@@ -50,10 +54,15 @@ class LinkSignals:
     up: bool = True
 
     @classmethod
-    def of_stats(cls, stats: object, signs: Collection[str] = ()) -> LinkSignals:
-        """Take a `LinkStats`, and what `CongestionThresholds.signs` found in it."""
-        return cls(stats.goodput_gbps, stats.backlog_bytes, bool({"loss", "rtt"} & set(signs)),
-                   bool(stats.lanes))
+    def of_stats(cls, links: Sequence[LinkStats], signs: Collection[str] = ()) -> LinkSignals:
+        """Take the `link.stats()` of all senders on one line, and what
+        `CongestionThresholds.signs` found in any of them."""
+        goodput_gbps = sum(stats.goodput_gbps for stats in links)
+        effective_gbps = sum(stats.effective_gbps for stats in links)
+        coded = goodput_gbps / effective_gbps if effective_gbps > 0 else 1.0
+        backlog_bytes = min(coded, 1.0) * sum(stats.backlog_bytes for stats in links)
+        return cls(goodput_gbps, backlog_bytes, bool({"loss", "rtt"} & set(signs)),
+                   any(stats.lanes for stats in links))
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,11 @@ class ControllerSettings:
         smoothing: of the offered load, per period: weight of the newest, above 0 to 1.
         delay_periods: how late queues show what was decided, at most; bounds the balance gain.
         utilisation_max: of the link, that the loop aims for.
-        drain_s: a backlog of so many seconds lowers the goal to its least.
+        drain_s: so many seconds of backlog beyond one request lower the goal to its least.
         backlog_max_s: transfers are not admitted beyond it.
         dead_band: relative deviation of load from goal that is left alone.
         balance_max: bound of the balance term, in units of y.
+        least_share: of the plan's threshold, below which it never goes.
         stall_s: a backlog without any goodput for so long means that the link is gone.
         scarce_above, abundant_below: utilisation at which the regime changes.
         calm_s: how long it must be below before bandwidth counts as abundant.
@@ -87,10 +97,11 @@ class ControllerSettings:
     smoothing: float = 0.1
     delay_periods: int = 3
     utilisation_max: float = 0.9
-    drain_s: float = 5.0
-    backlog_max_s: float = 2.0
+    drain_s: float = 10.0
+    backlog_max_s: float = 5.0
     dead_band: float = 0.05
     balance_max: float = 1.0
+    least_share: float = 0.25
     stall_s: float = 3.0
     scarce_above: float = 0.8
     abundant_below: float = 0.5
@@ -99,7 +110,7 @@ class ControllerSettings:
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
     def __post_init__(self):
-        for name in ("smoothing", "utilisation_max", "return_share"):
+        for name in ("smoothing", "utilisation_max", "least_share", "return_share"):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise UsageError(f"{name} is {value:g}; it must be above 0, at most 1")
@@ -158,7 +169,8 @@ class Controller:
         self._nominal_gbps = self._capacity_gbps = deployment.link.goodput_gbps
         self._load_gbps = self._offered_bytes = self._outstanding_bytes = 0.0
         self._retreat = self._balance = 0.0
-        self._backlog_gbit = self._backlog_s = self._stalled_s = self._lead_s = 0.0
+        self._backlog_gbit = self._backlog_s = self._stalled_s = 0.0
+        self._recent_count = self._recent_bytes = self._recent_byte_s = self._excess_s = 0.0
         self._caution = 1.0
         self._abundant, self._calm_since_s = True, -math.inf
         self._observed_s: float | None = None
@@ -180,9 +192,14 @@ class Controller:
         """A request was routed. What it wanted from the link counts, admitted or not."""
         with self._lock:
             self._offered_bytes += decision.wire_bytes
-            if decision.target is Target.REMOTE:
-                self._outstanding_bytes += decision.wire_bytes
-                self._breaker.sent(now_s)
+            if decision.target is not Target.REMOTE:
+                return
+            self._outstanding_bytes += decision.wire_bytes
+            self._breaker.sent(now_s)
+            ahead_s = decision.queue_s + decision.prefill_s
+            self._recent_count = 0.95 * self._recent_count + 1
+            self._recent_bytes = 0.95 * self._recent_bytes + decision.wire_bytes
+            self._recent_byte_s = 0.95 * self._recent_byte_s + decision.wire_bytes * ahead_s
 
     def done(self, now_s: float, decision: RouteDecision, ok: bool = True) -> None:
         """An offloaded request has its cache here, or failed and was taken back."""
@@ -205,7 +222,6 @@ class Controller:
             elif was is health:
                 self._retreat = self._retreated(link)
             self._balance = self._balanced(queues)
-            self._lead_s = queues.remote_s + self._remote_prefill_s
             self._set_regime(now_s)
             self._threshold_tokens = self._threshold()
             return self._state(health)
@@ -230,6 +246,7 @@ class Controller:
         self._retreats = np.concatenate(([0.0], -np.log(left[kept])))
         planned = min(plan.threshold_tokens, float(self._tokens[-1]))
         self._planned = float(np.interp(planned, self._tokens, self._retreats))
+        self._least_tokens = self._settings.least_share * planned
         self._returning = -math.log(self._settings.return_share)
         self._remote_prefill_s = plan.remote_prefill_s
         self._balance_gain = _balance_gain(deployment, plan, self._settings)
@@ -237,7 +254,7 @@ class Controller:
 
     def _threshold(self) -> float:
         wanted = self._planned + self._balance + self._retreat
-        return float(np.interp(wanted, self._retreats, self._tokens))
+        return max(float(np.interp(wanted, self._retreats, self._tokens)), self._least_tokens)
 
     # ---- one period
 
@@ -275,7 +292,9 @@ class Controller:
             self._caution = max(0.5, self._caution * (1 - 0.2 * weight / settings.smoothing))
         else:
             self._caution = min(1.0, self._caution + 0.02 * weight / settings.smoothing)
-        room = min(max(1 - self._backlog_s / settings.drain_s, 0.1), 1.0)
+        one_s = self._recent_bytes * GBPS / max(self._recent_count, 1.0) / self._capacity_gbps
+        self._excess_s += weight * (max(0.0, self._backlog_s - one_s) - self._excess_s)
+        room = min(max(1 - self._excess_s / settings.drain_s, 0.1), 1.0)
         self._goal = settings.utilisation_max * room * self._caution
 
     def _retreated(self, link: LinkSignals) -> float:
@@ -303,10 +322,15 @@ class Controller:
             self._abundant = True
 
     def _admit_bytes(self) -> float:
-        """What may still be promised: when a request that comes now has its cache ready, lead_s
-        from now, the link must be no more than backlog_max_s behind."""
-        horizon_s = self._settings.backlog_max_s + self._lead_s
-        return max(0.0, self._capacity_gbps / GBPS * horizon_s - self._outstanding_bytes)
+        """All or nothing: what is promised may keep the link busy for backlog_max_s beyond the
+        time that promises are made ahead of their bytes (by Little's law; the mean, weighted by
+        bytes, of the last ones' queue and prefill), and one request more."""
+        lead_s = self._remote_prefill_s
+        if self._recent_bytes:
+            lead_s = max(lead_s, self._recent_byte_s / self._recent_bytes)
+        horizon_s = self._settings.backlog_max_s + lead_s
+        free = self._outstanding_bytes < self._capacity_gbps / GBPS * horizon_s
+        return math.inf if free else 0.0
 
     def _state(self, health: Health) -> ControllerState:
         return ControllerState(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +17,15 @@ import numpy as np
 from kvwire.errors import UsageError
 
 __all__ = ["Empirical", "LengthDistribution", "TruncatedLognormal", "WithPrefixHits"]
+
+
+@lru_cache(maxsize=16)
+def _quantile_middles(distribution: LengthDistribution,
+                      count: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([distribution.quantile((index + 0.5) / count) for index in range(count)])
+    cached = np.zeros(count)
+    lengths.flags.writeable = cached.flags.writeable = False
+    return lengths, cached
 
 
 class LengthDistribution(ABC):
@@ -54,15 +64,8 @@ class LengthDistribution(ABC):
 
     def grid(self, count: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Return lengths, rising, and their cached prefixes, that stand for equal shares of the
-        requests: the middles of `count` quantiles, or what an implementation holds."""
-        lengths = np.array([self.quantile((index + 0.5) / count) for index in range(count)])
-        return lengths, np.zeros(count)
-
-    def density_of_log(self, tokens: float, step: float = 0.05) -> float:
-        """Return -dp / d ln t, the share of requests per unit of ln(length) at `tokens`; a
-        difference quotient over `step`, which also smooths an empirical distribution."""
-        low, high = tokens * math.exp(-step / 2), tokens * math.exp(step / 2)
-        return (self.share_above(low) - self.share_above(high)) / step
+        requests: the middles of `count` quantiles, or what an implementation holds. Read-only."""
+        return _quantile_middles(self, count)
 
 
 @dataclass(frozen=True)

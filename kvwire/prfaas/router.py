@@ -1,8 +1,8 @@
 """Where a request is prefilled: in the remote cluster or here, and on which node.
 
 Source: arXiv 2604.15039 section 3.3 (length threshold, two bandwidth regimes). Rule.PRICED is
-kvwire's own: states travel whole, so a short append behind a long cached prefix costs the link as
-much as a long request of the published rule; it is judged by what it costs, not by its length.
+kvwire's own: a request with a cached prefix is judged by the prefill that it saves here and by what
+it costs there and on the wire, where its states travel whole and KV that is here does not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from operator import attrgetter
 from typing import NamedTuple
 
 from kvwire.errors import UsageError
@@ -119,12 +118,13 @@ class RouteDecision(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One cluster for one request: its longest prefixes and what its nodes hold."""
+    """One cluster for one request: the longest usable prefix and its node, the longest KV, and by
+    usable blocks the node with the shortest queue."""
 
     cached_tokens: int
     cached_node: str
     kv_tokens: int
-    matches: Mapping[str, HeldBlocks]
+    first: dict[int, NodeView]
 
 
 class _Place(NamedTuple):
@@ -172,12 +172,10 @@ class Router:
         tokens = request.tokens
         if tokens < 1:
             raise UsageError(f"the request has {tokens} tokens; at least 1 is needed")
-        local = remote = _NOTHING
-        if request.block_hashes:
-            matches = self._index.match(request.tenant_key, request.block_hashes)
-            if matches:
-                local = self._side(view.local, matches, tokens)
-                remote = self._side(view.remote, matches, tokens) if view.remote_up else _NOTHING
+        matches = (self._index.match(request.tenant_key, request.block_hashes)
+                   if request.block_hashes else _NO_MATCHES)
+        local = self._side(view.local, matches, tokens)
+        remote = self._side(view.remote, matches, tokens) if view.remote_up else _NO_NODES
         target, reason = self._choose(request, view, local, remote)
         longest = max(local.cached_tokens, remote.cached_tokens)
         uncached = tokens - (longest if view.abundant else local.cached_tokens)
@@ -244,9 +242,8 @@ class Router:
         """Return the node of the cluster `target` that is done first, and whether a longer prefix
         is brought to it from the other cluster."""
         tokens = request.tokens
-        nodes, profile = ((view.remote, self._remote) if target is Target.REMOTE
-                          else (view.local, self._local))
-        node, cached, prefill_s = self._node(nodes, own, profile, tokens)
+        profile = self._remote if target is Target.REMOTE else self._local
+        node, cached, prefill_s = self._node(own, profile, tokens)
         longer = other.cached_tokens
         if not view.abundant or longer <= cached:
             return _Place(node, cached, prefill_s)
@@ -262,34 +259,34 @@ class Router:
     def _side(self, nodes: Sequence[NodeView], matches: Mapping[str, HeldBlocks],
               tokens: int) -> _Side:
         """Return what a cluster holds. A prefill computes at least the last token of a prompt."""
-        here = {node.name: matches[node.name] for node in nodes if node.name in matches}
-        if not here:
-            return _NOTHING
-        best = max(here, key=lambda name: here[name].usable_blocks)
-        kv_blocks = max(held.kv_blocks for held in here.values())
-        return _Side(min(here[best].usable_blocks * self._block_tokens, tokens - 1), best,
-                     min(kv_blocks * self._block_tokens, tokens), here)
+        first: dict[int, NodeView] = {}
+        kv_blocks = 0
+        for node in nodes:
+            held = matches.get(node.name)
+            usable_blocks = 0
+            if held is not None:
+                usable_blocks = held.usable_blocks
+                if held.kv_blocks > kv_blocks:
+                    kv_blocks = held.kv_blocks
+            known = first.get(usable_blocks)
+            if known is None or node.queue_s < known.queue_s:
+                first[usable_blocks] = node
+        longest = max(first, default=0)
+        return _Side(min(longest * self._block_tokens, tokens - 1),
+                     first[longest].name if longest else "",
+                     min(kv_blocks * self._block_tokens, tokens), first)
 
-    def _node(self, nodes: Sequence[NodeView], side: _Side, profile: ModelProfile,
+    def _node(self, side: _Side, profile: ModelProfile,
               tokens: int) -> tuple[NodeView, int, float]:
         """Return the node that would be done first, its usable prefix and its prefill time."""
-        matches = side.matches
         best, best_s = None, math.inf
-        cold = min((node for node in nodes if node.name not in matches),
-                   key=_queue_s, default=None)
-        if cold is not None:
-            prefill_s = profile.prefill_s(tokens)
-            best, best_s = (cold, 0, prefill_s), cold.queue_s + prefill_s
-        for node in nodes if matches else ():
-            held = matches.get(node.name)
-            if held is None:
-                continue
-            cached = min(held.usable_blocks * self._block_tokens, tokens - 1)
+        for usable_blocks, node in side.first.items():
+            cached = min(usable_blocks * self._block_tokens, tokens - 1)
             prefill_s = profile.prefill_s(tokens - cached, cached)
-            if node.queue_s + prefill_s < best_s:
+            if best is None or node.queue_s + prefill_s < best_s:
                 best, best_s = (node, cached, prefill_s), node.queue_s + prefill_s
         return best
 
 
-_NOTHING = _Side(0, "", 0, {})
-_queue_s = attrgetter("queue_s")
+_NO_MATCHES: Mapping[str, HeldBlocks] = {}
+_NO_NODES = _Side(0, "", 0, {})

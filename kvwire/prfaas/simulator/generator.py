@@ -16,7 +16,7 @@ from kvwire.prfaas.lengths import LengthDistribution
 from kvwire.prfaas.simulator.traces import BLOCK_TOKENS, Trace
 
 __all__ = ["AGENTIC", "CONVERSATION", "SessionModel", "cold_trace", "session_trace",
-           "with_bursts"]
+           "with_bursts", "with_slow_start"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,21 @@ def with_bursts(trace: Trace, every_s: float, burst_s: float, factor: float) -> 
     rates = np.where(np.arange(len(corners) - 1) % 2 == 0, calm, factor)
     offered = np.concatenate(([0.0], np.cumsum(np.diff(corners) * rates)))
     return replace(trace, arrival_s=np.interp(trace.arrival_s, offered, corners))
+
+
+def with_slow_start(trace: Trace, share: float, slower: float) -> Trace:
+    """Return the trace with the first `share` of its requests at a `slower` times lower rate.
+
+    Sessions that are already going on find empty pools; so they do not meet full load with them.
+    """
+    if not (0 < share < 1 and slower >= 1):
+        raise UsageError(f"a slow start of {share:g} of the trace, {slower:g} times slower, is "
+                         "none")
+    begin_s = float(trace.arrival_s[0])
+    turn_s = float(trace.arrival_s[int(share * (len(trace) - 1))])
+    arrival_s = np.where(trace.arrival_s <= turn_s, begin_s + (trace.arrival_s - begin_s) * slower,
+                         trace.arrival_s + (turn_s - begin_s) * (slower - 1))
+    return replace(trace, arrival_s=arrival_s)
 
 
 def _require(count: int, rate_rps: float) -> None:

@@ -37,6 +37,9 @@ __all__ = ["Choice", "Kvwire", "OneSided", "Policy", "Published"]
 NEAR_FULL = 0.9
 STEP = 1.1
 SURGE_S = 1.0
+CALM_TICKS = 10
+# A prompt long enough to be offloaded waits rather for the link than for a slower local node.
+SETTINGS = ControllerSettings(backlog_max_s=10.0)
 
 
 class Choice(NamedTuple):
@@ -229,6 +232,7 @@ class Published(_Routed):
         view.threshold_tokens = plan.threshold_tokens
         view.abundant = plan.link_utilisation < NEAR_FULL
         view.backlog_s, view.admit_bytes = 0.0, math.inf
+        self._scarce_ticks = 0
 
     def attach(self, simulation: Simulation) -> None:
         """See `Policy`."""
@@ -257,7 +261,11 @@ class Published(_Routed):
         remote_s += backlog_s
         planned = max(self._plan.threshold_tokens, 1.0)
         threshold = max(view.threshold_tokens, 1.0)
-        view.abundant = not full
+        if full or backlog_s > SURGE_S:
+            self._scarce_ticks, view.abundant = CALM_TICKS, False
+        elif gbps < NEAR_FULL / 2 * view.link_gbps:
+            self._scarce_ticks -= 1
+            view.abundant = view.abundant or self._scarce_ticks <= 0
         if planned == math.inf:
             return
         if remote_s > local_s + SURGE_S or (full and backlog_s > SURGE_S):
@@ -281,7 +289,7 @@ class Kvwire(_Routed):
 
     def __init__(self, deployment: Deployment, plan: Plan, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = EXACT_OPTIONS,
-                 settings: ControllerSettings = ControllerSettings(), revise_s: float = 600.0):
+                 settings: ControllerSettings = SETTINGS, revise_s: float = 600.0):
         super().__init__("kvwire", rule, options)
         self.interval_s = settings.period_s
         self._controller = Controller(deployment, plan, settings)

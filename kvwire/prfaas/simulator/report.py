@@ -68,15 +68,14 @@ def summarise(simulation: Simulation, warm_up_share: float = 0.2) -> Summary:
     """Return what a simulation that ran shows.
 
     Args:
-        warm_up_share: of the time of arrivals, that is left out at the beginning.
+        warm_up_share: of the requests, that are left out at the beginning.
 
     Raises: UsageError when nothing is left to look at.
     """
     records, arrival_s = simulation.records, simulation.trace.arrival_s
-    begin_s = arrival_s[0] + warm_up_share * (arrival_s[-1] - arrival_s[0])
-    end_s = arrival_s[-1]
+    begin_s, end_s = arrival_s[int(warm_up_share * len(arrival_s))], arrival_s[-1]
     seen = arrival_s >= begin_s
-    if not 0 <= warm_up_share < 1 or end_s <= begin_s:
+    if end_s <= begin_s:
         raise UsageError(f"{len(arrival_s)} requests and a warm-up of {warm_up_share:g} leave "
                          "nothing to look at")
     window_s = end_s - begin_s
