@@ -243,9 +243,6 @@ class PrefixPool:
                 if entry is not None and entry is not lease.state and entry is not lease.tail:
                     self._policy.used(entry)
                     self._queue_if_evictable(entry)
-            for state in new_states:
-                for entry in self._policy.added(state):
-                    self._queue_if_evictable(entry)
             return lease
 
     def _check_chain(self, reservation: Reservation) -> None:
@@ -405,10 +402,10 @@ class PrefixPool:
             if not entry.evictable:
                 continue
             now = self._policy.priority(entry, self.geometry)
-            if now > priority:
+            if now > priority and queue and now > queue[0][0]:
                 self._enqueue(entry, now)
                 continue
-            self._policy.evicted(now)
+            self._policy.evicted(entry, self.geometry)
             self._remove(entry)
             return True
         return False
