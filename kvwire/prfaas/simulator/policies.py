@@ -5,7 +5,7 @@
 | homogeneous | all local | - | LRU, states at a prompt's end |
 | naive | all remote | raw | the same |
 | published | length threshold, two regimes, threshold moved in fixed steps | raw | the same |
-| kvwire | priced rule, `Controller`, `Planner` | lossless | cost-aware, states at branches too |
+| kvwire | priced rule, queues as they are, `Controller`, `Planner` | lossless | cost-aware, states at branches too |
 
 "Published" is arXiv 2604.15039 with what it leaves open filled in the plainest way: its threshold
 is solved for the deployment in front of it (bandwidth and post-hit lengths included), and moves by
@@ -40,6 +40,7 @@ SURGE_S = 1.0
 CALM_TICKS = 10
 # A prompt long enough to be offloaded waits rather for the link than for a slower local node.
 SETTINGS = ControllerSettings(backlog_max_s=10.0)
+SOONER_S = 1.0
 
 
 class Choice(NamedTuple):
@@ -133,14 +134,16 @@ class _View:
     """A `ClusterView` that is kept."""
 
     __slots__ = ("remote", "local", "threshold_tokens", "abundant", "remote_up", "link_gbps",
-                 "backlog_s", "admit_bytes")
+                 "backlog_s", "admit_bytes", "promised_s")
 
 
 class _Routed:
     """What the two policies with a router share."""
 
-    def __init__(self, name: str, rule: Rule, options: Sequence[CodecOption]):
+    def __init__(self, name: str, rule: Rule, options: Sequence[CodecOption],
+                 sooner_s: float = math.inf):
         self.name = name
+        self._sooner_s = sooner_s
         self._rule = rule
         self._options = {option.name: option for option in options}
 
@@ -160,7 +163,7 @@ class _Routed:
         self._router = Router(index, simulation.trace.block_tokens,
                               simulation.deployment.prfaas.profile,
                               simulation.deployment.local.profile, rule=self._rule,
-                              options=tuple(self._options.values()))
+                              options=tuple(self._options.values()), sooner_s=self._sooner_s)
         self._ticked_s, self._delivered_bytes = simulation.queue.now_s, 0.0
 
     @staticmethod
@@ -231,7 +234,7 @@ class Published(_Routed):
         view = self._kept = _View()
         view.threshold_tokens = plan.threshold_tokens
         view.abundant = plan.link_utilisation < NEAR_FULL
-        view.backlog_s, view.admit_bytes = 0.0, math.inf
+        view.backlog_s, view.admit_bytes, view.promised_s = 0.0, math.inf, 0.0
         self._scarce_ticks = 0
 
     def attach(self, simulation: Simulation) -> None:
@@ -284,13 +287,15 @@ class Kvwire(_Routed):
 
     Args:
         deployment, plan: solved with the lossless ratios (`wire_of`).
+        sooner_s: see `Router`.
         revise_s: how often the planner looks at the lengths that were seen.
     """
 
     def __init__(self, deployment: Deployment, plan: Plan, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = EXACT_OPTIONS,
-                 settings: ControllerSettings = SETTINGS, revise_s: float = 600.0):
-        super().__init__("kvwire", rule, options)
+                 settings: ControllerSettings = SETTINGS, sooner_s: float = SOONER_S,
+                 revise_s: float = 600.0):
+        super().__init__("kvwire", rule, options, sooner_s)
         self.interval_s = settings.period_s
         self._controller = Controller(deployment, plan, settings)
         split = replace(deployment, local=replace(deployment.local,
