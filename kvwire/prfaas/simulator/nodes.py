@@ -182,6 +182,12 @@ class PrefillNodes:
         return [max(0.0, until_s - now_s) + own_s if up else math.inf
                 for until_s, own_s, up in zip(self._until_s, self._own_s, self.up)]
 
+    def worked_s(self) -> float:
+        """Return the node seconds of all prefills so far, those that run included."""
+        now_s = self._queue.now_s
+        return self.busy_s + sum(now_s - request.stage_since_s for request in self._running
+                                 if request is not None)
+
     def running_count(self) -> int:
         """Return how many nodes are busy."""
         return sum(request is not None for request in self._running)
@@ -261,6 +267,12 @@ class DecodeNodes:
     def active_count(self) -> int:
         """Slots taken."""
         return sum(map(len, self._active))
+
+    def worked_s(self) -> float:
+        """Return the slot seconds of all decodes so far, those that run included."""
+        now_s = self._queue.now_s
+        return self.busy_s + sum(now_s - request.stage_since_s
+                                 for active in self._active for request in active.values())
 
     def submit(self, request: Request) -> None:
         """Give the request a slot, or let it wait for one."""

@@ -11,25 +11,27 @@ import numpy as np
 
 from kvwire.errors import UsageError
 from kvwire.prfaas.profiles import GBPS
+from kvwire.prfaas.simulator.nodes import PrefillNodes
 from kvwire.prfaas.simulator.simulation import Simulation
 
-__all__ = ["Summary", "bearable_rate", "summarise"]
+__all__ = ["Summary", "bearable_rate", "summarise", "times_to_first_token"]
 
 
 @dataclass(frozen=True)
 class Summary:
     """One run, without its beginning.
 
-    The window goes from the end of the warm-up to the last arrival. Times to first token are of
-    the requests that arrived in it; one that failed counts as infinite.
+    All but `failed` is of the window: from the end of the warm-up to the last arrival. Times to
+    first token are of the requests that arrived in it; one that failed counts as infinite.
 
     Attributes:
         offered_rps: arrivals; first_token_rps, done_rps: first tokens out and answers finished.
         remote_rps, local_rps: first tokens after a remote and after a local prefill.
         remote_share: of all first tokens, those after a remote prefill.
         cached_share: of prompt tokens, those found in the pool of the cluster that prefilled.
-        egress_gbps, link_utilisation: from the remote cluster, in the mean over the whole run.
-        prefill_utilisation, decode_utilisation: of the local nodes' and slots' time, whole run.
+        egress_gbps, link_utilisation: from the remote cluster.
+        remote_utilisation, prefill_utilisation, decode_utilisation: of the time of the remote and
+            the local prefill nodes, and of the decode slots.
         failed: requests by reason, whole run.
     """
 
@@ -59,58 +61,59 @@ class Summary:
 
 
 def _rounded(value: object) -> object:
-    if not isinstance(value, float):
+    if not isinstance(value, float):  # numpy's are floats too
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def summarise(simulation: Simulation, warm_up_share: float = 0.2) -> Summary:
+def summarise(simulation: Simulation) -> Summary:
     """Return what a simulation that ran shows.
 
-    Args:
-        warm_up_share: of the requests, that are left out at the beginning.
-
-    Raises: UsageError when nothing is left to look at.
+    Raises: UsageError when all of the window arrives at one instant.
     """
     records, arrival_s = simulation.records, simulation.trace.arrival_s
-    begin_s, end_s = arrival_s[int(warm_up_share * len(arrival_s))], arrival_s[-1]
-    seen = arrival_s >= begin_s
-    if end_s <= begin_s:
-        raise UsageError(f"{len(arrival_s)} requests and a warm-up of {warm_up_share:g} leave "
-                         "nothing to look at")
-    window_s = end_s - begin_s
+    begin, end = simulation.marks[0], simulation.marks[-1]
+    window_s = end.time_s - begin.time_s
+    if window_s <= 0:
+        raise UsageError("all requests after the warm-up arrive at one instant; there is no "
+                         "rate to speak of")
+    seen = slice(simulation.window_begin, None)
     first_s, done_s = np.asarray(records.first_token_s), np.asarray(records.done_s)
     remote = np.asarray(records.remote, bool)
-    out = (first_s >= begin_s) & (first_s < end_s)
-    ttft_s = np.where(np.isnan(first_s), math.inf, first_s - arrival_s)[seen]
+    out, done = (_within(times, begin.time_s, end.time_s) for times in (first_s, done_s))
+    ttft_s = times_to_first_token(simulation)[seen]
     p50, p90, p99 = np.percentile(ttft_s, (50, 90, 99), method="higher")
-    cached = np.asarray(records.cached_tokens)
-    passed_s = max(simulation.queue.now_s - arrival_s[0], window_s)
-    egress_gbps = capacity_gbps = 0.0
-    if simulation.link is not None:
-        simulation.link.advance()
-        egress_gbps = simulation.link.delivered_bytes * GBPS / passed_s
-        capacity_gbps = simulation.deployment.link.goodput_gbps
+    cached = np.asarray(records.cached_tokens)[seen]
+    done_by = [(after - before) / window_s for before, after in zip(begin[1:], end[1:])]
+    egress_gbps = done_by[0] * GBPS
+    link, decode = simulation.deployment.link, simulation.decode
     return Summary(
         policy=simulation.policy.name, request_count=len(arrival_s),
-        offered_rps=float(seen.sum() / window_s), first_token_rps=float(out.sum() / window_s),
-        done_rps=float(((done_s >= begin_s) & (done_s < end_s)).sum() / window_s),
-        remote_rps=float((out & remote).sum() / window_s),
-        local_rps=float((out & ~remote).sum() / window_s),
-        ttft_mean_s=float(ttft_s.mean()), ttft_p50_s=float(p50), ttft_p90_s=float(p90),
-        ttft_p99_s=float(p99), remote_share=float((out & remote).sum() / max(1, out.sum())),
-        cached_share=float(cached[seen].sum() / simulation.trace.input_tokens[seen].sum()),
+        offered_rps=len(ttft_s) / window_s, first_token_rps=out.sum() / window_s,
+        done_rps=done.sum() / window_s, remote_rps=(out & remote).sum() / window_s,
+        local_rps=(out & ~remote).sum() / window_s, ttft_mean_s=ttft_s.mean(), ttft_p50_s=p50,
+        ttft_p90_s=p90, ttft_p99_s=p99, remote_share=(out & remote).sum() / max(1, out.sum()),
+        cached_share=cached.sum() / simulation.trace.input_tokens[seen].sum(),
         egress_gbps=egress_gbps,
-        link_utilisation=egress_gbps / capacity_gbps if capacity_gbps else 0.0,
-        remote_utilisation=_busy(simulation.remote, passed_s),
-        prefill_utilisation=_busy(simulation.local, passed_s),
-        decode_utilisation=simulation.decode.busy_s / passed_s
-        / (simulation.decode.node_count * simulation.decode.slots),
+        link_utilisation=egress_gbps / link.goodput_gbps if link is not None else 0.0,
+        remote_utilisation=_utilisation(done_by[1], simulation.remote),
+        prefill_utilisation=_utilisation(done_by[2], simulation.local),
+        decode_utilisation=done_by[3] / (decode.node_count * decode.slots),
         failed=dict(Counter(records.failed.values())))
 
 
-def _busy(nodes, passed_s: float) -> float:
-    return nodes.busy_s / (nodes.node_count * passed_s) if nodes is not None else 0.0
+def times_to_first_token(simulation: Simulation) -> np.ndarray:
+    """Return the time of each request of the trace; infinity where there was no first token."""
+    first_s = np.asarray(simulation.records.first_token_s)
+    return np.where(np.isnan(first_s), math.inf, first_s - simulation.trace.arrival_s)
+
+
+def _within(times_s: np.ndarray, begin_s: float, end_s: float) -> np.ndarray:
+    return (times_s >= begin_s) & (times_s < end_s)
+
+
+def _utilisation(busy: float, nodes: PrefillNodes | None) -> float:
+    return busy / nodes.node_count if nodes is not None else 0.0
 
 
 def bearable_rate(run: Callable[[float], Summary], low_rps: float, high_rps: float,

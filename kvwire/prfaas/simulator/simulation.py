@@ -14,7 +14,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from kvwire.errors import UsageError
 from kvwire.prfaas.simulator.caches import ClusterCache
 from kvwire.prfaas.simulator.events import EventQueue
 from kvwire.prfaas.simulator.links import FluidLink, Transfer, pieces_of
@@ -23,7 +25,7 @@ from kvwire.prfaas.simulator.policies import Choice, Policy
 from kvwire.prfaas.simulator.traces import Trace
 from kvwire.prfaas.throughput import Deployment
 
-__all__ = ["Records", "Simulation"]
+__all__ = ["Mark", "Records", "Simulation"]
 
 ATTEMPTS_MAX = 4
 _SENT = (Stage.DISPATCH, Stage.PREFILL_QUEUE, Stage.PREFILL, Stage.TRANSFER)
@@ -50,6 +52,16 @@ class Records:
     failed: dict[int, str]
 
 
+class Mark(NamedTuple):
+    """What was done by a moment: bytes across the link, node seconds, slot seconds."""
+
+    time_s: float
+    delivered_bytes: float
+    remote_s: float
+    local_s: float
+    decode_s: float
+
+
 class Simulation:
     """The clusters, the link and the requests on their way.
 
@@ -61,16 +73,18 @@ class Simulation:
         remote_cache, local_cache: prefix pools, or None for none. Both or neither.
         deadline_s: a request without a first token this long after its arrival fails.
         detect_s: how long a dead cluster or a silent link goes unnoticed.
+        warm_up_share: of the requests; the others' arrivals are the window of `marks`.
 
     Attributes:
         remote, local: `PrefillNodes`, None where there are none.
         remote_up, link_up: what the router knows; late by `detect_s`.
+        marks: what was done by the window's first arrival, and by its last.
     """
 
     def __init__(self, trace: Trace, deployment: Deployment, prefill_nodes: int, policy: Policy,
                  *, remote_cache: ClusterCache | None = None,
                  local_cache: ClusterCache | None = None, deadline_s: float = math.inf,
-                 detect_s: float = 2.0):
+                 detect_s: float = 2.0, warm_up_share: float = 0.2):
         self.trace = trace
         self.deployment = deployment
         self.policy = policy
@@ -95,6 +109,11 @@ class Simulation:
         self._expiries: deque[tuple[float, Request]] = deque()
         self._next_index = 0
         self._progress: Callable[[int], None] | None = None
+        if not 0 <= warm_up_share < 1 or len(trace) < 2:
+            raise UsageError(f"a trace of {len(trace)} requests with a warm-up of "
+                             f"{warm_up_share:g} leaves nothing to look at")
+        self.window_begin = int(warm_up_share * (len(trace) - 1))
+        self.marks: list[Mark] = []
 
     def _prefill(self, name: str, count: int) -> PrefillNodes:
         return PrefillNodes(self.queue, name, count, self._service_s, self._prefill_ended)
@@ -124,6 +143,8 @@ class Simulation:
         self._next_index += 1
         if self._next_index < len(self._arrivals):
             self.queue.at(self._arrivals[self._next_index], self._arrive)
+        if index == self.window_begin or index == len(self._arrivals) - 1:
+            self.marks.append(self._mark())
         if self._progress is not None and index % 1000 == 0:
             self._progress(index)
         hashes = self.trace.keys(index) if self.local_cache is not None else ()
@@ -277,6 +298,15 @@ class Simulation:
         request.stage = Stage.DONE
         self.records.done_s[request.index] = self.queue.now_s
         self._forget(request)
+
+    def _mark(self) -> Mark:
+        delivered_bytes = 0.0
+        if self.link is not None:
+            self.link.advance()
+            delivered_bytes = self.link.delivered_bytes
+        return Mark(self.queue.now_s, delivered_bytes,
+                    *(nodes.worked_s() if nodes is not None else 0.0
+                      for nodes in (self.remote, self.local, self.decode)))
 
     # ---- what does not go to plan
 
