@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from kvwire.errors import UsageError
@@ -42,10 +43,11 @@ def exposed_s(option: CodecOption, kv_bytes: float, state_bytes: float, prefill_
 
     KV is coded and sent as layers are done, beside the prefill; states only when all is done.
     """
-    coded, sent = option.gbps, link_gbps
-    kv_s = kv_bytes * GBPS / min(coded, sent * option.kv_ratio)
-    state_s = state_bytes * GBPS / min(coded, sent * option.state_ratio)
-    return max(0.0, kv_s - prefill_s) + state_s
+    coded_gbps = option.gbps
+    kv_gbps = min(coded_gbps, link_gbps * option.kv_ratio)
+    state_gbps = min(coded_gbps, link_gbps * option.state_ratio)
+    late_s = kv_bytes * GBPS / kv_gbps - prefill_s
+    return (late_s if late_s > 0 else 0.0) + state_bytes * GBPS / state_gbps
 
 
 def choose(options: Sequence[CodecOption], kv_bytes: float, state_bytes: float, prefill_s: float,
@@ -65,23 +67,26 @@ def choose(options: Sequence[CodecOption], kv_bytes: float, state_bytes: float, 
         late_s: what is certain beside prefill and transfer: queues, backlog, round trip.
         ttft_max_s: the request's goal.
     """
-    def ttft_s(option: CodecOption) -> float:
-        return late_s + prefill_s + exposed_s(option, kv_bytes, state_bytes, prefill_s, link_gbps)
-
-    exact = [option for option in options if option.exact]
+    known_s = late_s + prefill_s
+    exact = [(known_s + exposed_s(option, kv_bytes, state_bytes, prefill_s, link_gbps), option)
+             for option in options if option.exact]
     if not exact:
         raise UsageError(f"options are {[option.name for option in options]}; one must be exact")
-    times = {option: ttft_s(option) for option in exact}
-    good = [option for option in exact if times[option] <= ttft_max_s]
+    good = [pair for pair in exact if pair[0] <= ttft_max_s]
     if good and scarce:
-        return min(good, key=lambda option: kv_bytes / option.kv_ratio
-                   + state_bytes / option.state_ratio)
+        return min((option for _, option in good), key=lambda option: (
+            kv_bytes / option.kv_ratio + state_bytes / option.state_ratio))
     if good:
-        fastest = min(times[option] for option in good)
-        return next(option for option in good if times[option] <= 1.1 * fastest)
+        soon_s = 1.1 * min(good, key=_first)[0]
+        return next(option for ttft_s, option in good if ttft_s <= soon_s)
     if lossy:
-        times |= {option: ttft_s(option) for option in options if not option.exact}
-        for option in options:
-            if not option.exact and times[option] <= ttft_max_s:
+        more = [(known_s + exposed_s(option, kv_bytes, state_bytes, prefill_s, link_gbps), option)
+                for option in options if not option.exact]
+        for ttft_s, option in more:
+            if ttft_s <= ttft_max_s:
                 return option
-    return min(times, key=times.__getitem__)
+        exact += more
+    return min(exact, key=_first)[1]
+
+
+_first = itemgetter(0)
