@@ -186,7 +186,7 @@ class Controller:
             return ClusterView(
                 tuple(remote), tuple(local), self._threshold_tokens, self._abundant,
                 self._breaker.permits(now_s), self._capacity_gbps, self._backlog_s,
-                self._admit_bytes())
+                self._admit_bytes(), self._outstanding_bytes * GBPS / self._capacity_gbps)
 
     def note(self, now_s: float, decision: RouteDecision) -> None:
         """A request was routed. What it wanted from the link counts, admitted or not."""

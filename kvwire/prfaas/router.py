@@ -22,6 +22,7 @@ from kvwire.prfaas.view import ClusterView, HeldBlocks, NodeView, PrefixIndex
 __all__ = ["RouteDecision", "RouteRequest", "Router", "Rule", "Target"]
 
 LINK_FULL = "link full"
+SOONER = "sooner"
 
 
 class Target(str, Enum):
@@ -66,8 +67,9 @@ class RouteDecision(NamedTuple):
 
     Attributes:
         target, node: who prefills.
-        reason: "threshold" (the rule said so), "remote down", "no remote node", "no local node" or
-            "link full" (the rule wanted the remote cluster, the link admits no such transfer now).
+        reason: "threshold" (the rule said so), "sooner" (the rule said otherwise, the queues so),
+            "remote down", "no remote node", "no local node" or "link full" (the remote cluster was
+            wanted, the link admits no such transfer now).
         tokens: of the prompt; threshold_tokens, abundant, rule: what was applied.
         uncached_tokens: the length that the rule looked at.
         cached_tokens_local, cached_tokens_remote: the longest usable prefix in each cluster.
@@ -136,6 +138,7 @@ class _Place(NamedTuple):
     prefill_s: float
     fetch_tokens: int = 0
     fetch_from: str = ""
+    fetch_s: float = 0.0
 
 
 class Router:
@@ -147,11 +150,14 @@ class Router:
         remote, local: the model's profile in each cluster.
         rule: how cached prefixes are judged.
         options: codecs that a transfer may use, least work first.
+        sooner_s: a request goes against the rule when its first token is expected so much sooner
+            in the other cluster, with the queues as they are; infinity: never.
     """
 
     def __init__(self, index: PrefixIndex, block_tokens: int, remote: ModelProfile,
                  local: ModelProfile, *, rule: Rule = Rule.PRICED,
-                 options: Sequence[CodecOption] = codecs.EXACT_OPTIONS):
+                 options: Sequence[CodecOption] = codecs.EXACT_OPTIONS,
+                 sooner_s: float = math.inf):
         if not any(option.exact for option in options):
             raise UsageError("options hold no exact codec")
         if block_tokens < 1:
@@ -162,6 +168,7 @@ class Router:
         self._local = local
         self._rule = Rule(rule)
         self._options = tuple(options)
+        self._sooner_s = sooner_s
         self._prices: tuple[float, tuple[float, float, float]] = math.nan, (0.0, 0.0, 0.0)
 
     def route(self, request: RouteRequest, view: ClusterView) -> RouteDecision:
@@ -180,14 +187,21 @@ class Router:
         target, reason = self._choose(request, view, local, remote)
         longest = max(local.cached_tokens, remote.cached_tokens)
         uncached = tokens - (longest if view.abundant else local.cached_tokens)
+        compared = reason == "threshold" and self._sooner_s < math.inf
         wire_bytes, codec = 0.0, ""
+        if compared or target is Target.REMOTE:
+            placed = self._place(request, view, Target.REMOTE, remote, local)
+            wire_bytes, option = self._transfer(request, view, local.kv_tokens, placed)
+        if compared:
+            here = self._place(request, view, Target.LOCAL, local, remote)
+            target, reason = self._sooner(request, view, target, local, placed, here, option)
+        if target is Target.REMOTE and wire_bytes > view.admit_bytes and view.local:
+            target, reason = Target.LOCAL, LINK_FULL
         if target is Target.REMOTE:
-            placed = self._place(request, view, target, remote, local)
-            wire_bytes, codec = self._transfer(request, view, local.kv_tokens, placed)
-            if wire_bytes > view.admit_bytes and view.local:
-                target, reason, codec = Target.LOCAL, LINK_FULL, ""
-        if target is Target.LOCAL:
-            placed = self._place(request, view, target, local, remote)
+            codec = option.name
+        else:
+            placed = here if compared else self._place(request, view, target, local, remote)
+            wire_bytes = wire_bytes if reason == LINK_FULL else 0.0
         return RouteDecision(
             target, placed.node.name, reason, tokens, view.threshold_tokens, view.abundant,
             self._rule, uncached, local.cached_tokens, remote.cached_tokens, placed.cached_tokens,
@@ -227,8 +241,29 @@ class Router:
             self._prices = threshold, prices
         return prices
 
+    def _sooner(self, request: RouteRequest, view: ClusterView, target: Target, local: _Side,
+                there: _Place, here: _Place, codec: CodecOption) -> tuple[Target, str]:
+        """Go against the rule when that brings the first token `sooner_s` sooner.
+
+        The rule shares work as the plan does, for any order of requests; queues and bursts are of
+        this moment. What was promised to the link delays a transfer as far as it will not have
+        gone by the time that this request's prefill ends.
+        """
+        profile = self._remote
+        kv_bytes = profile.kv_bytes_per_token * (request.tokens - local.kv_tokens)
+        remote_s = there.node.queue_s + there.prefill_s
+        remote_s += (max(0.0, view.promised_s - remote_s) + there.fetch_s
+                     + codecs.exposed_s(codec, kv_bytes, profile.state_bytes, there.prefill_s,
+                                        view.link_gbps))
+        local_s = here.node.queue_s + here.prefill_s + here.fetch_s
+        if target is Target.REMOTE and local_s + self._sooner_s < remote_s:
+            return Target.LOCAL, SOONER
+        if target is Target.LOCAL and remote_s + self._sooner_s < local_s:
+            return Target.REMOTE, SOONER
+        return target, "threshold"
+
     def _transfer(self, request: RouteRequest, view: ClusterView, held_tokens: int,
-                  placed: _Place) -> tuple[float, str]:
+                  placed: _Place) -> tuple[float, CodecOption]:
         """Return the bytes on the wire after a remote prefill, and their codec."""
         profile = self._remote
         kv_bytes = profile.kv_bytes_per_token * (request.tokens - held_tokens)
@@ -236,7 +271,7 @@ class Router:
                               view.link_gbps, late_s=placed.node.queue_s + view.backlog_s,
                               ttft_max_s=request.ttft_max_s, scarce=not view.abundant,
                               lossy=request.lossy)
-        return kv_bytes / codec.kv_ratio + profile.state_bytes / codec.state_ratio, codec.name
+        return kv_bytes / codec.kv_ratio + profile.state_bytes / codec.state_ratio, codec
 
     def _place(self, request: RouteRequest, view: ClusterView, target: Target, own: _Side,
                other: _Side) -> _Place:
@@ -249,13 +284,12 @@ class Router:
         if not view.abundant or longer <= cached:
             return _Place(node, cached, prefill_s)
         fetched_s = profile.prefill_s(tokens - longer, longer)
+        fetch_bytes = profile.wire_bytes(longer, min(own.kv_tokens, longer))
+        fetch_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
         if self._rule is Rule.PRICED:  # a fetch must be admitted and faster than what it saves
-            held = min(own.kv_tokens, longer)
-            fetch_bytes = profile.wire_bytes(longer, held)
-            fetch_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
             if fetch_bytes > view.admit_bytes or fetch_s >= prefill_s - fetched_s:
                 return _Place(node, cached, prefill_s)
-        return _Place(node, longer, fetched_s, longer - cached, other.cached_node)
+        return _Place(node, longer, fetched_s, longer - cached, other.cached_node, fetch_s)
 
     def _side(self, nodes: Sequence[NodeView], matches: Mapping[str, HeldBlocks],
               tokens: int) -> _Side:

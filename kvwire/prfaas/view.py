@@ -59,6 +59,7 @@ class ClusterView:
         link_gbps: what a transfer may count on.
         backlog_s: seconds that the link needs for what is already promised to it.
         admit_bytes: the largest transfer that the link admits now.
+        promised_s: seconds that the link needs for all that offloaded requests will still send.
     """
 
     remote: tuple[NodeView, ...]
@@ -69,3 +70,4 @@ class ClusterView:
     link_gbps: float = math.inf
     backlog_s: float = 0.0
     admit_bytes: float = math.inf
+    promised_s: float = 0.0

@@ -7,12 +7,19 @@ that becomes an end takes over the newer stamp and the uses of the child that ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from typing import Protocol
 
+from kvwire.errors import UsageError
 from kvwire.prfaas.pool.blocks import Block, BlockGeometry, Checkpoint, Entry
 
 __all__ = ["CostAware", "EvictionPolicy", "Lru"]
+
+_SECONDS_MIN = 1e-9
+_VALUE_MIN = 1e-6
+_BONUS_MIN = math.log(_VALUE_MIN)
+_IDLE_WEIGHT = 0.01
 
 
 class EvictionPolicy(Protocol):
@@ -21,14 +28,11 @@ class EvictionPolicy(Protocol):
     def used(self, entry: Entry) -> None:
         """Stamp an entry that was inserted or hit."""
 
-    def added(self, checkpoint: Checkpoint) -> Iterable[Entry]:
-        """Return the entries whose priority a new checkpoint has changed."""
-
     def priority(self, entry: Entry, geometry: BlockGeometry) -> float:
-        """Return the priority to stay: it may rise as long as the entry is not used, not fall."""
+        """Return the priority to stay; the pool asks when an entry can go, and before it goes."""
 
-    def evicted(self, priority: float) -> None:
-        """Learn what the entry was worth that has just been evicted."""
+    def evicted(self, entry: Entry, geometry: BlockGeometry) -> None:
+        """Learn what goes."""
 
 
 class Lru:
@@ -41,66 +45,64 @@ class Lru:
         self._now += 1
         entry.used = self._now
 
-    def added(self, checkpoint: Checkpoint) -> Iterable[Entry]:
-        return ()
-
     def priority(self, entry: Entry, geometry: BlockGeometry) -> float:
         return entry.used
 
-    def evicted(self, priority: float) -> None:
+    def evicted(self, entry: Entry, geometry: BlockGeometry) -> None:
         pass
 
 
 class CostAware:
-    """Keeps what saves most prefill seconds per byte; GreedyDual-Size-Frequency on a prefix tree.
+    """Keeps what saves most prefill seconds per byte, for the longer the more it saves.
 
-    An entry's priority is ``age + uses * seconds / bytes`` (Cherkasova, HPL-98-69), where `age` is
-    the priority of the last evicted entry when this one was used, so that worth fades with time.
+    Let an entry's value be ``uses * seconds / bytes``. If the chance that it is used again halves
+    in some time, then what should go is the lowest ``value * exp(-idle / horizon)``; its logarithm
+    gives each entry a fixed place, ``last use + horizon * log(value)``, as LRU's, with a bonus.
+    The horizon follows the pool: a share of the idle time after which entries have gone lately.
 
     - A checkpoint is worth the prefill from the nearest checkpoint before it. Its bytes are its
       own and those of the KV that goes with it: the run of blocks that nothing else needs.
-    - KV without a checkpoint at or after it is worth nothing and goes at once (in a model with
-      states), as a checkpoint without its KV would be; the tree never holds one.
-    - A checkpoint on the way to a newer one, with no branch between, has been overtaken: the
-      next turn of that conversation will ask for the newer one.
+      (Marconi, arXiv 2411.19379, weighs prefill against bytes alike, and adds recency to it.)
+    - KV without a checkpoint at or after it is worth nothing in a model with states and goes at
+      once, as a checkpoint without its KV would be; the tree never holds one of those.
     - Without states, a block is worth its own prefill at its depth.
 
     Args:
         recompute_s: (cached tokens, total tokens) -> seconds of prefill for the difference.
+        horizon: the share, 0.4 by measurement (bench.prefix_pool); 0: LRU, but for worthless KV.
     """
 
-    def __init__(self, recompute_s: Callable[[int, int], float]):
-        self._recompute_s = recompute_s
-        self._age = 0.0
+    def __init__(self, recompute_s: Callable[[int, int], float], *, horizon: float = 0.4):
+        if not horizon >= 0:
+            raise UsageError(f"horizon is {horizon}; it must not be negative")
+        self._recompute_s, self._horizon = recompute_s, horizon
+        self._now = 0
+        self._idle = 0.0  # of what was evicted lately, in uses of anything
 
     def used(self, entry: Entry) -> None:
-        entry.used = self._age
+        self._now += 1
+        entry.used = self._now
         entry.uses += 1
-
-    def added(self, checkpoint: Checkpoint) -> Iterable[Entry]:
-        at = checkpoint.block.parent
-        while at is not None and at.state is None and at.children == 1:
-            at = at.parent
-        if at is None or at.state is None or at.children != 1:
-            return ()
-        at.state.uses = 0
-        return (at.state,)
 
     def priority(self, entry: Entry, geometry: BlockGeometry) -> float:
         tokens = geometry.block_tokens
         if isinstance(entry, Block):
             if geometry.state_blocks:
-                return -1.0
+                return -math.inf
             stop, start, blocks = entry.depth, entry.depth - 1, 1
         else:
             stop = entry.block.depth
             start, run = _back_to_checkpoint(entry.block)
             blocks = geometry.state_blocks + run
+        # Against the prompt's first block, so that drifts of the horizon move all alike.
         seconds = self._recompute_s(start * tokens, stop * tokens)
-        return entry.used + entry.uses * seconds / (blocks * geometry.block_bytes)
+        value = entry.uses * seconds / blocks / max(self._recompute_s(0, tokens), _SECONDS_MIN)
+        bonus = math.log(value) if value > _VALUE_MIN else _BONUS_MIN
+        return entry.used + self._horizon * self._idle * bonus
 
-    def evicted(self, priority: float) -> None:
-        self._age = max(self._age, priority)
+    def evicted(self, entry: Entry, geometry: BlockGeometry) -> None:
+        if isinstance(entry, Checkpoint) or not geometry.state_blocks:
+            self._idle += _IDLE_WEIGHT * (self._now - entry.used - self._idle)
 
 
 def _back_to_checkpoint(block: Block) -> tuple[int, int]:

@@ -114,16 +114,17 @@ class PrefixPool:
         return Match(tail.depth if tail else 0, tokens, tokens)
 
     def lease(self, hashes: Sequence[bytes], tenant_key: bytes = b"",
-              lease_s: float | None = None) -> Lease:
-        """Hold the longest usable prefix, and count it as used.
+              lease_s: float | None = None, *, use: bool = True) -> Lease:
+        """Hold the longest usable prefix.
 
         Args:
             lease_s: after so long the pool may take it back; None: never.
+            use: it counts as a use; False for what is done behind the requests.
 
         Returns: a lease, of 0 tokens where nothing is usable.
         """
         with self._lock:
-            return self._lease(self._usable(self._deepest(hashes, tenant_key)), lease_s)
+            return self._lease(self._usable(self._deepest(hashes, tenant_key)), lease_s, use)
 
     def boundaries(self, hashes: Sequence[bytes], tenant_key: bytes = b"") -> tuple[int, ...]:
         """Return the lengths in blocks at which checkpoints of a prompt pay: its end, and where
@@ -157,12 +158,13 @@ class PrefixPool:
                 block = block.parent
         return block
 
-    def _lease(self, block: Block | None, lease_s: float | None) -> Lease:
+    def _lease(self, block: Block | None, lease_s: float | None, use: bool = True) -> Lease:
         lease = Lease(self, block, block.state if block else None, self._deadline(lease_s))
         for entry in (lease.tail, lease.state):
             if entry is not None:
                 entry.references += 1
-                self._policy.used(entry)
+                if use:
+                    self._policy.used(entry)
         return self._held(lease)
 
     # ---- insert
@@ -242,9 +244,6 @@ class PrefixPool:
             for entry in (*new_states, tail):
                 if entry is not None and entry is not lease.state and entry is not lease.tail:
                     self._policy.used(entry)
-                    self._queue_if_evictable(entry)
-            for state in new_states:
-                for entry in self._policy.added(state):
                     self._queue_if_evictable(entry)
             return lease
 
@@ -405,10 +404,10 @@ class PrefixPool:
             if not entry.evictable:
                 continue
             now = self._policy.priority(entry, self.geometry)
-            if now > priority:
+            if now > priority and queue and now > queue[0][0]:
                 self._enqueue(entry, now)
                 continue
-            self._policy.evicted(now)
+            self._policy.evicted(entry, self.geometry)
             self._remove(entry)
             return True
         return False
@@ -457,6 +456,12 @@ class PrefixPool:
                 self.capacity_blocks, self._free, len(self._index), self._checkpoints,
                 self._reserved, self._transferring, self._holds, self._evicted_kv,
                 self._evicted_checkpoints, self._expired)
+
+    def holds(self, name: bytes, state: bool) -> bool:
+        """Say whether a block, or with `state` the checkpoint at its end, is here."""
+        with self._lock:
+            block = self._index.get(name)
+            return block is not None and (not state or block.state is not None)
 
     def snapshot(self) -> Iterator[tuple[Chain, list[bytes], list[bytes]]]:
         """Yield all that is held, as `PoolObserver.published` would have been told of it."""
