@@ -116,6 +116,10 @@ def test_closed_forms_agree_with_samples(distribution, share):
     assert seen.mean() == pytest.approx(distribution.mean(), rel=0.02)
     assert seen.mean_above(tokens) == pytest.approx(distribution.mean_above(tokens), rel=0.04)
     assert seen.mean_below(tokens) == pytest.approx(distribution.mean_below(tokens), rel=0.04)
+    assert distribution.share_above(math.inf) == 0
+    cuts = np.array([0, tokens, math.inf])
+    for one in (seen, distribution):
+        assert one.shares_above(cuts) == pytest.approx([one.share_above(cut) for cut in cuts])
     lengths, cached = distribution.grid()
     assert (np.diff(lengths) >= 0).all() and (cached >= 0).all()
     assert lengths.mean() == pytest.approx(distribution.mean(), rel=0.005)
