@@ -45,21 +45,25 @@ def plot_rates(title: str, groups: Sequence[str], rates_rps: Mapping[str, Sequen
     _save(figure, path)
 
 
-def plot_timeline(title: str, arrival_s: np.ndarray, times_s: Mapping[str, np.ndarray],
-                  faults: Sequence[tuple[float, float, str]], path: Path | str) -> None:
+def plot_timeline(title: str, requests: tuple[np.ndarray, np.ndarray],
+                  faults: Sequence[tuple[float, float]], path: Path | str) -> None:
     """Write times to first token against arrival, with the faults as bands.
 
     Args:
-        faults: (begin, end, what) in seconds.
+        requests: arrival and time to first token of each, in seconds; infinite: it failed.
+        faults: (begin, end) in seconds.
 
     Raises: as `plot_ttft`.
     """
     figure, axes = _figure()
-    for name, values in times_s.items():
-        axes.plot(arrival_s, values, ".", markersize=2, label=name)
-    for begin_s, end_s, what in faults:
+    arrival_s, times_s = requests
+    served = np.isfinite(times_s)
+    axes.plot(arrival_s[served], times_s[served], ".", markersize=2, label="served")
+    if not served.all():
+        axes.plot(arrival_s[~served], np.full((~served).sum(), times_s[served].max()), "x",
+                  markersize=3, color="tab:red", label="failed")
+    for begin_s, end_s in faults:
         axes.axvspan(begin_s, end_s, color="tab:red", alpha=0.15)
-        axes.text(begin_s, axes.get_ylim()[1], what, fontsize="x-small", va="top")
     axes.set(title=title, yscale="log", xlabel="arrival, s", ylabel="time to first token, s")
     axes.legend(fontsize="small", markerscale=4)
     _save(figure, path)

@@ -5,11 +5,12 @@
 | homogeneous | all local | - | LRU, states at a prompt's end |
 | naive | all remote | raw | the same |
 | published | length threshold, two regimes, threshold moved in fixed steps | raw | the same |
-| kvwire | priced rule, queues as they are, `Controller`, `Planner` | lossless | cost-aware, states at branches too |
+| kvwire | priced rule, queues, `Controller`, `Planner` | lossless | cost-aware, states at branches |
 
 "Published" is arXiv 2604.15039 with what it leaves open filled in the plainest way: its threshold
 is solved for the deployment in front of it (bandwidth and post-hit lengths included), and moves by
-a tenth a period while the link is near full or the queues differ.
+a twentieth a period while the link is near full or the queues differ by seconds. How large a step
+and how many seconds was chosen in the published policy's favour, by its bearable rate.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Kvwire", "OneSided", "Policy", "Published"]
 
 NEAR_FULL = 0.9
-STEP = 1.1
-SURGE_S = 1.0
+STEP = 1.05
+SURGE_S = 5.0
 CALM_TICKS = 10
 # A prompt long enough to be offloaded waits rather for the link than for a slower local node.
 SETTINGS = ControllerSettings(backlog_max_s=10.0)
@@ -228,7 +229,7 @@ class Published(_Routed):
     """
 
     def __init__(self, plan: Plan, *, stepping: bool = True, interval_s: float = 1.0):
-        super().__init__("published", Rule.PUBLISHED, (RAW,))
+        super().__init__("published" if stepping else "published, static", Rule.PUBLISHED, (RAW,))
         self.interval_s = interval_s if stepping else 0.0
         self._plan = plan
         view = self._kept = _View()
@@ -263,14 +264,9 @@ class Published(_Routed):
         remote_s, local_s = self._queue_means_s()
         remote_s += backlog_s
         planned = max(self._plan.threshold_tokens, 1.0)
-        threshold = max(view.threshold_tokens, 1.0)
-        if full or backlog_s > SURGE_S:
-            self._scarce_ticks, view.abundant = CALM_TICKS, False
-        elif gbps < NEAR_FULL / 2 * view.link_gbps:
-            self._scarce_ticks -= 1
-            view.abundant = view.abundant or self._scarce_ticks <= 0
         if planned == math.inf:
             return
+        threshold = max(view.threshold_tokens, 1.0)
         if remote_s > local_s + SURGE_S or (full and backlog_s > SURGE_S):
             threshold *= STEP
         elif local_s > remote_s + SURGE_S and not full:
@@ -310,7 +306,10 @@ class Kvwire(_Routed):
         return replace(deployment, wire=Wire(codec.kv_ratio, codec.state_ratio))
 
     def _view(self, remote: list[_Node], local: list[_Node]):
-        return self._controller.view(self._simulation.queue.now_s, remote, local)
+        simulation = self._simulation
+        view = self._controller.view(simulation.queue.now_s, remote, local)
+        gone = not (simulation.remote_up and simulation.link_up)  # known before the next tick
+        return replace(view, remote_up=False) if gone else view
 
     def _noted(self, decision: RouteDecision) -> None:
         self._controller.note(self._simulation.queue.now_s, decision)
