@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -212,6 +214,38 @@ def test_a_new_plan_keeps_what_was_learned_of_the_link():
     after = plant.step(300).state
     assert after.capacity_gbps == pytest.approx(before.capacity_gbps, rel=0.1)
     assert after.retreat == pytest.approx(before.retreat, abs=0.1)
+
+
+# Shrinking forty periods of ten numbers takes minutes and says no more.
+@settings(deadline=None, max_examples=30, phases=[Phase.explicit, Phase.generate])
+@given(st.lists(st.tuples(
+    st.floats(0, 200), st.floats(0, 1e12), st.booleans(), st.booleans(), st.floats(0, 1e4),
+    st.floats(0, 1e4), st.lists(st.floats(0, 3e9), max_size=4), st.integers(0, 3), st.booleans(),
+    st.floats(0.01, 500)), max_size=40))
+def test_no_signals_bring_it_out_of_bounds(periods):
+    """Whatever the link and the queues say, the threshold stays between a quarter of the plan's
+    and the longest length, promises are never negative, and a link that is down takes none."""
+    deployment = case(10)
+    plan = solve(deployment)
+    controller = Controller(deployment, plan)
+    now, sent = 0.0, []
+    for gbps, backlog, lossy, lanes, remote_s, local_s, sizes, finished, ok, passed_s in periods:
+        for size in sizes:
+            decision = SimpleNamespace(target=Target.REMOTE, wire_bytes=size, queue_s=remote_s,
+                                       prefill_s=2.0)
+            controller.note(now, decision)
+            sent.append(decision)
+        for _ in range(min(finished, len(sent))):
+            controller.done(now, sent.pop(0), ok)
+        now += passed_s
+        state = controller.observe(now, LinkSignals(gbps, backlog, lossy, lanes),
+                                   QueueSignals(remote_s, local_s))
+        view = controller.view(now, (), ())
+        assert plan.threshold_tokens / 4 <= view.threshold_tokens <= 131_072
+        assert 0 < state.goal <= 0.9 and 0 < state.capacity_gbps <= 200
+        assert abs(state.balance) <= 1 and state.retreat >= 0
+        assert view.promised_s >= 0 and math.isfinite(view.backlog_s)
+        assert lanes or not view.remote_up
 
 
 def link_stats(**changes):

@@ -225,3 +225,22 @@ def test_an_infinite_threshold_is_printed_as_what_it_is(tmp_path, capsys):
     code, out, _ = run(capsys, "plan", path)
     assert code == 0 and "nothing is offloaded" in out
     assert solve(deployments.load(path)).offloaded_share == 0
+
+
+# ---- the package's README
+
+README = EXAMPLE.parent.parent / "kvwire" / "prfaas" / "README.md"
+
+
+def test_the_readmes_snippet_runs(monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(EXAMPLE.parent.parent)
+    exec(compile(snippet, str(README), "exec"), {})
+
+
+def test_the_readme_names_every_module():
+    text = README.read_text()
+    for path in README.parent.iterdir():
+        name = path.name if path.is_dir() else path.stem
+        if path.suffix == ".py" and not name.startswith("_"):
+            assert f"`{name}`" in text, name

@@ -288,6 +288,7 @@ class Controller:
             self._capacity_gbps += weight * (link.goodput_gbps - self._capacity_gbps)
         else:  # nothing shows that it is less than promised: believe the promise again, slowly
             self._capacity_gbps += 0.05 * weight * (self._nominal_gbps - self._capacity_gbps)
+        self._capacity_gbps = max(self._capacity_gbps, 1e-3 * self._nominal_gbps)
         self._backlog_s = backlog_gbit / self._capacity_gbps
         if link.congested and self._backlog_s > 0.1:  # losses that hold nothing up cost nothing
             self._caution = max(0.5, self._caution * (1 - 0.2 * weight / settings.smoothing))
