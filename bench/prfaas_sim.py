@@ -152,7 +152,7 @@ def _generated(options: argparse.Namespace) -> Trace:
 def _policies(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:
     for source, given in (("given", trace), ("generated", _generated(options))):
         if given is not None:
-            figures = {name: float(f"{value:.4g}")
+            figures = {name: float(f"{value:.4g}") if isinstance(value, float) else value
                        for name, value in asdict(given.statistics()).items()}
             yield {"part": "trace", "source": source, **figures}
     times: dict[str, np.ndarray] = {}
