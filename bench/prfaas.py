@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--simulate", action="store_true",
                         help=f"add the times to first token, by {SIMULATION}")
     options = parser.parse_args(arguments)
-    if min(options.blocks, options.decisions) < 1:
-        parser.error("--blocks and --decisions must be at least 1")
+    if options.blocks < 1 or options.decisions < 10:
+        parser.error("--blocks must be at least 1, --decisions at least 10")
     rows, inputs = ([], []) if options.router else tables(options.simulate)
     timed = []
     if options.router:
@@ -111,8 +111,10 @@ def report(rows: Sequence[Row], inputs: Sequence[Input]) -> list[str]:
 
 def timings(rows: Sequence[dict[str, object]]) -> list[str]:
     """Return the router's rows as a table."""
-    return [f"router, {row['rule']:9} rule, {row['regime']:8} bandwidth, {row['blocks']:,} cached "
-            f"blocks: median {row['us_median']} µs, p99 {row['us_p99']} µs" for row in rows]
+    return [f"router, {row['rule'] + (' and sooner' if row['sooner'] else ''):17} rule, "
+            f"{row['regime']:8} bandwidth, {row['blocks']:,} cached blocks: median "
+            f"{row['us_median']} µs (best tenth {row['us_median_best']}), p99 {row['us_p99']} µs"
+            for row in rows]
 
 
 if __name__ == "__main__":

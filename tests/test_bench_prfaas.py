@@ -112,10 +112,12 @@ def test_the_router_is_timed(tmp_path, capsys):
     assert prfaas.main(["--router", "--blocks", "3000", "--decisions", "50",
                         "--json", str(path)]) == 0
     _, *rows = json.loads(path.read_text())
-    assert {(row["rule"], row["regime"]) for row in rows} == {
-        (rule, regime) for rule in ("published", "priced") for regime in ("abundant", "scarce")}
+    assert [(row["rule"], row["sooner"], row["regime"]) for row in rows] == [
+        (rule, sooner, regime)
+        for rule, sooner in (("published", False), ("priced", False), ("priced", True))
+        for regime in ("abundant", "scarce")]
     assert all(row["blocks"] >= 3000 and 0 < row["us_median"] <= row["us_p99"] for row in rows)
-    assert capsys.readouterr().out.count("median") == 4
+    assert capsys.readouterr().out.count("median") == 6
 
 
 def test_misuse_is_refused(capsys):

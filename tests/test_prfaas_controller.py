@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from prfaas_plant import LENGTHS, Plant, case, up  # noqa: E402
 
 from kvwire.errors import UsageError  # noqa: E402
+from kvwire.link import CongestionThresholds, LaneStats, LinkStats  # noqa: E402
 from kvwire.prfaas.controller import (  # noqa: E402
     Controller, ControllerSettings, LinkSignals, QueueSignals, critical_gain, loop_radius,
 )
@@ -212,14 +214,24 @@ def test_a_new_plan_keeps_what_was_learned_of_the_link():
     assert after.retreat == pytest.approx(before.retreat, abs=0.1)
 
 
+def link_stats(**changes):
+    lane = dict.fromkeys((field.name for field in fields(LaneStats)), 0)
+    lane |= {"congestion_state": "open", "rtt_ms": 60.0, "rtt_min_ms": 20.0}
+    values = dict.fromkeys((field.name for field in fields(LinkStats)), 0)
+    values |= {"link": "a", "lanes": (LaneStats(**lane),), "codecs": (), "window_s": 1.0}
+    return LinkStats(**values | changes)
+
+
 def test_link_stats_become_signals():
-    lane = object()
-    one = SimpleNamespace(goodput_gbps=4.0, effective_gbps=6.0, backlog_bytes=3e9, lanes=(lane,))
-    two = SimpleNamespace(goodput_gbps=0.0, effective_gbps=0.0, backlog_bytes=0, lanes=())
-    signals = LinkSignals.of_stats([one, two], {"rtt"})
+    """Of two senders on one line, one without lanes; what is waiting shrinks as the codec did."""
+    one = link_stats(goodput_gbps=4.0, effective_gbps=6.0, backlog_bytes=3 * 10**9)
+    gone = link_stats(lanes=())
+    signs = CongestionThresholds().signs(one)
+    assert "rtt" in signs
+    signals = LinkSignals.of_stats([one, gone], signs)
     assert signals == LinkSignals(4.0, pytest.approx(2e9), True, True)
-    assert not LinkSignals.of_stats([two], {"backlog"}).congested
-    assert not LinkSignals.of_stats([two]).up
+    assert not LinkSignals.of_stats([gone], CongestionThresholds().signs(gone)).congested
+    assert not LinkSignals.of_stats([gone]).up
 
 
 def test_misuse_is_refused():

@@ -116,6 +116,10 @@ def test_closed_forms_agree_with_samples(distribution, share):
     assert seen.mean() == pytest.approx(distribution.mean(), rel=0.02)
     assert seen.mean_above(tokens) == pytest.approx(distribution.mean_above(tokens), rel=0.04)
     assert seen.mean_below(tokens) == pytest.approx(distribution.mean_below(tokens), rel=0.04)
+    assert distribution.share_above(math.inf) == 0
+    cuts = np.array([0, tokens, math.inf])
+    for one in (seen, distribution):
+        assert one.shares_above(cuts) == pytest.approx([one.share_above(cut) for cut in cuts])
     lengths, cached = distribution.grid()
     assert (np.diff(lengths) >= 0).all() and (cached >= 0).all()
     assert lengths.mean() == pytest.approx(distribution.mean(), rel=0.005)
@@ -133,8 +137,12 @@ def test_an_empirical_distribution_is_its_requests(lengths, tokens):
     assert distribution.quantile(1.0) == max(lengths)
 
 
-def test_prefix_hits_leave_the_rest_of_a_prompt():
-    lengths, cached = WithPrefixHits(LENGTHS, 0.25, 0.8).grid(1000)
+@pytest.mark.parametrize("prompts", [LENGTHS, Empirical(np.array([700, 8_000, 90_000]))],
+                         ids=["lognormal", "trace"])
+def test_prefix_hits_leave_the_rest_of_a_prompt(prompts):
+    lengths, cached = WithPrefixHits(prompts, 0.25, 0.8).grid(1000)
+    assert len(lengths) == 1000 and (lengths + cached).mean() == pytest.approx(
+        prompts.mean(), rel=0.01)
     assert (cached > 0).sum() == 250
     assert cached[cached > 0] == pytest.approx(4 * lengths[cached > 0])
 

@@ -12,7 +12,9 @@ from kvwire.errors import UsageError
 from kvwire.prfaas import codecs
 from kvwire.prfaas.codecs import RAW, TIERED, CodecOption
 from kvwire.prfaas.profiles import GBPS, ModelProfile
-from kvwire.prfaas.router import LINK_FULL, Router, RouteRequest, Rule, Target
+from kvwire.prfaas.router import (
+    LINK_FULL, SOONER, Router, RouteRequest, Rule, Target,
+)
 from kvwire.prfaas.view import ClusterView, NodeView
 
 BLOCK_TOKENS = 100
@@ -151,6 +153,36 @@ def test_a_fetch_must_be_faster_than_what_it_saves():
     assert not router(Rule.PRICED, held).route(request(10_000), full).transfer_prefix
 
 
+# ---- against the rule
+
+def test_a_long_queue_turns_a_request_round_when_that_is_sooner():
+    eager = router(Rule.PRICED, sooner_s=1.0).route
+    stuck_here = tuple(NodeView(f"local/{number}", 30.0) for number in range(3))
+    stuck_there = tuple(NodeView(f"remote/{number}", 90.0) for number in range(3))
+    for tokens, changes, target in ((5_000, {"local": stuck_here}, Target.REMOTE),
+                                    (20_000, {"remote": stuck_there}, Target.LOCAL),
+                                    (20_000, {"promised_s": 90.0}, Target.LOCAL)):
+        decision = eager(request(tokens), view(**changes))
+        assert (decision.target, decision.reason) == (target, SOONER)
+        assert router(Rule.PRICED).route(request(tokens), view(**changes)).target is not target
+    assert eager(request(5_000), view()).reason == "threshold"
+    assert eager(request(20_000), view()).target is Target.REMOTE
+
+
+def test_a_little_sooner_is_not_enough():
+    nodes = view().local
+    waits = (LOCAL.prefill_s(5_000) - REMOTE.prefill_s(5_000))
+    late = tuple(NodeView(node.name, waits) for node in nodes)  # about 2 s later than there
+    assert router(sooner_s=1.0).route(request(5_000), view(local=late)).reason == SOONER
+    assert router(sooner_s=5.0).route(request(5_000), view(local=late)).target is Target.LOCAL
+
+
+def test_what_is_sooner_must_be_admitted_too():
+    late = tuple(NodeView(node.name, 60.0) for node in view().local)
+    decision = router(sooner_s=1.0).route(request(5_000), view(local=late, admit_bytes=0))
+    assert (decision.target, decision.reason) == (Target.LOCAL, LINK_FULL)
+
+
 # ---- faults and limits
 
 def test_without_the_remote_cluster_all_is_local():
@@ -188,13 +220,15 @@ blocks = st.integers(0, 400).flatmap(lambda kv: st.tuples(st.just(kv), st.intege
 
 @given(st.sampled_from(Rule), st.integers(1, 200_000), st.booleans(), st.booleans(),
        st.dictionaries(st.sampled_from(["local/0", "local/1", "remote/0", "remote/2", "else"]),
-                       blocks), st.floats(0, 1e5), st.floats(0, 1e10))
-def test_every_decision_is_sound(rule, tokens, abundant, up, held, threshold, admit_bytes):
+                       blocks), st.floats(0, 1e5), st.floats(0, 1e10),
+       st.sampled_from([math.inf, 0.0, 1.0]))
+def test_every_decision_is_sound(rule, tokens, abundant, up, held, threshold, admit_bytes,
+                                 sooner_s):
     """Whatever is cached wherever: the node is the target's, prefixes are real and in bounds,
     nothing is fetched in the scarce regime or from a cluster that is gone."""
     now = view(abundant=abundant, remote_up=up, threshold_tokens=threshold,
                admit_bytes=admit_bytes)
-    decision = router(rule, held).route(request(tokens), now)
+    decision = router(rule, held, sooner_s=sooner_s).route(request(tokens), now)
     assert decision.node.startswith(f"{decision.target.value}/")
     assert 0 <= decision.cached_tokens < tokens and 0 <= decision.held_tokens <= tokens
     assert 1 <= decision.uncached_tokens <= tokens

@@ -68,6 +68,11 @@ def choose(options: Sequence[CodecOption], kv_bytes: float, state_bytes: float, 
         ttft_max_s: the request's goal.
     """
     known_s = late_s + prefill_s
+    first = options[0]
+    if first.exact and not scarce:  # most transfers: nothing to gain over the least work
+        first_s = known_s + exposed_s(first, kv_bytes, state_bytes, prefill_s, link_gbps)
+        if first_s <= 1.1 * known_s and first_s <= ttft_max_s:
+            return first
     exact = [(known_s + exposed_s(option, kv_bytes, state_bytes, prefill_s, link_gbps), option)
              for option in options if option.exact]
     if not exact:

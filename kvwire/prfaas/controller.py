@@ -166,7 +166,7 @@ class Controller:
         self._settings = settings
         self._lock = threading.Lock()
         self._breaker = Breaker(settings.breaker)
-        self._nominal_gbps = self._capacity_gbps = deployment.link.goodput_gbps
+        self._capacity_gbps = deployment.link.goodput_gbps
         self._load_gbps = self._offered_bytes = self._outstanding_bytes = 0.0
         self._retreat = self._balance = 0.0
         self._backlog_gbit = self._backlog_s = self._stalled_s = 0.0
@@ -218,7 +218,7 @@ class Controller:
             health = self._breaker.health(now_s)
             self._measure(elapsed_s, link)
             if health is Health.DOWN:
-                self._retreat = self._returning
+                self._retreat = max(self._retreat, self._returning)
             elif was is health:
                 self._retreat = self._retreated(link)
             self._balance = self._balanced(queues)
@@ -236,6 +236,7 @@ class Controller:
     def _adopt(self, deployment: Deployment, plan: Plan) -> None:
         if deployment.link is None or deployment.prfaas is None:
             raise UsageError(f"deployment {deployment.name!r} has no link to control")
+        self._nominal_gbps = deployment.link.goodput_gbps
         profile = deployment.prfaas.profile
         lengths, _ = deployment.lengths.grid(1024)
         sizes = profile.wire_bytes(lengths, 0, deployment.wire.kv_ratio,

@@ -38,6 +38,10 @@ class LengthDistribution(ABC):
     def share_above(self, tokens: float) -> float:
         """Return p = P(L > tokens)."""
 
+    def shares_above(self, tokens: np.ndarray) -> np.ndarray:
+        """Return `share_above` of each of many lengths."""
+        return np.array([self.share_above(float(length)) for length in tokens])
+
     @abstractmethod
     def mean_above(self, tokens: float) -> float:
         """Return l_long = E[L | L > tokens]."""
@@ -150,6 +154,9 @@ class Empirical(LengthDistribution):
     def share_above(self, tokens: float) -> float:
         return 1 - self._index(tokens) / len(self._sorted)
 
+    def shares_above(self, tokens: np.ndarray) -> np.ndarray:
+        return 1 - np.searchsorted(self._sorted, tokens, "right") / len(self._sorted)
+
     def mean(self) -> float:
         return float(self._sums[-1] / len(self._sorted))
 
@@ -226,14 +233,7 @@ class WithPrefixHits(LengthDistribution):
         return high
 
     def grid(self, count: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-        hits = round(count * self.hit_share)
-        cold = [self.prompts.grid(n)[0] for n in (hits, count - hits) if n]
-        whole = cold[0] if hits else np.empty(0)
-        misses = cold[-1] if hits < count else np.empty(0)
-        lengths = np.concatenate((whole * (1 - self.cached_share), misses))
-        cached = np.concatenate((whole * self.cached_share, np.zeros(len(lengths) - len(whole))))
-        order = np.argsort(lengths, kind="stable")
-        return lengths[order], cached[order]
+        return _rests_of_middles(self, count)
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
         whole = self.prompts.sample(rng, count)
@@ -244,3 +244,20 @@ class WithPrefixHits(LengthDistribution):
         whole = tokens / (1 - self.cached_share)
         return (self.hit_share * self.prompts.share_above(whole),
                 (1 - self.hit_share) * self.prompts.share_above(tokens))
+
+
+@lru_cache(maxsize=16)
+def _rests_of_middles(distribution: WithPrefixHits,
+                      count: int) -> tuple[np.ndarray, np.ndarray]:
+    def whole(part: int) -> np.ndarray:
+        quantile = distribution.prompts.quantile
+        return np.array([quantile((index + 0.5) / part) for index in range(part)])
+
+    hits = round(count * distribution.hit_share)
+    hit, cold = whole(hits), whole(count - hits)
+    lengths = np.concatenate((hit * (1 - distribution.cached_share), cold))
+    cached = np.concatenate((hit * distribution.cached_share, np.zeros(len(cold))))
+    order = np.argsort(lengths, kind="stable")
+    lengths, cached = lengths[order], cached[order]
+    lengths.flags.writeable = cached.flags.writeable = False
+    return lengths, cached

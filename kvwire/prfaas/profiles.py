@@ -108,11 +108,12 @@ class ModelProfile:
         prefix took, the floor paid again; and never less than T(uncached), for to attend to a
         prefix costs something.
         """
-        alone = self._time(uncached_tokens)
+        alone_s = self._time(uncached_tokens)
         if not cached_tokens:
-            return alone
-        whole = self._time(cached_tokens + uncached_tokens) - self._time(cached_tokens)
-        return max(alone, self.floor_s + whole)
+            return alone_s
+        behind_s = (self._pieces[0][2] + self._time(cached_tokens + uncached_tokens)
+                    - self._time(cached_tokens))
+        return behind_s if behind_s > alone_s else alone_s
 
     def prefill_times(self, uncached_tokens: np.ndarray,
                       cached_tokens: np.ndarray | float = 0) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvwire.errors import UsageError
@@ -293,6 +294,10 @@ class Router:
     def _side(self, nodes: Sequence[NodeView], matches: Mapping[str, HeldBlocks],
               tokens: int) -> _Side:
         """Return what a cluster holds. A prefill computes at least the last token of a prompt."""
+        if not nodes:
+            return _NO_NODES
+        if not matches:
+            return _Side(0, "", 0, {0: min(nodes, key=_queue_s)})
         first: dict[int, NodeView] = {}
         kv_blocks = 0
         for node in nodes:
@@ -305,7 +310,7 @@ class Router:
             known = first.get(usable_blocks)
             if known is None or node.queue_s < known.queue_s:
                 first[usable_blocks] = node
-        longest = max(first, default=0)
+        longest = max(first)
         return _Side(min(longest * self._block_tokens, tokens - 1),
                      first[longest].name if longest else "",
                      min(kv_blocks * self._block_tokens, tokens), first)
@@ -323,4 +328,5 @@ class Router:
 
 
 _NO_MATCHES: Mapping[str, HeldBlocks] = {}
+_queue_s = attrgetter("queue_s")
 _NO_NODES = _Side(0, "", 0, {})

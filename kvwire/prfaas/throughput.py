@@ -254,9 +254,7 @@ class Stages:
 
     def _measure(self) -> None:
         count = len(self._lengths)
-        lengths = self.deployment.lengths
-        shares = [lengths.share_above(t) if t < math.inf else 0.0 for t in self.thresholds]
-        self.offloaded_share = np.array(shares)
+        self.offloaded_share = self.deployment.lengths.shares_above(self.thresholds)
         below = count * (1 - self.offloaded_share)
         self.local_prefill_s = _mean_below(self._sums["local"], below)
         if self.deployment.prfaas is not None:
