@@ -68,27 +68,34 @@ def policies() -> dict[str, EvictionPolicy]:
 # ---- pool
 
 def pool_rows(blocks: int, samples: int) -> Iterator[dict]:
-    geometry = BlockGeometry.of_sizes(TRACE_TOKENS, *MODELS["prfaas-1t"])
-    for label, policy in policies().items():
-        rng = random.Random(1)
-        pool, chains = PrefixPool(geometry, blocks, policy=policy), []
-        while pool.stats().free_blocks >= CHAIN_BLOCKS + geometry.state_blocks:
-            chains.append(_chain(rng))
-            pool.insert(chains[-1])
-        progress(f"pool of {blocks:,} blocks, {label}: full")
-        asked = rng.sample(chains, min(samples, len(chains)))
-        fresh = [_chain(rng) for _ in range(2 * samples)]
-        unit = CHAIN_BLOCKS + geometry.state_blocks
-
-        def hit(number: int) -> None:
-            pool.lease(asked[number % len(asked)]).release()
-
-        steps = {"hit": hit, "insert into a full pool": lambda i: pool.insert(fresh[i]),
-                 "evict": lambda i: pool.evict(unit),
-                 "insert": lambda i: pool.insert(fresh[samples + i])}
-        for operation, step in steps.items():
-            yield _timed(operation, label, blocks, step, samples)
+    for model in ("attention only", "prfaas-1t"):
+        geometry = BlockGeometry.of_sizes(TRACE_TOKENS, *MODELS[model])
+        for label, policy in policies().items():
+            for row in _pool_rows(geometry, policy, blocks, samples):
+                progress(f"pool: {model}, {label}, {row['operation']}")
+                yield {"case": "pool", "model": model, "policy": label} | row
     yield from _index_rows(blocks, samples)
+
+
+def _pool_rows(geometry: BlockGeometry, policy: EvictionPolicy, blocks: int, samples: int
+               ) -> Iterator[dict]:
+    rng = random.Random(1)
+    pool, chains = PrefixPool(geometry, blocks, policy=policy), []
+    while pool.stats().free_blocks >= CHAIN_BLOCKS + geometry.state_blocks:
+        chains.append(_chain(rng))
+        pool.insert(chains[-1])
+    asked = rng.sample(chains, min(samples, len(chains)))
+    fresh = [_chain(rng) for _ in range(2 * samples)]
+    unit = CHAIN_BLOCKS + geometry.state_blocks
+
+    def hit(number: int) -> None:
+        pool.lease(asked[number % len(asked)]).release()
+
+    steps = {"hit": hit, "insert into a full pool": lambda i: pool.insert(fresh[i]),
+             "evict": lambda i: pool.evict(unit),
+             "insert": lambda i: pool.insert(fresh[samples + i])}
+    for operation, step in steps.items():
+        yield _timed(operation, blocks, step, samples)
 
 
 def _index_rows(blocks: int, samples: int) -> Iterator[dict]:
@@ -99,16 +106,16 @@ def _index_rows(blocks: int, samples: int) -> Iterator[dict]:
             index.publish(f"cluster/{node}", Chain(b"", chains[-1][0]), chains[-1],
                           chains[-1][-1:])
     asked = rng.sample(chains, min(samples, len(chains)))
-    yield _timed("match in the embedded index", "", blocks,
-                 lambda i: index.match(b"", asked[i % len(asked)]), samples)
+    yield {"case": "pool", "model": "", "policy": ""} | _timed(
+        "match in the embedded index", blocks,
+        lambda i: index.match(b"", asked[i % len(asked)]), samples)
 
 
 def _chain(rng: random.Random) -> list[bytes]:
     return [rng.randbytes(16) for _ in range(CHAIN_BLOCKS)]
 
 
-def _timed(operation: str, policy: str, blocks: int, step: Callable[[int], object], samples: int
-           ) -> dict:
+def _timed(operation: str, blocks: int, step: Callable[[int], object], samples: int) -> dict:
     times = []
     for number in range(samples):
         start = time.perf_counter()
@@ -116,8 +123,8 @@ def _timed(operation: str, policy: str, blocks: int, step: Callable[[int], objec
         times.append((time.perf_counter() - start) * 1e6)
     times.sort()
     middle = statistics.median(times)
-    return {"case": "pool", "operation": operation, "policy": policy, "pool_blocks": blocks,
-            "blocks_per_call": CHAIN_BLOCKS, "us_per_block_median": round(middle / CHAIN_BLOCKS, 3),
+    return {"operation": operation, "pool_blocks": blocks, "blocks_per_call": CHAIN_BLOCKS,
+            "us_per_block_median": round(middle / CHAIN_BLOCKS, 3),
             "us_per_call_median": round(middle, 2),
             "us_per_call_p99": round(times[int(0.99 * len(times))], 2)}
 

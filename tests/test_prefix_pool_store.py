@@ -175,6 +175,13 @@ def test_another_tenant_model_or_block_size_finds_nothing_on_ssd(tmp_path):
         assert store.match(hashes, TENANT).kv_blocks == 0
 
 
+def test_a_folder_belongs_to_one_tier_at_a_time(tmp_path):
+    with new_store(tmp_path):
+        with pytest.raises(UsageError, match="another SsdTier"):
+            new_store(tmp_path)
+    new_store(tmp_path).close()
+
+
 def files_of(store):
     return sorted(store.ssd._folder.rglob("*.kvc"))
 
