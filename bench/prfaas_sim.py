@@ -108,6 +108,7 @@ def simulated(options: argparse.Namespace) -> list[Row]:
     """Run the parts; return all rows."""
     trace = None if options.trace is None else read_trace(options.trace)
     if options.plots is not None:
+        plots.require_matplotlib()
         options.plots.mkdir(parents=True, exist_ok=True)
     case, rows = fit_case_study(), []
     parts: dict[str, Callable[..., Iterable[Row]]] = {
@@ -152,7 +153,7 @@ def _generated(options: argparse.Namespace) -> Trace:
 def _policies(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:
     for source, given in (("given", trace), ("generated", _generated(options))):
         if given is not None:
-            figures = {name: float(f"{value:.4g}")
+            figures = {name: float(f"{value:.4g}") if isinstance(value, float) else value
                        for name, value in asdict(given.statistics()).items()}
             yield {"part": "trace", "source": source, **figures}
     times: dict[str, np.ndarray] = {}
@@ -170,7 +171,7 @@ def _beyond(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -
         rates: dict[str, list[float]] = {}
         for gbps in LINKS_GBPS[traffic.name]:
             progress(f"{traffic.name}, {gbps} Gbit/s")
-            for row in cases.beyond(traffic, Link(float(gbps)), steps=7):
+            for row in cases.beyond(traffic, Link(float(gbps)), steps=6):
                 rates.setdefault(row["policy"], []).append(row["bearable_rps"])
                 yield row
         _plot(options, f"beyond-{traffic.name}", plots.plot_rates,
@@ -235,7 +236,7 @@ def measure_speed(name: str, count: int | None) -> Row:
     simulation.run(lambda index: progress(f"{name}: {index:,} of {len(simulation.trace):,}"))
     cpu_s = time.process_time() - began_cpu_s
     return {"part": "speed", "case": name, "requests": len(simulation.trace),
-            "seconds": round(time.perf_counter() - began_s, 1), "cpu_s": round(cpu_s, 1),
+            "seconds": round(time.perf_counter() - began_s, 1), "cpu_s": round(cpu_s, 2),
             "load": round(os.getloadavg()[0], 1),
             "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 

@@ -43,6 +43,9 @@ class GlobalIndex(Protocol):
                  states_only: bool = False) -> None:
         """Say that `node` has lost blocks, or with `states_only` the checkpoints at their ends."""
 
+    def announce(self, node: str) -> bool:
+        """Say that `node` lives; False when all that it has said may be lost."""
+
     def forget(self, node: str) -> None:
         """Drop all that `node` has said: it is gone, or begins anew."""
 
@@ -96,6 +99,9 @@ class EmbeddedIndex:
                 _remove(tenant.blocks, hashes, bit)
             if not tenant.blocks and not tenant.states:
                 del self._tenants[chain.tenant_key]
+
+    def announce(self, node: str) -> bool:
+        return True  # it lives as long as its nodes do
 
     def forget(self, node: str) -> None:
         with self._lock:

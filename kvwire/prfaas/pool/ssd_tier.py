@@ -11,6 +11,7 @@ removes. Runs go leaf first, so that no run is left without the one it follows.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from kvwire import files
 from kvwire.errors import ErrorCode, FormatError, KvwireError, UsageError
@@ -93,8 +95,8 @@ class SsdTier:
     """Prefixes of one model in a folder.
 
     Args:
-        folder: made if missing; one tier, in one process, at a time. Files of other models and
-            block sizes lie in folders of their own.
+        folder: made if missing. Files of other models and block sizes lie in folders of their
+            own in it, each of which one tier at a time may use.
         memory_spec_fingerprint: `CacheSpec.fingerprint` of what is written.
         geometry: of the blocks.
         capacity_bytes: of all files together.
@@ -107,6 +109,8 @@ class SsdTier:
 
     Threads: every method may be called from any thread. Files are read and written without the
     lock.
+
+    Raises: UsageError: another tier, in this or another process, has the folder.
     """
 
     def __init__(self, folder: str | os.PathLike, memory_spec_fingerprint: bytes,
@@ -119,6 +123,7 @@ class SsdTier:
         self._gone: list[_Run] = []
         self._folder = Path(folder) / f"{memory_spec_fingerprint.hex()}-{geometry.block_tokens}"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._claim = _claimed(self._folder)
         self._lock, self._write_lock = threading.RLock(), threading.Lock()
         self._blocks: dict[bytes, tuple[_Run, int]] = {}  # and the block's depth
         self._states: dict[bytes, _Run] = {}
@@ -126,6 +131,10 @@ class SsdTier:
         self._file_bytes = 0
         self._written = self._evicted = self._damaged = self._full = 0
         self._recover()
+
+    def close(self) -> None:
+        """Let another tier have the folder. Idempotent; nothing may be read or written then."""
+        self._claim.close()
 
     # ---- find
 
@@ -412,3 +421,15 @@ class SsdTier:
         with self._lock:
             return SsdStats(len(self._runs), self._file_bytes, self.capacity_bytes, self._written,
                             self._evicted, self._damaged, self._full)
+
+
+def _claimed(folder: Path) -> BinaryIO:
+    """Return the open file whose lock says that the folder is taken; it ends with the process."""
+    file = open(folder / "claim", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(f"another SsdTier uses {folder}: close it, or give each its own "
+                         "folder") from None
+    return file

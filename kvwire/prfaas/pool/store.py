@@ -124,6 +124,7 @@ class PrefixStore:
             self._spills.put(None)
             self._writer.join()
             self._writer = None
+            self.ssd.close()
 
     def match(self, hashes: Sequence[bytes], tenant_key: bytes) -> Match:
         """Return what can be had here, from memory or SSD: whichever has more that is usable."""

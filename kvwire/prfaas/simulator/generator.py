@@ -173,8 +173,8 @@ def with_bursts(trace: Trace, every_s: float, burst_s: float, factor: float) -> 
 
     Raises: UsageError when the bursts alone would exceed the mean rate.
     """
-    calm = (1 - factor * burst_s / every_s) / (1 - burst_s / every_s)
-    if not (0 < burst_s < every_s and factor > 0 and calm >= 0):
+    calm = (every_s - factor * burst_s) / (every_s - burst_s) if burst_s < every_s else -1.0
+    if not (burst_s > 0 and factor > 0 and calm >= 0):
         raise UsageError(f"bursts of {burst_s} s every {every_s} s at {factor} times the rate "
                          "leave no mean rate to keep")
     end_s = float(trace.arrival_s[-1])

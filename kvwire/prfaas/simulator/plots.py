@@ -9,7 +9,7 @@ import numpy as np
 
 from kvwire.errors import UnsupportedError, UsageError
 
-__all__ = ["plot_rates", "plot_timeline", "plot_ttft"]
+__all__ = ["plot_rates", "plot_timeline", "plot_ttft", "require_matplotlib"]
 
 
 def plot_ttft(title: str, times_s: Mapping[str, np.ndarray], path: Path | str) -> None:
@@ -69,12 +69,18 @@ def plot_timeline(title: str, requests: tuple[np.ndarray, np.ndarray],
     _save(figure, path)
 
 
-def _figure():
+def require_matplotlib() -> None:
+    """Raise UnsupportedError unless plots can be made; worth knowing before a long simulation."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.backends.backend_agg  # noqa: F401
     except ImportError:
         raise UnsupportedError("plots need matplotlib: pip install kvwire[plan]") from None
+
+
+def _figure():
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()

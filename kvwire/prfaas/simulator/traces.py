@@ -170,12 +170,14 @@ def read_trace(path: Path | str) -> Trace:
     """
     columns: tuple[list, ...] = ([], [], [], [])
     previous_ms = 0.0
+    before: dict[int, tuple[int, int]] = {}  # each hash id's place, and the id before it
     for where, row in _rows(Path(path)):
         values = _checked(where, row)
         if values[0] < previous_ms:
             raise UsageError(f"{where}: timestamp is {values[0]:g}, before the {previous_ms:g} of "
                              "the line above; sort the trace by arrival")
         previous_ms = values[0]
+        _check_chain(where, values[3], before)
         for column, value in zip(columns, values):
             column.append(value)
     timestamps, inputs, outputs, hashes = columns
@@ -229,6 +231,16 @@ def _checked(where: str, row: dict) -> tuple[float, int, int, list[int]]:
         raise UsageError(f"{where}: hash_ids has {len(hashes)} entries, expected {expected} for "
                          f"input_length {row['input_length']} in blocks of {BLOCK_TOKENS}")
     return float(timestamp), row["input_length"], row["output_length"], hashes
+
+
+def _check_chain(where: str, hashes: list[int], before: dict[int, tuple[int, int]]) -> None:
+    """A hash id stands for its whole prefix, so it always follows the same one."""
+    previous = -1
+    for position, hash_id in enumerate(hashes):
+        if before.setdefault(hash_id, (position, previous)) != (position, previous):
+            raise UsageError(f"{where}: hash_ids[{position}] is {hash_id}, which followed another "
+                             "block on a line above; equal ids must stand for equal prefixes")
+        previous = hash_id
 
 
 def _shown(value: object) -> str:
