@@ -323,11 +323,15 @@ def test_old_failures_and_old_successes_do_not_count():
     breaker.failed(11)
     assert breaker.permits(11)
     breaker.lost(12)
-    breaker.found()
     breaker.succeeded(13)                  # sent before the fall
     assert breaker.health(13) is Health.DOWN
+    breaker.found()
     breaker.succeeded(18)                  # probing, but none was sent since
+    breaker.failed(18)
     assert breaker.health(18) is Health.PROBING
+    breaker.sent(18)
+    breaker.failed(19)
+    assert breaker.health(19) is Health.DOWN
 
 
 def test_a_lost_link_stays_down_beyond_its_hold():

@@ -100,7 +100,7 @@ class Breaker:
     def failed(self, now_s: float) -> None:
         """A request that was sent there failed."""
         health = self.health(now_s)
-        if health is Health.PROBING:
+        if health is Health.PROBING and self._probing:  # else an old one, from before the fall
             self._fall(now_s)
         elif health is Health.UP:
             start = now_s - self._settings.window_s
