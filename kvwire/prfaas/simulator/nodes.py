@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Protocol
 
 from kvwire.prfaas.simulator.caches import CacheHold
 from kvwire.prfaas.simulator.events import EventQueue
 
 __all__ = ["DecodeNodes", "PrefillNodes", "Request", "Stage"]
+
+
+class QueueView(Protocol):
+    """What is told how long a node's queue is."""
+
+    queue_s: float
 
 
 class Stage(IntEnum):
@@ -107,6 +114,7 @@ class PrefillNodes:
         self.name = name
         self.node_count = node_count
         self.up = [True] * node_count
+        self._down_count = 0
         self.busy_s = 0.0
         self.queued_tokens = 0
         self.queued_count = 0
@@ -154,12 +162,14 @@ class PrefillNodes:
 
     def stop(self, node: int) -> None:
         """Take a node down; what runs or waits on it stays there until somebody withdraws it."""
+        self._down_count += self.up[node]
         self.up[node] = False
         if node in self._idle:
             self._idle.remove(node)
 
     def start(self, node: int) -> None:
         """Bring a node back."""
+        self._down_count -= not self.up[node]
         self.up[node] = True
         if self._running[node] is None and node not in self._idle:
             self._next(node)
@@ -176,11 +186,19 @@ class PrefillNodes:
         return waiting + [request for node in range(self.node_count)
                           for request in self.requests_of(node)]
 
-    def queues_s(self) -> list[float]:
-        """Return per node how long a new request would wait there; infinity: it is down."""
-        now_s = self._queue.now_s
-        return [max(0.0, until_s - now_s) + own_s if up else math.inf
-                for until_s, own_s, up in zip(self._until_s, self._own_s, self.up)]
+    def tell_queues(self, views: Sequence[QueueView]) -> bool:
+        """Set each node's `queue_s`, how long a new request would wait there; infinity: it is down.
+
+        Returns: whether all are up.
+        """
+        now_s, until_s, own_s = self._queue.now_s, self._until_s, self._own_s
+        for node, view in enumerate(views):
+            left_s = until_s[node] - now_s
+            view.queue_s = own_s[node] + left_s if left_s > 0 else own_s[node]
+        if self._down_count:
+            for view, up in zip(views, self.up):
+                view.queue_s = view.queue_s if up else math.inf
+        return not self._down_count
 
     def worked_s(self) -> float:
         """Return the node seconds of all prefills so far, those that run included."""

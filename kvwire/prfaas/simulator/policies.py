@@ -147,6 +147,7 @@ class _Routed:
         self._sooner_s = sooner_s
         self._rule = rule
         self._options = {option.name: option for option in options}
+        self._least = max(options, key=lambda option: option.kv_ratio)  # bytes; for fetches
 
     def attach(self, simulation: Simulation) -> None:
         """See `Policy`."""
@@ -181,26 +182,19 @@ class _Routed:
         decision = self._router.route(RouteRequest(request.tokens, request.hashes), view)
         self._noted(decision)
         is_remote = decision.target is Target.REMOTE
-        codec = self._options[decision.codec] if is_remote else self._cheapest
+        codec = self._options[decision.codec] if is_remote else self._least
         return Choice(is_remote, self._numbers[decision.node], codec,
                       decision.cached_tokens if decision.fetch_tokens else 0,
                       decision.prefill_s, decision)
 
     def _up(self, name: str) -> list[_Node]:
         """Return the nodes that are known to be up, their queues as they are now."""
-        nodes = self._views.get(name, ())
-        if nodes:
-            cluster = getattr(self._simulation, "remote" if name == "prfaas" else "local")
-            waits = cluster.queues_s()
-            for node, queue_s in zip(nodes, waits):
-                node.queue_s = queue_s
-            if math.inf in waits:
-                return [node for node in nodes if node.queue_s < math.inf]
-        return nodes
-
-    @property
-    def _cheapest(self) -> CodecOption:
-        return min(self._options.values(), key=lambda option: 1 / option.kv_ratio)
+        for nodes, views in self._clusters:
+            if nodes.name == name:
+                if nodes.tell_queues(views):
+                    return views
+                return [view for view in views if view.queue_s < math.inf]
+        return []
 
     def _goodput_gbps(self) -> tuple[float, float]:
         """Return what the link carried since the last call, and how long ago that was."""
