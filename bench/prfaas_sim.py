@@ -34,8 +34,9 @@ from kvwire.prfaas.throughput import Link
 
 __all__ = ["main", "table_6_ttft"]
 
-PARTS = ("closed-form", "table-6", "policies", "beyond", "faults")
-LINKS_GBPS = {"cold": (100, 25, 10, 7, 5), "conversation": (100, 25, 10), "agentic": (100, 25, 10)}
+PARTS = ("closed-form", "table-6", "policies", "faults", "beyond-cold", "beyond-agentic",
+         "beyond-conversation")
+LINKS_GBPS = {"cold": (100, 25, 10, 7, 5), "agentic": (100, 25, 10), "conversation": (100, 10)}
 COUNT = 6000
 CASE_COUNT = 20_000
 SPEED = {"published, no pools": (1_000_000, 60), "kvwire, no pools": (1_000_000, 60),
@@ -56,17 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure_speed(options.speed_case, options.requests)))
         return 0
     try:
-        rows, good = ((speeds(options.requests)) if options.speed else
-                      (simulated(options), True))
-        if options.json is not None:
-            head = {"machine": measure.machine(), "seed": options.seed}
-            text = json.dumps([head, *rows], indent=1, allow_nan=False)
-            options.json.write_text(text + "\n", "utf-8")
+        if options.speed:
+            rows, good = speeds(options.requests)
+            _write(options, rows)
+        else:
+            simulated(options)
+            good = True
     except (KvwireError, OSError) as error:
         progress("")
         print(f"bench.prfaas_sim: {error}", file=sys.stderr)
         return 1
     return 0 if good else 1
+
+
+def _write(options: argparse.Namespace, rows: list[Row]) -> None:
+    if options.json is not None:
+        head = {"machine": measure.machine(), "seed": options.seed, "requests": options.requests}
+        text = json.dumps([head, *rows], indent=1, allow_nan=False)
+        options.json.write_text(text + "\n", "utf-8")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,7 +113,7 @@ def table_6_ttft(case: CaseStudy) -> Iterator[tuple[str, str, float, float, str]
 # ---- the parts
 
 def simulated(options: argparse.Namespace) -> list[Row]:
-    """Run the parts; return all rows."""
+    """Run the parts; return all rows. What is done is in the JSON file after each part."""
     trace = None if options.trace is None else read_trace(options.trace)
     if options.plots is not None:
         plots.require_matplotlib()
@@ -113,12 +121,13 @@ def simulated(options: argparse.Namespace) -> list[Row]:
     case, rows = fit_case_study(), []
     parts: dict[str, Callable[..., Iterable[Row]]] = {
         "closed-form": _closed_form, "table-6": _table_6, "policies": _policies,
-        "beyond": _beyond, "faults": _faults}
+        "faults": _faults} | {f"beyond-{name}": _beyond(name) for name in LINKS_GBPS}
     for part in options.parts:
         for row in parts[part](case, trace, options):
             rows.append(row)
             progress("")
             print(_line(row), flush=True)
+        _write(options, rows)
     return rows
 
 
@@ -164,19 +173,23 @@ def _policies(case: CaseStudy, trace: Trace | None, options: argparse.Namespace)
           "Time to first token of conversations, 100 Gbit/s", times)
 
 
-def _beyond(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:
-    count = options.requests or COUNT
-    for traffic in (cases.cold(case, count, options.seed), _conversation(case, trace, options),
-                    cases.agentic(case, count, options.seed)):
+def _beyond(name: str) -> Callable[..., Iterator[Row]]:
+    """Return the part that compares policies on one kind of traffic."""
+    def part(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:
+        count = options.requests or COUNT
+        traffic = (cases.cold(case, count, options.seed) if name == "cold" else
+                   cases.agentic(case, count, options.seed) if name == "agentic" else
+                   _conversation(case, trace, options))
         rates: dict[str, list[float]] = {}
-        for gbps in LINKS_GBPS[traffic.name]:
-            progress(f"{traffic.name}, {gbps} Gbit/s")
-            for row in cases.beyond(traffic, Link(float(gbps)), steps=6):
+        for gbps in LINKS_GBPS[name]:
+            progress(f"{name}, {gbps} Gbit/s")
+            for row in cases.beyond(traffic, Link(float(gbps)), steps=5):
                 rates.setdefault(row["policy"], []).append(row["bearable_rps"])
                 yield row
-        _plot(options, f"beyond-{traffic.name}", plots.plot_rates,
-              f"{traffic.name}: requests/s with P90 TTFT within {traffic.ttft_p90_max_s:g} s",
-              [f"{gbps} Gbit/s" for gbps in LINKS_GBPS[traffic.name]], rates)
+        _plot(options, f"beyond-{name}", plots.plot_rates,
+              f"{name}: requests/s with P90 TTFT within {traffic.ttft_p90_max_s:g} s",
+              [f"{gbps} Gbit/s" for gbps in LINKS_GBPS[name]], rates)
+    return part
 
 
 def _faults(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:

@@ -128,7 +128,6 @@ class Traffic:
         pool_bytes: of each cluster's prefix pool; 0: none.
         slow_share: of the requests, that arrive slowly at first, so that pools fill.
         ttft_p90_max_s: what makes a rate bearable.
-        low_rps, high_rps: the rates to look between.
     """
 
     name: str
@@ -137,8 +136,6 @@ class Traffic:
     pool_bytes: float
     slow_share: float
     ttft_p90_max_s: float
-    low_rps: float
-    high_rps: float
 
     def simulation(self, policy: Policy, link: Link | None, prefill_nodes: int, rate_rps: float,
                    deployment: Deployment | None = None, **more: object) -> Simulation:
@@ -167,19 +164,18 @@ def cold(case: CaseStudy, count: int, seed: int) -> Traffic:
     """Return the paper's prompts, which share nothing."""
     deployment = case.remote_prefill
     trace = generator.cold_trace(deployment.lengths, count, 1.0, seed)
-    return Traffic("cold", trace, deployment, 0.0, 0.0, 10.0, 1.0, 5.0)
+    return Traffic("cold", trace, deployment, 0.0, 0.0, 10.0)
 
 
 def conversation(case: CaseStudy, trace: Trace) -> Traffic:
     """Return the requests of a trace file, or of one that was generated alike."""
-    return Traffic("conversation", trace, _deployment(case, trace), POOL_BYTES / 4, 0.0, 5.0, 2.0,
-                   12.0)
+    return Traffic("conversation", trace, _deployment(case, trace), POOL_BYTES / 4, 0.0, 5.0)
 
 
 def agentic(case: CaseStudy, count: int, seed: int) -> Traffic:
     """Return turns of agents: long prefixes, short appends."""
     trace = generator.session_trace(generator.AGENTIC, count, 3.0, seed).coarser(4)
-    return Traffic("agentic", trace, _deployment(case, trace), POOL_BYTES, 0.5, 5.0, 2.0, 14.0)
+    return Traffic("agentic", trace, _deployment(case, trace), POOL_BYTES, 0.5, 5.0)
 
 
 def _deployment(case: CaseStudy, trace: Trace) -> Deployment:
@@ -213,15 +209,16 @@ def contenders(traffic: Traffic, link: Link) -> dict[str, tuple[Plan, Callable[[
 def beyond(traffic: Traffic, link: Link, steps: int) -> Iterator[Row]:
     """Yield for each policy the highest rate with P90 TTFT in bounds, and P90 TTFT at one rate.
 
-    That rate is nine tenths of what the better of the two re-solved published policies bears.
+    The first is looked for between half and 1.1 times the rate of the policy's plan. The second
+    is nine tenths of what the better of the two re-solved published policies bears.
     """
     found, rates = contenders(traffic, link), {}
     for name, (plan, policy) in found.items():
         rates[name] = bearable_rate(
             lambda rate: traffic.run(policy(), link, plan.prefill_nodes, rate),
-            traffic.low_rps, traffic.high_rps, traffic.ttft_p90_max_s, steps)
+            0.5 * plan.lambda_max_rps, 1.1 * plan.lambda_max_rps, traffic.ttft_p90_max_s, steps)
     best = max(rates["published"][0], rates["published, static"][0])
-    same_rps = 0.9 * best or traffic.low_rps
+    same_rps = 0.9 * best or 0.5 * found["published"][0].lambda_max_rps
     for name, (plan, policy) in found.items():
         rate, at_best = rates[name]
         same = traffic.run(policy(), link, plan.prefill_nodes, same_rps)
