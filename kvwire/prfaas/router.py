@@ -21,6 +21,7 @@ from kvwire.prfaas.view import ClusterView, HeldBlocks, NodeView, PrefixIndex
 
 __all__ = ["RouteDecision", "RouteRequest", "Router", "Rule", "Target"]
 
+THRESHOLD = "threshold"
 LINK_FULL = "link full"
 SOONER = "sooner"
 
@@ -130,15 +131,18 @@ class _Side(NamedTuple):
     first: dict[int, NodeView]
 
 
-class _Place(NamedTuple):
-    """The node that prefills, and with which prefix."""
+class _Offer(NamedTuple):
+    """What one cluster would do for a request; `ready_s`: when its first token is expected."""
 
+    target: Target
     node: NodeView
     cached_tokens: int
     prefill_s: float
-    fetch_tokens: int = 0
-    fetch_from: str = ""
-    fetch_s: float = 0.0
+    fetch_tokens: int
+    fetch_from: str
+    ready_s: float
+    wire_bytes: float = 0.0
+    codec: str = ""
 
 
 class Router:
@@ -186,27 +190,19 @@ class Router:
         remote = self._side(view.remote, matches, tokens) if view.remote_up else _NO_NODES
         target, reason = self._choose(request, view, local, remote)
         longest = max(local.cached_tokens, remote.cached_tokens)
-        uncached = tokens - (longest if view.abundant else local.cached_tokens)
-        compared = reason == "threshold" and self._sooner_s < math.inf
-        wire_bytes, codec = 0.0, ""
-        if compared or target is Target.REMOTE:
-            placed = self._place(request, view, Target.REMOTE, remote, local)
-            wire_bytes, option = self._transfer(request, view, local.kv_tokens, placed)
-        if compared:
-            here = self._place(request, view, Target.LOCAL, local, remote)
-            target, reason = self._sooner(request, view, target, local, placed, here, option)
-        if target is Target.REMOTE and wire_bytes > view.admit_bytes and view.local:
-            target, reason = Target.LOCAL, LINK_FULL
-        if target is Target.REMOTE:
-            codec = option.name
-        else:
-            placed = here if compared else self._place(request, view, target, local, remote)
-            wire_bytes = wire_bytes if reason == LINK_FULL else 0.0
+        offer = self._offer(request, view, target, local, remote)
+        if reason == THRESHOLD and offer.ready_s > self._sooner_s:
+            offer, reason = self._sooner(request, view, offer, local, remote, tokens - longest)
+        wire_bytes = offer.wire_bytes
+        if wire_bytes > view.admit_bytes and view.local:
+            offer, reason = self._offer(request, view, Target.LOCAL, local, remote), LINK_FULL
+        node = offer.node
         return RouteDecision(
-            target, placed.node.name, reason, tokens, view.threshold_tokens, view.abundant,
-            self._rule, uncached, local.cached_tokens, remote.cached_tokens, placed.cached_tokens,
-            placed.fetch_tokens, placed.fetch_from, local.kv_tokens, wire_bytes, codec,
-            placed.node.queue_s, placed.prefill_s)
+            offer.target, node.name, reason, tokens, view.threshold_tokens, view.abundant,
+            self._rule, tokens - (longest if view.abundant else local.cached_tokens),
+            local.cached_tokens, remote.cached_tokens, offer.cached_tokens, offer.fetch_tokens,
+            offer.fetch_from, local.kv_tokens, wire_bytes, offer.codec, node.queue_s,
+            offer.prefill_s)
 
     def _choose(self, request: RouteRequest, view: ClusterView, local: _Side,
                 remote: _Side) -> tuple[Target, str]:
@@ -217,7 +213,7 @@ class Router:
         if not view.local:
             return Target.REMOTE, "no local node"
         offload = self._offloads(request.tokens, view, local, remote)
-        return (Target.REMOTE if offload else Target.LOCAL), "threshold"
+        return (Target.REMOTE if offload else Target.LOCAL), THRESHOLD
 
     def _offloads(self, tokens: int, view: ClusterView, local: _Side, remote: _Side) -> bool:
         here, there, threshold = local.cached_tokens, remote.cached_tokens, view.threshold_tokens
@@ -241,55 +237,57 @@ class Router:
             self._prices = threshold, prices
         return prices
 
-    def _sooner(self, request: RouteRequest, view: ClusterView, target: Target, local: _Side,
-                there: _Place, here: _Place, codec: CodecOption) -> tuple[Target, str]:
+    def _sooner(self, request: RouteRequest, view: ClusterView, offer: _Offer, local: _Side,
+                remote: _Side, uncached_tokens: int) -> tuple[_Offer, str]:
         """Go against the rule when that brings the first token `sooner_s` sooner.
 
         The rule shares work as the plan does, for any order of requests; queues and bursts are of
-        this moment. What was promised to the link delays a transfer as far as it will not have
-        gone by the time that this request's prefill ends.
+        this moment. `uncached_tokens` is the least that any node would prefill.
         """
-        profile = self._remote
-        kv_bytes = profile.kv_bytes_per_token * (request.tokens - local.kv_tokens)
-        remote_s = there.node.queue_s + there.prefill_s
-        remote_s += (max(0.0, view.promised_s - remote_s) + there.fetch_s
-                     + codecs.exposed_s(codec, kv_bytes, profile.state_bytes, there.prefill_s,
-                                        view.link_gbps))
-        local_s = here.node.queue_s + here.prefill_s + here.fetch_s
-        if target is Target.REMOTE and local_s + self._sooner_s < remote_s:
-            return Target.LOCAL, SOONER
-        if target is Target.LOCAL and remote_s + self._sooner_s < local_s:
-            return Target.REMOTE, SOONER
-        return target, "threshold"
+        other, profile = ((Target.LOCAL, self._local) if offer.target is Target.REMOTE
+                          else (Target.REMOTE, self._remote))
+        soon_s = offer.ready_s - self._sooner_s
+        if profile.prefill_s(uncached_tokens) < soon_s:  # else no node there can do it
+            against = self._offer(request, view, other, local, remote)
+            if against.ready_s < soon_s:
+                return against, SOONER
+        return offer, THRESHOLD
 
-    def _transfer(self, request: RouteRequest, view: ClusterView, held_tokens: int,
-                  placed: _Place) -> tuple[float, CodecOption]:
-        """Return the bytes on the wire after a remote prefill, and their codec."""
-        profile = self._remote
-        kv_bytes = profile.kv_bytes_per_token * (request.tokens - held_tokens)
-        codec = codecs.choose(self._options, kv_bytes, profile.state_bytes, placed.prefill_s,
-                              view.link_gbps, late_s=placed.node.queue_s + view.backlog_s,
+    def _offer(self, request: RouteRequest, view: ClusterView, target: Target, local: _Side,
+               remote: _Side) -> _Offer:
+        """Return the node of the cluster `target` that is done first, whether a longer prefix is
+        brought to it from the other cluster, and what the transfer after a remote prefill is."""
+        tokens = request.tokens
+        own, other, profile = ((remote, local, self._remote) if target is Target.REMOTE
+                               else (local, remote, self._local))
+        node, cached, prefill_s = self._node(own, profile, tokens)
+        fetch_tokens, fetch_from, fetch_s = 0, "", 0.0
+        longer = other.cached_tokens
+        if view.abundant and longer > cached:
+            fetched_s = profile.prefill_s(tokens - longer, longer)
+            fetch_bytes = profile.wire_bytes(longer, min(own.kv_tokens, longer))
+            takes_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
+            # A fetch must be admitted and faster than what it saves; the paper always fetches.
+            if self._rule is Rule.PUBLISHED or (fetch_bytes <= view.admit_bytes
+                                                and takes_s < prefill_s - fetched_s):
+                fetch_tokens, fetch_from, fetch_s = longer - cached, other.cached_node, takes_s
+                cached, prefill_s = longer, fetched_s
+        ready_s = node.queue_s + prefill_s + fetch_s
+        if target is Target.LOCAL:
+            return _Offer(target, node, cached, prefill_s, fetch_tokens, fetch_from, ready_s)
+        kv_bytes = profile.kv_bytes_per_token * (tokens - local.kv_tokens)
+        state_bytes = profile.state_bytes
+        codec = codecs.choose(self._options, kv_bytes, state_bytes, prefill_s, view.link_gbps,
+                              late_s=node.queue_s + view.backlog_s,
                               ttft_max_s=request.ttft_max_s, scarce=not view.abundant,
                               lossy=request.lossy)
-        return kv_bytes / codec.kv_ratio + profile.state_bytes / codec.state_ratio, codec
-
-    def _place(self, request: RouteRequest, view: ClusterView, target: Target, own: _Side,
-               other: _Side) -> _Place:
-        """Return the node of the cluster `target` that is done first, and whether a longer prefix
-        is brought to it from the other cluster."""
-        tokens = request.tokens
-        profile = self._remote if target is Target.REMOTE else self._local
-        node, cached, prefill_s = self._node(own, profile, tokens)
-        longer = other.cached_tokens
-        if not view.abundant or longer <= cached:
-            return _Place(node, cached, prefill_s)
-        fetched_s = profile.prefill_s(tokens - longer, longer)
-        fetch_bytes = profile.wire_bytes(longer, min(own.kv_tokens, longer))
-        fetch_s = view.backlog_s + fetch_bytes * GBPS / view.link_gbps
-        if self._rule is Rule.PRICED:  # a fetch must be admitted and faster than what it saves
-            if fetch_bytes > view.admit_bytes or fetch_s >= prefill_s - fetched_s:
-                return _Place(node, cached, prefill_s)
-        return _Place(node, longer, fetched_s, longer - cached, other.cached_node, fetch_s)
+        if self._sooner_s < math.inf:
+            # What was promised to the link delays a transfer as far as it will not have gone by
+            # the time that this request's prefill ends.
+            ready_s = max(ready_s, view.promised_s + fetch_s) + codecs.exposed_s(
+                codec, kv_bytes, state_bytes, prefill_s, view.link_gbps)
+        return _Offer(target, node, cached, prefill_s, fetch_tokens, fetch_from, ready_s,
+                      kv_bytes / codec.kv_ratio + state_bytes / codec.state_ratio, codec.name)
 
     def _side(self, nodes: Sequence[NodeView], matches: Mapping[str, HeldBlocks],
               tokens: int) -> _Side:
