@@ -40,7 +40,8 @@ def test_a_trace_reads_as_it_is_written(tmp_path):
     ({"input_length": 1 << 40}, "input_length", "1099"),
     ({"output_length": 0}, "output_length", "0"), ({"output_length": []}, "output_length", "[]"),
     ({"hash_ids": None}, "hash_ids", "None"), ({"hash_ids": [0, 1]}, "hash_ids", "expected 3"),
-    ({"hash_ids": [0, 1, -2]}, "hash_ids[2]", "-2"), ({"hash_ids": [0, "a", 2]}, "hash_ids[1]", "a"),
+    ({"hash_ids": [0, 1, -2]}, "hash_ids[2]", "-2"),
+    ({"hash_ids": [0, "a", 2]}, "hash_ids[1]", "a"),
     ({"hash_ids": [1, 0, 5]}, "hash_ids[0]", "1"), ({"hash_ids": [0, 5, 6]}, "hash_ids[1]", "5"),
 ])
 def test_a_bad_field_is_named_with_its_line(tmp_path, change, field, shown):

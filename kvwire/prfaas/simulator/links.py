@@ -29,7 +29,8 @@ class Transfer:
         sent_bytes: handed over so far; all of them are on the wire or across.
     """
 
-    __slots__ = ("link", "owner", "arrived", "sent_bytes", "ends_at_level", "active", "sealed", "cancelled")
+    __slots__ = ("link", "owner", "arrived", "sent_bytes", "ends_at_level", "active", "sealed",
+                 "cancelled")
 
     def __init__(self, link: FluidLink, owner: object, arrived: Callable[[object], None]):
         self.link = link
@@ -105,7 +106,7 @@ class FluidLink:
         return self._capacity * self.speed
 
     def send(self, transfer: Transfer, count: float, last: bool = False) -> None:
-        """Hand over `count` bytes; after the `last` ones `arrived` is called when all are across."""
+        """Hand over `count` bytes; when all are across after the `last` ones, `arrived` is called."""
         if transfer.cancelled:
             return
         if transfer.sealed:

@@ -4,8 +4,8 @@
 |---|---|---|---|
 | homogeneous | all local | - | LRU, states at a prompt's end |
 | naive | all remote | raw | the same |
-| published | length threshold, two regimes, threshold moved in fixed steps | raw | the same |
-| kvwire | priced rule, queues, `Controller`, `Planner` | lossless | cost-aware, states at branches |
+| published | length threshold, two regimes, moved in fixed steps | raw | the same |
+| kvwire | priced rule, queues, `Controller`, `Planner` | coded | cost-aware, states at branches |
 
 "Published" is arXiv 2604.15039 with what it leaves open filled in the plainest way: its threshold
 is solved for the deployment in front of it (bandwidth and post-hit lengths included), and moves by
