@@ -28,7 +28,6 @@ from bench.measure import progress
 from bench.prfaas_tables import CaseStudy, fit_case_study
 from kvwire.errors import KvwireError
 from kvwire.prfaas.simulator import generator, plots
-from kvwire.prfaas.simulator.policies import Kvwire
 from kvwire.prfaas.simulator.traces import Trace, read_trace
 from kvwire.prfaas.throughput import Link
 

@@ -106,7 +106,7 @@ class FluidLink:
         return self._capacity * self.speed
 
     def send(self, transfer: Transfer, count: float, last: bool = False) -> None:
-        """Hand over `count` bytes; when all are across after the `last` ones, `arrived` is called."""
+        """Hand over `count` bytes; once the `last` ones are across, `arrived` is called."""
         if transfer.cancelled:
             return
         if transfer.sealed:
