@@ -193,6 +193,15 @@ def test_a_remote_request_alone_adds_a_round_trip_and_what_follows_the_prefill()
     assert simulation.link.delivered_bytes == pytest.approx(2 * FAST.cache_bytes(32_768))
 
 
+def test_few_slow_lanes_hold_up_what_follows_the_prefill():
+    trace = requests([0, 50], [32_768, 32_768])
+    times = [times_to_first_token(simulate(trace, OneSided(remote=True), lane_count=2,
+                                           lane_gbps_max=gbps))[0] for gbps in (50.0, 2.5)]
+    tail_bytes = 182_000_000 + 17_280 * 32_768 / 8
+    assert times[1] - times[0] == pytest.approx(tail_bytes * 8 / 5e9 - tail_bytes * 8 / 100e9,
+                                                rel=1e-6)
+
+
 def test_requests_wait_for_slots_in_order():
     local = replace(DEPLOYMENT.local, nodes=2, batch_max=1)
     deployment = replace(DEPLOYMENT, local=local, prfaas=None, link=None)

@@ -73,6 +73,7 @@ class Simulation:
         remote_cache, local_cache: prefix pools, or None for none. Both or neither.
         deadline_s: a request without a first token this long after its arrival fails.
         detect_s: how long a dead cluster or a silent link goes unnoticed.
+        lane_count, lane_gbps_max: of one transfer, see `FluidLink`.
         warm_up_share: of the requests; the others' arrivals are the window of `marks`.
 
     Attributes:
@@ -84,7 +85,8 @@ class Simulation:
     def __init__(self, trace: Trace, deployment: Deployment, prefill_nodes: int, policy: Policy,
                  *, remote_cache: ClusterCache | None = None,
                  local_cache: ClusterCache | None = None, deadline_s: float = math.inf,
-                 detect_s: float = 2.0, warm_up_share: float = 0.2):
+                 detect_s: float = 2.0, warm_up_share: float = 0.2, lane_count: int = 8,
+                 lane_gbps_max: float = math.inf):
         self.trace = trace
         self.deployment = deployment
         self.policy = policy
@@ -99,8 +101,9 @@ class Simulation:
         self.remote = self.link = self.back_link = None
         if deployment.prfaas is not None:
             self.remote = self._prefill("prfaas", deployment.prfaas.nodes)
-            self.link = FluidLink(self.queue, deployment.link)
-            self.back_link = FluidLink(self.queue, deployment.link)
+            lanes = lane_count, lane_gbps_max
+            self.link = FluidLink(self.queue, deployment.link, *lanes)
+            self.back_link = FluidLink(self.queue, deployment.link, *lanes)
         self.decode = DecodeNodes(self.queue, local.nodes - prefill_nodes, local.batch_max,
                                   local.decode_step_s, self._decode_started, self._decode_ended)
         self.live: dict[int, Request] = {}
