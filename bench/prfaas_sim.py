@@ -37,6 +37,7 @@ PARTS = ("closed-form", "table-6", "policies", "faults", "beyond-cold", "beyond-
          "beyond-conversation")
 LINKS_GBPS = {"cold": (100, 25, 10, 7, 5), "agentic": (100, 25, 10), "conversation": (100, 10)}
 COUNT = 6000
+COLD_COUNT = 10_000  # long enough that a queue that grows is seen to
 CASE_COUNT = 20_000
 SPEED = {"published, no pools": (1_000_000, 60), "kvwire, no pools": (1_000_000, 60),
          "published, pools": (100_000, 120), "kvwire, pools": (100_000, 120)}
@@ -85,7 +86,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs there")
     parser.add_argument("--parts", default=",".join(PARTS), help="(default all: %(default)s)")
     parser.add_argument("--requests", type=int, metavar="N",
-                        help=f"of each simulation (default {COUNT}; {CASE_COUNT} for table 6)")
+                        help=f"of each simulation (default {CASE_COUNT} for table 6, "
+                             f"{COLD_COUNT} cold, else {COUNT})")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--speed", action="store_true", help="measure large simulations instead")
     parser.add_argument("--speed-case", choices=SPEED, help=argparse.SUPPRESS)
@@ -176,7 +178,8 @@ def _beyond(name: str) -> Callable[..., Iterator[Row]]:
     """Return the part that compares policies on one kind of traffic."""
     def part(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:
         count = options.requests or COUNT
-        traffic = (cases.cold(case, count, options.seed) if name == "cold" else
+        traffic = (cases.cold(case, options.requests or COLD_COUNT, options.seed)
+                   if name == "cold" else
                    cases.agentic(case, count, options.seed) if name == "agentic" else
                    _conversation(case, trace, options))
         rates: dict[str, list[float]] = {}

@@ -65,7 +65,7 @@ def plot_timeline(title: str, requests: tuple[np.ndarray, np.ndarray],
     for begin_s, end_s in faults:
         axes.axvspan(begin_s, end_s, color="tab:red", alpha=0.15)
     axes.set(title=title, yscale="log", xlabel="arrival, s", ylabel="time to first token, s")
-    axes.legend(fontsize="small", markerscale=4)
+    axes.legend(fontsize="small", markerscale=2)
     _save(figure, path)
 
 
