@@ -10,7 +10,8 @@ from bench import prefix_pool
 def test_rows_of_all_cases(tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps({"timestamp": n, "input_length": 1600, "output_length": 1,
-                                         "hash_ids": [0, 1 + n % 3, 7 + n]}) + "\n" for n in range(9)))
+                                         "hash_ids": [0, 1 + n % 3, 7 + n]}) + "\n"
+                             for n in range(9)))
     out = tmp_path / "rows.json"
     assert prefix_pool.main(["--json", str(out), "--trace", str(trace), "--blocks", "2000",
                              "--samples", "5", "--rounds", "1", "--run-blocks", "2",

@@ -295,14 +295,31 @@ def test_many_threads_are_served_right_bytes(tmp_path):
 # ---- kill -9
 
 WRITER = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {tests!r})
-from prefix_pool_world import put
+from prefix_pool_world import TENANT, put
 from test_prefix_pool_store import hashes_of, new_store
+from kvwire import files
+
+left = {steps}
+
+def step(function):
+    # One operation on the file system; before the last of them the process dies.
+    def counted(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return counted
+
+write_some = step(files._WriteBehind.write)
+files._WriteBehind.write = lambda self, data: write_some(self, data[:700])
+os.fsync, os.replace, os.unlink = step(os.fsync), step(os.replace), step(os.unlink)
 with new_store({folder!r}, capacity_blocks=200, ssd_bytes=300_000) as store:
-    for seed in range(1000):
+    for seed in range(100_000):
         hashes = hashes_of(seed % 40, 8 + seed % 5)
-        with store.lease(hashes, {tenant!r}) as lease:
+        with store.lease(hashes, TENANT):
             pass
         put(store, hashes, checkpoints=(4, len(hashes))).release()
         store.drain()
@@ -310,26 +327,37 @@ with new_store({folder!r}, capacity_blocks=200, ssd_bytes=300_000) as store:
 """
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_killed_at_any_point_nothing_half_written_is_served(tmp_path, seed):
-    rng, kills = random.Random(seed), 5 if seed == 1 else 60
-    code = WRITER.format(tests=str(TESTS), folder=str(tmp_path), tenant=TENANT)
+def check_what_a_dead_writer_left(folder):
+    """Return how many blocks are served."""
     served = 0
+    with new_store(folder, capacity_blocks=400, ssd_bytes=300_000) as store:
+        assert store.ssd.stats().damaged_files == 0, "a name appeared before its file was whole"
+        assert not list(store.ssd._folder.rglob("*.tmp"))
+        for number in range(40):
+            hashes = hashes_of(number, 12)
+            with store.lease(hashes, TENANT) as lease:
+                check_lease(store, hashes, lease)
+                served += lease.blocks
+        assert store.ssd.stats().damaged_files == 0
+    return served
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("when", ["before an operation", "at any time"])
+def test_killed_at_any_point_nothing_half_written_is_served(tmp_path, when, kills):
+    rng, served = random.Random(kills), 0
     for _ in range(kills):
+        by_itself = when == "before an operation"
+        code = WRITER.format(tests=str(TESTS), folder=str(tmp_path),
+                             steps=rng.randint(1, 200) if by_itself else 0)
         writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        # A moment of its work, not of its start; the time of one prefix is some milliseconds.
-        threading.Event().wait(rng.uniform(0, 0.08))
-        writer.send_signal(signal.SIGKILL)
+        if not by_itself:
+            writer.stdout.readline()
+            # A moment of its work, not of its start; a prefix takes it some milliseconds.
+            threading.Event().wait(rng.uniform(0, 0.08))
+            writer.send_signal(signal.SIGKILL)
         writer.communicate()
-        with new_store(tmp_path, capacity_blocks=400, ssd_bytes=300_000) as store:
-            assert store.ssd.stats().damaged_files == 0, "a name appeared before its file was whole"
-            assert not list(store.ssd._folder.rglob("*.tmp"))
-            for number in range(40):
-                hashes = hashes_of(number, 12)
-                with store.lease(hashes, TENANT) as lease:
-                    check_lease(store, hashes, lease)
-                    served += lease.blocks
-            assert store.ssd.stats().damaged_files == 0
+        assert writer.returncode == -signal.SIGKILL
+        served = check_what_a_dead_writer_left(tmp_path)
     assert served, "the writers were killed before they wrote anything"

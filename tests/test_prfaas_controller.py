@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,6 +186,16 @@ def test_queues_move_the_threshold_towards_the_idle_side():
     assert far.balance == -1 and far.threshold_tokens >= planned / 4
     even = controller.observe(5, LinkSignals(1), QueueSignals(30.5, 30))
     assert even.threshold_tokens == planned
+
+
+@pytest.mark.parametrize("lengths", [[700], [700, 700], [50_000, 50_000, 90_000]])
+def test_few_or_equal_lengths_leave_the_plan_as_it_is(lengths):
+    """A threshold at the longest of them offloads none, one below them all."""
+    deployment = case(10, Empirical(np.array(lengths)))
+    for threshold, offloads in ((math.inf, False), (float(max(lengths)), False), (0.0, True)):
+        plan = replace(solve(deployment), threshold_tokens=threshold)
+        state = Controller(deployment, plan).observe(1, LinkSignals(1), QueueSignals())
+        assert (state.threshold_tokens < max(lengths)) == offloads
 
 
 def test_admission_counts_what_is_promised():

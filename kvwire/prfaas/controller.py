@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Controller", "ControllerSettings", "ControllerState", "LinkSignals", "QueueSignals",
            "critical_gain", "loop_radius"]
 
+LEAST_LEFT = 1e-3  # a smaller share of all bytes is too little to steer by
+
 
 @dataclass(frozen=True)
 class LinkSignals:
@@ -242,9 +244,9 @@ class Controller:
         sizes = profile.wire_bytes(lengths, 0, deployment.wire.kv_ratio,
                                    deployment.wire.state_ratio)
         left = np.concatenate((np.cumsum(sizes[::-1])[::-1][1:], [0.0])) / np.sum(sizes)
-        kept = left > 1e-3  # beyond, the byte share is too small to steer by
-        self._tokens = np.concatenate(([0.0], lengths[kept]))
-        self._retreats = np.concatenate(([0.0], -np.log(left[kept])))
+        kept = left > LEAST_LEFT
+        self._tokens = np.concatenate(([0.0], lengths[kept], lengths[-1:]))
+        self._retreats = np.concatenate(([0.0], -np.log(left[kept]), [-math.log(LEAST_LEFT)]))
         planned = min(plan.threshold_tokens, float(self._tokens[-1]))
         self._planned = float(np.interp(planned, self._tokens, self._retreats))
         self._least_tokens = self._settings.least_share * planned

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 from kvwire.errors import UsageError
@@ -20,6 +21,7 @@ _SECONDS_MIN = 1e-9
 _VALUE_MIN = 1e-6
 _BONUS_MIN = math.log(_VALUE_MIN)
 _IDLE_WEIGHT = 0.01
+_LENGTHS_MAX = 1 << 16
 
 
 class EvictionPolicy(Protocol):
@@ -68,14 +70,17 @@ class CostAware:
     - Without states, a block is worth its own prefill at its depth.
 
     Args:
-        recompute_s: (cached tokens, total tokens) -> seconds of prefill for the difference.
+        recompute_s: (cached tokens, total tokens) -> seconds of prefill for the difference; always
+            the same for the same tokens.
         horizon: the share, 0.4 by measurement (bench.prefix_pool); 0: LRU, but for worthless KV.
     """
 
     def __init__(self, recompute_s: Callable[[int, int], float], *, horizon: float = 0.4):
         if not horizon >= 0:
             raise UsageError(f"horizon is {horizon}; it must not be negative")
-        self._recompute_s, self._horizon = recompute_s, horizon
+        # The same lengths come again and again, and a profile takes its time to interpolate.
+        self._recompute_s = lru_cache(_LENGTHS_MAX)(recompute_s)
+        self._horizon = horizon
         self._now = 0
         self._idle = 0.0  # of what was evicted lately, in uses of anything
 

@@ -133,8 +133,12 @@ class IndexPublisher:
                     repeat_at = now + self._repeat_s
                 self._say_what_waits()
             except TransferError:
-                self._lost = True
-                announce_at = time.monotonic() + _RETRY_S
+                with self._condition:
+                    self._lost = True
+                    self._waiting.clear()
+                    if not self._closed:
+                        self._condition.wait(_RETRY_S)
+                announce_at = time.monotonic()
             finally:
                 self._sending = False
 

@@ -147,6 +147,8 @@ def fetch_prefix(store: PrefixStore, receiver: Receiver, hashes: Sequence[bytes]
 
     Args:
         hashes: of the request, as computed here; they decide what is accepted, the offer does not.
+        deadline_s: for all of it, but for making a link where there is none: that takes at most the
+            receiver's `connect_timeout_s`.
 
     Returns: a lease on the prefix, or on less if `store` has no room for it.
 
