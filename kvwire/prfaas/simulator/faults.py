@@ -85,7 +85,8 @@ class _Broken:
             for node in range(simulation.remote.node_count):
                 simulation.remote.stop(node)
             for request in simulation.live.values():
-                if request.stage == Stage.TRANSFER and request.transfer is not None:
+                sending = request.stage in (Stage.PREFILL, Stage.TRANSFER)
+                if sending and request.choice.remote and request.transfer is not None:
                     request.transfer.link.cancel(request.transfer)  # its source is gone
         elif fault.kind is FaultKind.DECODE:
             self.lost = simulation.decode.stop(fault.node)
