@@ -261,10 +261,10 @@ def _read_plain(path: Path, into: memoryview) -> None:
 
 def _forget_pages(place: Path) -> None:
     """Put what is written on the disk, and drop it from the page cache."""
-    os.sync()
     for path in place.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
 
