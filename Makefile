@@ -103,7 +103,7 @@ SANITIZED_FLAGS := $(CHECKED_FLAGS) -fsanitize=address,undefined
 cpp-test:
 	@$(MAKE) --no-print-directory -j2 $(SANITIZED)/cpp-test
 	$(SANITIZED)/cpp-test
-	KVWIRE_IO=io_uring $(SANITIZED)/cpp-test transport
+	KVWIRE_IO=io_uring KVWIRE_ZEROCOPY=1 $(SANITIZED)/cpp-test transport
 
 $(SANITIZED)/cpp-test: $(SANITIZED_OBJECTS)
 	@$(CXX) $(SANITIZED_FLAGS) $^ -o $@ -ldl $(TLS_LIBRARIES)
@@ -122,7 +122,7 @@ TSAN_FLAGS := $(CHECKED_FLAGS) -fsanitize=thread
 tsan-test:
 	@$(MAKE) --no-print-directory -j2 $(TSAN)/tsan-test
 	TSAN_OPTIONS=halt_on_error=1 $(TSAN)/tsan-test
-	KVWIRE_IO=io_uring TSAN_OPTIONS=halt_on_error=1 $(TSAN)/tsan-test
+	KVWIRE_IO=io_uring KVWIRE_ZEROCOPY=1 TSAN_OPTIONS=halt_on_error=1 $(TSAN)/tsan-test
 
 $(TSAN)/tsan-test: $(TSAN_OBJECTS)
 	@$(CXX) $(TSAN_FLAGS) $^ -o $@ -ldl $(TLS_LIBRARIES)

@@ -87,9 +87,13 @@ class Endpoint:
             except RuntimeError:  # closed meanwhile: nobody waits there any more
                 pass
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | str]:
         """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,
-        send_calls, receive_calls (system calls), lanes_lost, lanes_redialled."""
+        send_calls, receive_calls (system calls), lanes_lost, lanes_redialled, zero_copy_sends,
+        zero_copies_copied (notices that the kernel copied all the same), zero_copies_refused (sends
+        that it copied at once). `io`: what the I/O threads wait with, "epoll" or "io_uring";
+        `io_note`: why not with what KVWIRE_IO asks for. `zero_copy`: "off", "on" or "always" (what
+        KVWIRE_ZEROCOPY=1 forces); `zero_copy_note`: why a lane did without when asked."""
         return self._checked().stats()
 
     def links(self) -> list[Link]:

@@ -25,7 +25,10 @@ _ATTENTION_TYPES = frozenset((
     "gemma2", "gemma3_text", "gpt_oss", "llama", "mimo_v2_flash", "minimax_m2", "mistral",
     "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 ))
-_LATENT_TYPES = frozenset(("bailing_hybrid", "deepseek_v3", "deepseek_v32", "kimi_linear"))
+_LATENT_TYPES = frozenset((
+    "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear",
+    "minicpm3", "youtu",
+))
 
 _FULL = frozenset(("full_attention", "indexed_attention", "hybrid"))
 _SLIDING = frozenset(("sliding_attention", "hybrid_sliding"))
@@ -56,6 +59,11 @@ def _mamba1(config, layers: Layers, dtype: DType, state: DType) -> Groups:
                   state_dtype=state)
 
 
+def _mamba1_alone(config, layers: Layers, dtype: DType, state: DType) -> Groups:
+    return mamba1(layers, channels=config.intermediate_size, state_dim=config.state_size,
+                  kernel=config.conv_kernel, dtype=dtype, state_dtype=state)
+
+
 def _gated_delta_net(config, layers: Layers, dtype: DType, state: DType) -> Groups:
     return gated_delta_net(
         layers, key_heads=config.linear_num_key_heads, value_heads=config.linear_num_value_heads,
@@ -82,9 +90,12 @@ def _short_convolution(config, layers: Layers, dtype: DType, state: DType) -> Gr
 _LINEAR_BUILDERS: dict[str, Callable[..., Groups]] = {
     **dict.fromkeys(_MAMBA2_FIELDS, _mamba2),
     "bailing_hybrid": _kimi_delta,
+    "falcon_mamba": _mamba1_alone,
     "jamba": _mamba1,
     "kimi_linear": _kimi_delta,
     "lfm2": _short_convolution,
+    "lfm2_moe": _short_convolution,
+    "mamba": _mamba1_alone,
     "minimax": _lightning,
     "olmo_hybrid": _gated_delta_net,
     "qwen3_5_moe_text": _gated_delta_net,

@@ -36,11 +36,17 @@ class LinkOptions:
             retransmissions included, headers of TCP and below not (6 % at an MTU of 1500). Each
             lane has an equal share, whether it uses it or not. None: no limit.
         dscp: differentiated-services mark of every datagram, 0 to 63; None: the system's.
+        zero_copy: have the network card read the lent arrays (MSG_ZEROCOPY), each lane until the
+            kernel says that it copied them all the same, as it does on loopback. A push completes
+            when its receipt is there and no card reads it; a lane that keeps memory for half a
+            second after it was wanted back (by `cancel`, say) is reset. Not inside TLS.
+            KVWIRE_ZEROCOPY=0 or 1 overrides it.
     """
 
     congestion_control: str | None = None
     bandwidth_max_gbps: float | None = None
     dscp: int | None = None
+    zero_copy: bool = False
 
     def native(self) -> dict[str, object]:
         """Return the options as the extension takes them; raises UsageError."""
@@ -51,7 +57,8 @@ class LinkOptions:
             raise UsageError(f"dscp is {self.dscp!r}; it must be 0 to 63")
         return {"congestion_control": self.congestion_control or "",
                 "bandwidth_max_bytes_per_s": 0 if cap is None else int(cap / GBPS),
-                "dscp": -1 if self.dscp is None else self.dscp}
+                "dscp": -1 if self.dscp is None else self.dscp,
+                "zero_copy": bool(self.zero_copy)}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import socket
 import time
 
+import numpy as np
 import pytest
 
 import kvwire
@@ -64,6 +65,24 @@ def test_receivers_that_answer_nonsense(refusing, frames, code):
     assert error.code in (code if isinstance(code, tuple) else (code,))
     if code == ErrorCode.SPEC_MISMATCH:
         assert error.remote and (error.expected, error.actual) == (3, 4)
+
+
+def test_last_words_are_heard_while_writes_fail():
+    """The receiver says why, and leaves with much of what it was sent unread: a reset."""
+    memory = kvwire.tensor_memory({"a": np.zeros(32 << 20, np.uint8)})
+    for _ in range(10):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = "127.0.0.1:%d" % listener.getsockname()[1]
+            with kvwire.Sender(address, lanes=1, lease_s=0) as sender:
+                sock, _ = listener.accept()
+                with RawPeer(role=Role.RECEIVER, sock=sock) as peer:
+                    transfer = sender.send(b"T" * 16, memory)
+                    transfer_id = peer.expect(FrameType.MANIFEST).header.transfer_id
+                    peer.send(FrameType.GRANT, transfer_id, Grant(1 << 30, 1, 1 << 20))
+                    for _ in range(16):
+                        peer.sock.recv(1 << 16)
+                    peer.send(FrameType.ABORT, transfer_id, Abort(ErrorCode.SPEC_MISMATCH, "no"))
+                fails(transfer, kvwire.KvwireError, ErrorCode.SPEC_MISMATCH)
 
 
 def test_a_receiver_that_asks_for_ever_is_served_within_bounds(refusing):

@@ -202,7 +202,7 @@ def send_twice(spec, filled, lossy, codec):
     paged = {} if spec is STATES else {"block_ids": range(64)}
     arrived, wire_bytes = [], []
     with kvwire.Receiver("127.0.0.1:0", allow_lossy=True) as receiver, \
-            kvwire.Sender(receiver.address, codec=codec) as sender:
+            kvwire.Sender(receiver.address, codec=codec, lanes=1) as sender:
         for _ in range(2):
             target = {key: np.zeros_like(array) for key, array in source.items()}
             memory, into = (kvwire.CacheMemory(spec, arrays, tokens=64 * BLOCK,

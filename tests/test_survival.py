@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 
 import kvwire
-from faults import DOWN, UP, Fault, Held, Proxy, eventually, fails, same_content
+from faults import DOWN, UP, Fault, Held, Proxy, RawPeer, eventually, fails, same_content
+from kvwire.admission import MAC_BYTES, Dialler
+from kvwire.control import End
 from kvwire.errors import ErrorCode
+from kvwire.wire import FrameType
 from test_lifetime import PREAMBLE, descriptors, resident_bytes, threads
 
 SMALL = kvwire.CacheSpec("m", (kvwire.attention(range(2), kv_heads=2, head_dim=8, dtype="fp16"),))
@@ -104,13 +107,37 @@ def test_only_what_has_no_receipt_goes_again():
 def test_an_idle_link_is_repaired_and_stays_one_link():
     with Pair(lanes=3) as pair:
         assert pair.delivered()
+        # A lane that is not there yet would not be cut.
+        assert eventually(lambda: len(pair.receiver.links()[0].stats().lanes) == 3)
         for lane in range(3):
             pair.proxy.cut(lane)
         assert eventually(lambda: pair.sender.stats()["lanes_lost"] >= 3)
         assert eventually(lambda: pair.sender.stats()["connections"] == 3)
         assert pair.sender.stats()["links"] == pair.receiver.stats()["links"] == 1
         assert pair.start().delivered()
-        assert pair.receiver.stats()["connections"] == 3
+        # The sender counts a lane from its first dial, the receiver when it has come.
+        assert eventually(lambda: pair.receiver.stats()["connections"] == 3)
+
+
+def test_a_lane_that_dies_at_the_door_leaves_the_link_to_another_that_enters():
+    link = random.randbytes(16)
+
+    class Second(RawPeer):
+        def write(self, data):
+            if len(data) == MAC_BYTES:  # its proof: the receiver has given it the link's name
+                first.sock.close()
+                assert eventually(lambda: receiver.stats()["connections"] == 1)
+            super().write(data)
+
+    with kvwire.Receiver() as receiver:
+        with RawPeer(receiver.address, greet=False, link_id=link, lane_count=2) as first:
+            first.write(Dialler(first.greeting, b"", random.randbytes(32)).output)
+            assert first.sock.recv(1)
+            with Second(receiver.address, link_id=link, lane_count=2, lane_index=1,
+                        key=b"") as second:
+                second.send(FrameType.END, b"u" * 16, End(0, 0, 0))
+                second.expect(FrameType.ABORT)
+                assert receiver.stats()["links"] == 1
 
 
 def test_one_blackholed_lane_of_four_holds_nothing_up():

@@ -49,7 +49,8 @@ def carry(links, source, target, lanes=1, chunk_bytes=CHUNK_BYTES):
     sent = sender(lanes, chunk_bytes).send(ticket.id, source.memory).result(20)
     got = ticket.result(20)
     assert sent.verified_bytes == got.verified_bytes == source.memory.bytes
-    assert sent.repaired_chunks == 0
+    # Of several lanes one that a busy machine keeps waiting is set aside: its chunks go again.
+    assert lanes > 1 or sent.repaired_chunks == 0
     assert same_content(source, target) and target.only_leaves_were_written()
     return sent.verified_bytes / max(sent.wire_bytes, 1)
 

@@ -1,9 +1,7 @@
-"""Every cache class of transformers that kvwire moves: out, through copies, and on with the model.
+"""The transformers connector: what it plans, exports and rebuilds, and what it refuses.
 
-Models are tiny and random, so their tokens may repeat: logits and tensors are compared too.
+The hand-offs themselves are in test_transformers_handoff.py.
 """
-
-import importlib
 
 import pytest
 
@@ -15,90 +13,10 @@ from kvwire.connectors.transformers import (  # noqa: E402
 )
 from kvwire.errors import RefusedError, UnsupportedError, UsageError  # noqa: E402
 from kvwire.layout import CacheSpec, GroupKind  # noqa: E402
-
-PROMPT_TOKENS = 37
-NEW_TOKENS = 24
-
-_COMMON = dict(vocab_size=256, hidden_size=64, num_hidden_layers=4, eos_token_id=None,
-               bos_token_id=None, pad_token_id=0)
-_ATTENTION = dict(intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
-_LATENT = dict(intermediate_size=128, moe_intermediate_size=32, num_attention_heads=4,
-               num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16,
-               v_head_dim=16)
-_EXPERTS = dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
-                n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=32)
-_MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=16,
-               mamba_chunk_size=16)
-_GDN = dict(linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2,
-            linear_num_value_heads=4)
-_LINEAR, _FULL = "linear_attention", "full_attention"
-
-# module of transformers.models: (configuration, model, options)
-MODELS = {
-    "bailing_hybrid": ("BailingHybridConfig", "BailingHybridForCausalLM", _LATENT | dict(
-        q_lora_rank=32, num_hidden_layers=6, head_dim=16)),
-    "bamba": ("BambaConfig", "BambaForCausalLM", _ATTENTION | _MAMBA2 | dict(
-        attn_layer_indices=[2])),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT | _EXPERTS),
-    "deepseek_v32": ("DeepseekV32Config", "DeepseekV32ForCausalLM", _LATENT | _EXPERTS | dict(
-        index_n_heads=2, index_head_dim=16, index_topk=16)),
-    "deepseek_v4": ("DeepseekV4Config", "DeepseekV4ForCausalLM", dict(
-        moe_intermediate_size=32, num_attention_heads=4, head_dim=64, index_head_dim=16,
-        index_n_heads=2, index_topk=2, n_routed_experts=4, num_experts_per_tok=2,
-        sliding_window=16, compress_rates={
-            "compressed_sparse_attention": 4, "heavily_compressed_attention": 8})),
-    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", _ATTENTION | _MAMBA2 | dict(
-        head_dim=16, mamba_d_ssm=128)),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _ATTENTION | dict(
-        num_hidden_layers=6, head_dim=16, sliding_window=16)),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", _ATTENTION | dict(
-        head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
-        attn_implementation="eager")),
-    "granitemoehybrid": ("GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM",
-                         _ATTENTION | _MAMBA2 | dict(
-                             layer_types=[_LINEAR, _LINEAR, _FULL, _LINEAR], num_local_experts=2,
-                             num_experts_per_tok=1, shared_intermediate_size=64)),
-    "jamba": ("JambaConfig", "JambaForCausalLM", _ATTENTION | dict(
-        attn_layer_period=4, attn_layer_offset=2, num_experts=2, num_experts_per_tok=1,
-        mamba_d_state=8, mamba_dt_rank=8)),
-    "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", _LATENT | dict(
-        num_hidden_layers=6, num_local_experts=4, num_experts_per_tok=2, linear_head_dim=16,
-        linear_num_heads=4)),
-    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", _ATTENTION | dict(
-        layer_types=["conv", "conv", _FULL, "conv"])),
-    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", dict(
-        num_heads=8, head_dim=16, state_size=16, n_groups=2, chunk_size=16)),
-    "minimax": ("MiniMaxConfig", "MiniMaxForCausalLM", _ATTENTION | dict(
-        head_dim=16, num_local_experts=2, num_experts_per_tok=1, block_size=16,
-        layer_types=[_LINEAR, _FULL, _LINEAR, _FULL])),
-    "nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM", _ATTENTION | dict(
-        head_dim=16, mamba_num_heads=8, mamba_head_dim=16, n_groups=2, ssm_state_size=16,
-        chunk_size=16)),
-    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _ATTENTION | _GDN),
-    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _ATTENTION | _GDN | dict(head_dim=16)),
-    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _ATTENTION | _GDN | dict(
-        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32)),
-    "zamba2": ("Zamba2Config", "Zamba2ForCausalLM", _ATTENTION | dict(
-        num_key_value_heads=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1,
-        mamba_d_state=16, n_mamba_heads=8, mamba_ngroups=2, chunk_size=16, use_mem_rope=True,
-        adapter_rank=8)),
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _ATTENTION),
-}
-
-KINDS = {
-    "bailing_hybrid": {GroupKind.LATENT, GroupKind.CONVOLUTION, GroupKind.RECURRENT},
-    "deepseek_v3": {GroupKind.LATENT},
-    "deepseek_v32": {GroupKind.LATENT, GroupKind.AUXILIARY},
-    "deepseek_v4": {GroupKind.SLIDING_WINDOW, GroupKind.AUXILIARY},
-    "falcon_h1": {GroupKind.FULL_ATTENTION, GroupKind.CONVOLUTION, GroupKind.RECURRENT},
-    "gpt_oss": {GroupKind.FULL_ATTENTION, GroupKind.SLIDING_WINDOW},
-    "kimi_linear": {GroupKind.LATENT, GroupKind.CONVOLUTION, GroupKind.RECURRENT},
-    "lfm2": {GroupKind.FULL_ATTENTION, GroupKind.CONVOLUTION},
-    "mamba2": {GroupKind.CONVOLUTION, GroupKind.RECURRENT},
-    "minimax": {GroupKind.FULL_ATTENTION, GroupKind.RECURRENT},
-}
-
+from transformers_models import (  # noqa: E402
+    ATTENTION, COMMON, MODELS, PROMPT_TOKENS, copied, differences, forward, given_tokens, greedy,
+    make_model, make_prompt,
+)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -107,46 +25,6 @@ def one_thread():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
-
-
-def make_model(name, dtype=torch.float32, **options):
-    config_name, model_name, own = MODELS[name]
-    folder = f"transformers.models.{name}"
-    config = getattr(importlib.import_module(f"{folder}.configuration_{name}"), config_name)
-    model = getattr(importlib.import_module(f"{folder}.modeling_{name}"), model_name)
-    torch.manual_seed(0)
-    return model(config(**_COMMON | own | options)).to(dtype).eval()
-
-
-def make_prompt(tokens=PROMPT_TOKENS, batch_size=1):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, 200, (batch_size, tokens), generator=generator)
-
-
-def forward(model, ids, cache=None):
-    """Return (logits of the last token, cache); Mamba calls the cache by another name."""
-    name = "cache_params" if model.config.model_type == "mamba2" else "past_key_values"
-    output = model(input_ids=ids, use_cache=True, **({} if cache is None else {name: cache}))
-    return output.logits[0, -1], getattr(output, name)
-
-
-def greedy(model, cache, token, count=NEW_TOKENS):
-    """Return the tokens that follow, and the logits of each step."""
-    tokens, logits = [], []
-    for _ in range(count):
-        scores, cache = forward(model, torch.tensor([[token]]), cache)
-        token = int(scores.argmax())
-        tokens.append(token)
-        logits.append(scores)
-    return tokens, torch.stack(logits)
-
-
-def given_tokens(model, tokens):
-    return tokens if model.config.model_type == "mamba2" else None
-
-
-def copied(tensors):
-    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def shipped(exported, spec):
@@ -159,33 +37,6 @@ def shipped(exported, spec):
         assert destination[key].shape == tensor.shape and destination[key].dtype == tensor.dtype
         destination[key].copy_(tensor)
     return destination
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_decoding_goes_on_exactly_as_without_the_hand_off(name):
-    model = make_model(name)
-    scores, cache = forward(model, make_prompt())
-    first = int(scores.argmax())
-    exported = export(cache, model, given_tokens(model, PROMPT_TOKENS))
-    assert exported.tokens == PROMPT_TOKENS
-    spec = plan_cache(model.config, PROMPT_TOKENS, torch.float32)
-    assert spec == exported.spec
-    assert {group.kind for group in spec.groups} >= KINDS.get(name, {GroupKind.FULL_ATTENTION})
-    destination = shipped(exported, spec)
-    sent = copied(exported.tensors)
-    expected_tokens, expected_logits = greedy(model, cache, first)
-
-    rebuilt = rebuild(model.config, copied(destination), exported.metadata)
-    again = export(rebuilt, model, given_tokens(model, PROMPT_TOKENS))
-    assert again.spec == exported.spec and again.metadata == exported.metadata
-    assert again.tensors.keys() == sent.keys()
-    assert all(torch.equal(again.tensors[key], sent[key]) for key in sent)
-
-    for _ in range(2):
-        cache = rebuild(model.config, copied(destination), exported.metadata)
-        tokens, logits = greedy(model, cache, first)
-        assert tokens == expected_tokens
-        assert torch.equal(logits, expected_logits)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,7 +63,8 @@ def test_each_kind_of_tensor_matters(name):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17])
-@pytest.mark.parametrize("name", ["deepseek_v4", "gpt_oss", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4", "falcon_h1", "gpt_oss", "jamba",
+                                  "kimi_linear", "lfm2", "minimax", "qwen3_next"])
 def test_short_prompts_and_window_edges(name, tokens):
     model = make_model(name)
     scores, cache = forward(model, make_prompt(tokens))
@@ -221,9 +73,10 @@ def test_short_prompts_and_window_edges(name, tokens):
     assert spec == exported.spec
     destination = shipped(exported, spec)
     first = int(scores.argmax())
-    expected_tokens, expected_logits = greedy(model, cache, first, count=6)
-    got_tokens, got_logits = greedy(
-        model, rebuild(model.config, destination, exported.metadata), first, count=6)
+    received = rebuild(model.config, destination, exported.metadata)
+    assert differences(received, cache) == []
+    expected_tokens, expected_logits = greedy(model, cache, first, 6, tokens)
+    got_tokens, got_logits = greedy(model, received, first, 6, tokens)
     assert got_tokens == expected_tokens and torch.equal(got_logits, expected_logits)
 
 
@@ -244,7 +97,7 @@ def test_the_plan_agrees_with_the_engine_neutral_spec(name):
 
 def test_a_model_with_plain_attention_needs_no_entry_of_its_own():
     from transformers import Olmo2Config, Olmo2ForCausalLM
-    model = Olmo2ForCausalLM(Olmo2Config(**_COMMON | _ATTENTION)).eval()
+    model = Olmo2ForCausalLM(Olmo2Config(**COMMON | ATTENTION)).eval()
     exported = export(forward(model, make_prompt())[1], model)
     assert exported.spec == plan_cache(model, PROMPT_TOKENS, "fp32")
     assert exported.tensors[3, "v"].shape == (2, PROMPT_TOKENS, 16)
@@ -275,13 +128,29 @@ def test_exported_tensors_are_the_cache_s_own_memory():
     assert exported.tensors[0, "state"].data_ptr() == cache.layers[0].recurrent_states[0].data_ptr()
 
 
-def test_other_cache_classes_are_refused_by_name():
+def other_caches(config, cache):
+    """Return caches of other classes, some filled, and words of what to do instead."""
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers.cache_utils import DFlashCache, MtpCache, QuantizedCache
+    own = type("DynamicCache", (DynamicCache,), {"__module__": "remote.code"})
+    return {
+        "StaticCache": (StaticCache(config=config, max_cache_len=64), "prefill with DynamicCache"),
+        "QuantizedCache": (QuantizedCache("fp8", config), "prefill unquantised"),
+        "EncoderDecoderCache": (EncoderDecoderCache(cache, DynamicCache()), "not handed off"),
+        "MtpCache": (MtpCache(config=config), "of the model itself"),
+        "DFlashCache": (DFlashCache(config=config), "of the model itself"),
+        "remote.code.DynamicCache": (own(config=config), "the model makes by itself"),
+        "tuple": (((None, None),), "transformers 4"),
+        "NoneType": (None, "use_cache=True"),
+    }
+
+
+def test_other_cache_classes_are_refused_by_name():
+    from transformers import DynamicCache
     model = make_model("llama")
     _, cache = forward(model, make_prompt())
-    static = StaticCache(config=model.config, max_cache_len=64)
-    for other in (static, EncoderDecoderCache(cache, DynamicCache()), ((None, None),)):
-        with pytest.raises(UnsupportedError, match=type(other).__name__):
+    for name, (other, advice) in other_caches(model.config, cache).items():
+        with pytest.raises(UnsupportedError, match=f"cache class {name} is .*{advice}"):
             export(other, model)
     offloading = DynamicCache(config=model.config)
     offloading.offloading = True
@@ -289,7 +158,7 @@ def test_other_cache_classes_are_refused_by_name():
         export(offloading, model)
 
 
-def test_a_cache_layer_that_is_not_known_is_refused_by_name():
+def test_a_cache_layer_that_the_configuration_does_not_make_is_refused_by_name():
     from transformers.cache_utils import DynamicLayer
 
     class PackedLayer(DynamicLayer):
@@ -298,8 +167,98 @@ def test_a_cache_layer_that_is_not_known_is_refused_by_name():
     model = make_model("llama")
     _, cache = forward(model, make_prompt())
     cache.layers[2].__class__ = PackedLayer
-    with pytest.raises(UnsupportedError, match="layer 2 is a PackedLayer"):
+    with pytest.raises(UsageError, match="layer 2 is PackedLayer.* makes it DynamicLayer"):
         export(cache, model)
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("minimax_m3_vl_text",
+     {"num_hidden_layers": 2, "layer_types": ["full_attention", "minimax_m3_sparse"]},
+     "cache layer 1 is a MiniMaxM3VLSparseCacheLayer.* Read the prompt"),
+    ("unlimited_ocr", {}, "layer 0 is a UnlimitedOcrDynamicReferenceSlidingW"),
+    ("inkling_text", {}, "layer 0 is a LinearAttentionAndSlidingWindowAttentionL"),
+    ("recurrent_gemma", {}, "model_type 'recurrent_gemma' is not known"),
+    ("xlstm", {}, "model_type 'xlstm' is not known"),
+    ("blt", {}, "no DynamicCache for model type 'blt'"),
+])
+def test_a_model_whose_cache_is_not_known_is_refused_by_name(name, options, words):
+    from transformers import CONFIG_MAPPING
+    with pytest.raises(UnsupportedError, match=words):
+        plan_cache(CONFIG_MAPPING[name](**options), PROMPT_TOKENS, "bf16")
+
+
+@pytest.mark.long
+def test_every_causal_model_of_transformers_is_planned_or_refused():
+    """Default configurations. What is planned from generic fields alone, `export` checks."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    outcomes = {}
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # a configuration that has no defaults
+            continue
+        try:
+            outcomes[name] = plan_cache(config, PROMPT_TOKENS, "bf16")
+        except UnsupportedError as error:
+            outcomes[name] = error
+    assert len(outcomes) > 150
+    assert isinstance(outcomes["llama"], CacheSpec) and isinstance(outcomes["hy_v3"], CacheSpec)
+    assert isinstance(outcomes["rwkv"], UnsupportedError)
+
+
+@pytest.mark.parametrize("name, spoil, words", [
+    ("llama", lambda layer: setattr(layer, "scales", torch.ones(4)), "holds scales"),
+    ("qwen3_next", lambda layer: layer.conv_states.update({1: torch.ones(1, 8, 4)}),
+     r"holds conv_states\[1\]"),
+    ("deepseek_v32", lambda layer: setattr(layer, "indexer_position_ids", torch.ones(1, 1, 37)),
+     "holds indexer_position_ids"),
+    ("lfm2", lambda layer: layer.activate_past_recording(), "records its past"),
+])
+def test_a_layer_that_holds_more_than_can_be_sent_is_refused(name, spoil, words):
+    model = make_model(name)
+    _, cache = forward(model, make_prompt())
+    spoil(cache.layers[0])
+    with pytest.raises(UnsupportedError, match=words):
+        export(cache, model)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
+def test_layers_that_share_another_layer_s_cache_have_none_of_their_own(name):
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    own = {"gemma4_text": dict(global_head_dim=32),
+           "gemma3n_text": dict(laurel_rank=8, altup_num_inputs=2, intermediate_size=[64] * 6,
+                                activation_sparsity_pattern=[0.0] * 6)}[name]
+    config = CONFIG_MAPPING[name](**COMMON | ATTENTION | dict(
+        num_hidden_layers=6, head_dim=16, sliding_window=16, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=256,
+        layer_types=["sliding_attention", "full_attention"] * 3) | own)
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    scores, cache = forward(model, make_prompt())
+    exported = export(cache, model)
+    assert exported.metadata["transformers.layers"] == "WFWF--"
+    assert exported.spec == plan_cache(model, PROMPT_TOKENS)
+    rebuilt = rebuild(model, copied(exported.tensors), exported.metadata)
+    expected, got = (greedy(model, one, int(scores.argmax()), 6)[1] for one in (cache, rebuilt))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "deepseek_v32"])
+def test_what_is_left_of_a_cropped_cache_is_exported(name):
+    model = make_model(name)
+    _, cache = forward(model, make_prompt())
+    whole = export(cache, model)
+    cache.crop(-5)
+    left = export(cache, model)
+    assert left.tokens == PROMPT_TOKENS - 5
+    assert left.spec == plan_cache(model, left.tokens)
+    for group in left.spec.groups:
+        for key in [(layer, tensor.name) for layer in group.layers for tensor in group.tensors]:
+            axis = left.tensors[key].dim() - 2
+            assert torch.equal(left.tensors[key],
+                               whole.tensors[key].narrow(axis, 0, left.tokens))
 
 
 def test_a_cache_made_without_the_configuration_is_refused():

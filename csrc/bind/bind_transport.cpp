@@ -68,6 +68,9 @@ EndpointOptions options_from(const py::dict& given) {
     take("connect_timeout_ns", options.connect_timeout_ns);
     take("congestion_control", options.socket.congestion_control);
     take("dscp", options.socket.dscp);
+    bool zero_copy = false;
+    take("zero_copy", zero_copy);
+    if (zero_copy) options.zero_copy = ZeroCopy::ON;
     take("bandwidth_max_bytes_per_s", options.bandwidth_max_bytes_per_s);
     take("chunk_bytes", options.send.chunk_bytes);
     take("code_book", options.send.code_book);
@@ -97,9 +100,14 @@ py::dict stats_of(Endpoint& endpoint) {
     result["receive_calls"] = stats.receive_calls;
     result["lanes_lost"] = stats.lanes_lost;
     result["lanes_redialled"] = stats.lanes_redialled;
+    result["zero_copy_sends"] = stats.zero_copy_sends;
+    result["zero_copies_copied"] = stats.zero_copies_copied;
+    result["zero_copies_refused"] = stats.zero_copies_refused;
     result["internal_errors"] = stats.internal_errors;
     result["io"] = stats.io;
     result["io_note"] = stats.io_note;
+    result["zero_copy"] = stats.zero_copy;
+    result["zero_copy_note"] = stats.zero_copy_note;
     return result;
 }
 

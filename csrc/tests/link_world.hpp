@@ -112,19 +112,23 @@ protected:
         machine().lane_lost(lane);
     }
 
-    static Bytes written(LaneWriter& out, size_t most) {
+    Bytes written(LaneWriter& out, size_t most) {
         Bytes bytes;
         const iovec* iov;
         while (const size_t count = bytes.size() < most ? out.next_iovecs(&iov) : 0) {
             const size_t before = bytes.size();
+            std::vector<iovec> taken;
             for (size_t i = 0; i < count && bytes.size() < most; ++i) {
                 const auto* from = static_cast<const uint8_t*>(iov[i].iov_base);
-                bytes.insert(bytes.end(), from,
-                             from + std::min(iov[i].iov_len, most - bytes.size()));
+                taken.push_back({iov[i].iov_base, std::min(iov[i].iov_len, most - bytes.size())});
+                bytes.insert(bytes.end(), from, from + taken.back().iov_len);
             }
-            out.advance(bytes.size() - before);
+            sent(out, taken, {bytes.begin() + before, bytes.end()});
         }
         return bytes;
+    }
+    virtual void sent(LaneWriter& out, const std::vector<iovec>&, const Bytes& bytes) {
+        out.advance(bytes.size());
     }
 
     std::map<uint32_t, std::unique_ptr<LaneReader>> readers_;
@@ -279,10 +283,48 @@ class SenderEnd : public LinkEnd<SendLink> {
 public:
     explicit SenderEnd(uint32_t chunk_bytes = 4096) : link(offers, options(chunk_bytes)) {}
 
+    // Some sends are zero-copy from now on: what they read must stay as it is until return_one().
+    void lend(Random& random) { random_ = &random; }
+    // The kernel is done with one of them: any. False: there is none.
+    bool return_one() {
+        if (lent_.empty()) return false;
+        const size_t which = pick(*random_, 0, lent_.size() - 1);
+        const Lent lent = std::move(lent_[which]);
+        lent_.erase(lent_.begin() + which);
+        Bytes now;
+        for (const iovec& piece : lent.pieces) {
+            const auto* from = static_cast<const uint8_t*>(piece.iov_base);
+            now.insert(now.end(), from, from + piece.iov_len);
+        }
+        CHECK(now == lent.content);
+        lent.loans->returned(lent.number, lent.number);
+        link.loans_changed();
+        return true;
+    }
+
     OfferBook offers;
     SendLink link;
 
 private:
+    struct Lent {
+        std::shared_ptr<Loans> loans;
+        uint32_t number;
+        std::vector<iovec> pieces;
+        Bytes content;
+    };
+
+    void sent(LaneWriter& out, const std::vector<iovec>& pieces, const Bytes& bytes) override {
+        const uint64_t wish = random_ ? pick(*random_, 0, 3) : 0;
+        if (wish) out.lend();
+        const bool lent = wish > 1;  // the kernel may take them and copy
+        if (lent) lent_.push_back({out.loans(), sends_[out.loans().get()]++, pieces, bytes});
+        out.advance(bytes.size(), lent);
+    }
+
+    Random* random_ = nullptr;
+    std::vector<Lent> lent_;
+    std::map<const Loans*, uint32_t> sends_;
+
     static SendOptions options(uint32_t chunk_bytes) {
         SendOptions options;
         options.chunk_bytes = chunk_bytes;

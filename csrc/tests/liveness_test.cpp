@@ -172,6 +172,23 @@ TEST(liveness_without_a_better_lane_one_at_a_time_is_closed) {
     CHECK(upkeep.dead == (Lanes{0, 1}));
 }
 
+TEST(liveness_a_peer_that_pauses_has_no_better_lane) {
+    Watched watched(60'000, 3);
+    const auto moves = [&](uint32_t lane, uint64_t bytes) {
+        watched.liveness.sent(lane, bytes, true, watched.now());
+    };
+    uint64_t acked = 0;
+    for (; watched.ms < 2'000; watched.ms += 10)
+        for (uint32_t lane = 0; lane < 3; ++lane) moves(lane, ++acked);
+    for (uint32_t lane = 0; lane < 3; ++lane, watched.ms += 30) moves(lane, ++acked);
+    for (; watched.ms < 3'000; watched.ms += 10) {
+        for (uint32_t lane = 0; lane < 3; ++lane) moves(lane, 1);
+        CHECK(watched.look(true).stalled.empty());
+    }
+    moves(2, ++acked);
+    CHECK(watched.look(true).stalled == (Lanes{0, 1}));
+}
+
 TEST(liveness_a_silent_peer_is_believed_for_the_lease) {
     Watched watched(3'000, 2);
     watched.run(9'000, {0, 1}, false);

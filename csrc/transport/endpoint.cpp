@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint64_t ACCEPT_PAUSE_NS = 50'000'000;
 constexpr size_t IO_THREADS_DEFAULT_MAX = 4;
+constexpr uint64_t DEBTS_NS = 2'000'000'000;  // a reset connection's come back at once
 constexpr size_t DIALLED_KEPT = 256;  // outcomes of dials that nobody may ask for
 
 class Acceptor : public Loop::Handler {
@@ -222,6 +223,7 @@ EndpointStats Endpoint::stats() {
         stats.internal_errors = loops_->internal_errors();
         stats.io = loops_->first().poller_name();
         stats.io_note = loops_->first().poller_note();
+        stats.zero_copy = name(zero_copy_);
         stats.links = links_.size();
         for (const auto& [id, link] : links_)
             stats.open_transfers += link->machine().open_transfers();
@@ -249,8 +251,19 @@ void Endpoint::close() {
         const auto links = links_;
         for (const auto& [id, link] : links) link->close(why);
     });
+    collect_debts();
     loops_->stop();
     links_.clear();
+}
+
+// What was lent to the kernel is the caller's when this has returned.
+void Endpoint::collect_debts() {
+    const uint64_t give_up_ns = Loops::now_ns() + DEBTS_NS;
+    bool any = true;
+    while (any && Loops::now_ns() < give_up_ns) {
+        loops_->call([&] { any = counters_.lanes_in_debt > 0; });
+        if (any) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
 }
 
 // ---- receiver

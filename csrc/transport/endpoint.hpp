@@ -9,6 +9,7 @@
 #include "transport/handles.hpp"
 #include "transport/link.hpp"
 #include "transport/tls.hpp"
+#include "transport/zero_copy.hpp"
 
 namespace kvwire {
 
@@ -18,6 +19,7 @@ struct EndpointOptions {
     uint64_t connect_timeout_ns = 10'000'000'000;
     uint32_t codecs = 1;
     SocketOptions socket;
+    ZeroCopy zero_copy = ZeroCopy::OFF;  // KVWIRE_ZEROCOPY overrides it
     uint64_t bandwidth_max_bytes_per_s = 0;  // of each link; 0: unlimited
     Bytes admission_key;                    // empty: open to all who reach the port
     std::shared_ptr<const TlsContext> tls;  // empty: cleartext
@@ -38,9 +40,15 @@ struct EndpointStats {
     uint64_t receive_calls = 0;
     uint64_t lanes_lost = 0;
     uint64_t lanes_redialled = 0;
+    uint64_t zero_copy_sends = 0;
+    uint64_t zero_copies_copied = 0;   // notices of sends that the kernel copied all the same
+    uint64_t zero_copies_refused = 0;  // sends that it would not even begin so
+    uint64_t lanes_in_debt = 0;        // lost, but zero-copy sends of theirs may still read memory
     uint64_t internal_errors = 0;  // anything but 0 is a bug: please report it
     std::string io;                // what the I/O threads wait with: epoll or io_uring
     std::string io_note;           // why not with what KVWIRE_IO asked for
+    std::string zero_copy;         // off, on or always
+    std::string zero_copy_note;    // why a lane sent without it when it should have
 };
 
 class Endpoint {
@@ -66,6 +74,7 @@ public:
     const std::shared_ptr<Loops>& shared_loops() const { return loops_; }
     Role role() const { return role_; }
     const EndpointOptions& options() const { return options_; }
+    ZeroCopy zero_copy() const { return zero_copy_; }
     EndpointStats& counters() { return counters_; }
     uint32_t cores() const;  // that its I/O threads can use
     Greeting greeting() const;
@@ -88,6 +97,7 @@ protected:
     virtual void end_all(const Error& why) = 0;  // what no link will end
     const Role role_;
     const EndpointOptions options_;
+    const ZeroCopy zero_copy_ = zero_copy_mode(options_.zero_copy);
     const std::shared_ptr<Loops> loops_;
     const std::shared_ptr<Notifier> notifier_;
     TicketBook tickets_;
@@ -95,6 +105,7 @@ protected:
     std::map<Id, std::shared_ptr<Link>> links_;
 
 private:
+    void collect_debts();
     struct Dialled {
         enum State { PENDING, UP, DOWN } state = PENDING;
         Error error;

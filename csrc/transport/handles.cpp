@@ -116,7 +116,8 @@ void TransferHandle::finish(Bytes metadata, uint16_t metadata_count) {
 
 void TransferHandle::cancel() {
     const Error why(ErrorCode::CANCELLED, "cancelled by the sender");
-    loops_->call([&] { endpoint_.fail(*this, why); });
+    // Zero-copy sends may still read the source: then its end comes when they are over.
+    if (loops_->call([&] { endpoint_.fail(*this, why); })) wait(-1);
 }
 
 bool TransferHandle::wait_push(uint32_t push, double timeout_s) const {

@@ -69,7 +69,9 @@ void Lane::shake_hands(Lock& lock) {
         state_ = State::ADMISSION;
         admission_ = std::make_unique<Admission>(Admission::accept(
             terms(endpoint_.greeting()), [this](const Greeting& dialler) {
-                return endpoint_.key_for(dialler, stream_->secrets(), &link_);
+                const Bytes key = endpoint_.key_for(dialler, stream_->secrets(), &link_);
+                ++link_->entering;
+                return key;
             }));
     } else if (link_->may_greet(shared_from_this())) {
         greet();

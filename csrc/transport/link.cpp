@@ -10,6 +10,9 @@ namespace {
 // So little is written by the thread that asks for it, which saves waking another.
 constexpr uint64_t DIRECT_BYTES_MAX = 64 << 10;
 
+// So long a lane may keep memory that is wanted back; then it is reset.
+constexpr uint64_t RECALL_NS = 500'000'000;
+
 }  // namespace
 
 Link::Link(Endpoint& endpoint, const Id& id_) : id(id_), endpoint_(endpoint) {}
@@ -48,10 +51,29 @@ void Link::pump(const Lane* self) {
     }
     if (had_lanes_ && !brisk_ && !machine().is_idle())
         schedule_upkeep(Loops::now_ns() + BRISK_NS, true);
+    schedule_recall();
 }
 
 bool Link::load(uint32_t lane) {
     return send ? send->load(lane) : receive->has_output(lane);
+}
+
+void Link::schedule_recall() {
+    if (!send || recall_ || ended_ || !send->wants_back()) return;
+    recall_ = endpoint_.loops().timer(
+        Loops::now_ns() + RECALL_NS, [weak = weak_from_this(), until = send->recalls()] {
+            const auto link = weak.lock();
+            if (!link) return;
+            link->recall_.reset();
+            const auto lanes = link->lanes_;
+            for (const auto& [index, lane] : lanes) lane->read_notices();
+            for (const uint32_t index : link->send->lenders(until))
+                if (const auto found = lanes.find(index); found != lanes.end())
+                    found->second->close(
+                        Error(ErrorCode::PEER_CLOSED,
+                              "reset here: it kept memory that was wanted back"), false);
+            link->schedule_recall();
+        });
 }
 
 void Link::close(const Error& why) {

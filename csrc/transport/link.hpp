@@ -41,10 +41,12 @@ public:
     uint32_t rtt_min_us() const;
     void pace(uint64_t bytes_per_s) { set_pacing_rate(stream_->fd().get(), bytes_per_s); }
     void arm();  // its own thread will write
-    void close(const Error& why, bool tell_peer);
+    // With zero-copy sends under way the connection is reset, at `reset_ns`.
+    void close(const Error& why, bool tell_peer, uint64_t reset_ns = 0);
     void flush_and_close(const Error& why);
     uint64_t opened_ns() const { return opened_ns_; }
     void report(Liveness& liveness) const;  // what the kernel knows of its progress
+    bool read_notices();
     bool is_same_host() const { return is_same_host_; }
 
 private:
@@ -75,7 +77,12 @@ private:
     void say(const Error& why);
     void wait_for_sections();
     void settle();
+    void start_zero_copy();
+    void refuse_zero_copy(int refusal);
+    bool read_notices(SendLink& machine);
+    void pay_debt(std::shared_ptr<Link> link, uint64_t reset_ns);
     void update_interest(bool more);
+    bool is_choked() const;
 
     Endpoint& endpoint_;  // gone once CLOSED
     const std::shared_ptr<Loops> loops_;
@@ -103,8 +110,13 @@ private:
     size_t unlooked_bytes_ = 0;  // since it looked where; its own thread's
     int mark_ = 1;  // bytes that make the socket readable; its own thread's
     bool being_written_ = false;
+    std::optional<Error> failed_;  // of sending: closed once what came in is read
     std::atomic<bool> reading_{false};  // in a section; of writing the writer keeps account
     IoResult sent_;  // by a section, not yet settled
+    bool lent_ = false;              // ... by zero copy
+    int refusal_ = 0;                // ... or why not: an errno
+    bool asks_zero_copy_ = false;
+    std::shared_ptr<Loans> loans_;   // set when it ever did
     std::optional<Loops::TimerKey> greeting_timer_;
 };
 
@@ -132,6 +144,7 @@ public:
     void establish(const Digest& key);
     const std::optional<Digest>& key() const { return key_; }
     bool had_lanes() const { return had_lanes_; }
+    uint32_t entering = 0;  // accepted lanes that have named this link, and are not admitted yet
 
     // Sees to it that what the machine has to say is written, by lanes that are idle; `self` will
     // write by itself.
@@ -159,6 +172,8 @@ private:
     int refused_ = 0;
     const Lane* establishing_ = nullptr;
     std::vector<std::weak_ptr<Lane>> waiting_;
+    std::optional<Loops::TimerKey> recall_;
+    void schedule_recall();
     void deal_bandwidth();
     // A lane that is not there, and its next dial.
     struct Redial {

@@ -105,6 +105,8 @@ void Link::lost(const Error& why) {
 void Link::stop_timers() {
     if (upkeep_) endpoint_.loops().cancel(*upkeep_);
     upkeep_.reset();
+    if (recall_) endpoint_.loops().cancel(*recall_);
+    recall_.reset();
     for (auto& [lane, redial] : redials_)
         if (redial.timer) endpoint_.loops().cancel(*redial.timer);
     redials_.clear();

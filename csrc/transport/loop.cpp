@@ -6,6 +6,7 @@
 #include <exception>
 #include <sys/prctl.h>
 #include <system_error>
+#include <utility>
 
 namespace kvwire {
 namespace {
@@ -163,7 +164,7 @@ void Loops::stop() {
     Lock lock(*this);
     while (!tasks_.empty()) run_tasks();
     stopped_ = true;
-    timers_.clear();
+    (void)std::exchange(timers_, {});  // what they hold may cancel others as it goes
 }
 
 bool Loops::call(const Task& task) {

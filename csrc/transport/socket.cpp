@@ -9,6 +9,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -176,6 +177,11 @@ IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count) {
     if (bytes < 0) return failed();
     if (bytes == 0) return {IoStatus::CLOSED, 0, 0};
     return {IoStatus::OK, size_t(bytes), 0};
+}
+
+size_t unread_bytes(const Fd& fd) {
+    int bytes = 0;
+    return ::ioctl(fd.get(), FIONREAD, &bytes) == 0 ? size_t(bytes) : 0;
 }
 
 void set_receive_mark(const Fd& fd, int bytes) {

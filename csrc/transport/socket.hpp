@@ -55,6 +55,7 @@ struct IoResult {
     int error = 0;  // errno when FAILED
 };
 IoResult receive(const Fd& fd, const iovec* iov, size_t iov_count);
+size_t unread_bytes(const Fd& fd);
 // The socket counts as readable when it holds so many bytes.
 void set_receive_mark(const Fd& fd, int bytes);
 // The core that took in the latest bytes, -1: not known.

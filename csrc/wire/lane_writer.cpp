@@ -17,7 +17,8 @@ const uint8_t zeros[ZEROS_BYTES] = {};
 void LaneWriter::control(FrameType type, const Id& transfer_id, uint32_t segment_index,
                          const Bytes& payload) {
     // What the kernel may be reading just now must not move.
-    if (entries_.size() <= lent_entries_ || entries_.back().state != Entry::CONTROL)
+    if (entries_.size() <= lent_entries_ || entries_.back().state != Entry::CONTROL ||
+        entries_.back().lent_until)
         entries_.emplace_back();
     FrameHeader header;
     header.type = type;
@@ -40,6 +41,7 @@ void LaneWriter::chunk(const FrameHeader& header, const Source& source) {
     entry.state = Entry::QUEUED;
     entry.header = header;
     entry.source = source;
+    entry.lender = source.owner;
     entry.head.resize(HEADER_BYTES);
     const bool from_pages =
         source.codec == Codec::RAW && !source.rounding && source.placement->suits_iovecs();
@@ -169,11 +171,13 @@ size_t LaneWriter::next_iovecs(const iovec** iov) {
     return count;
 }
 
-void LaneWriter::advance(size_t bytes) {
-    lent_entries_ = 0;
+void LaneWriter::advance(size_t bytes, bool lent) {
+    lent_entries_ = in_doubt_ = 0;
     queued_bytes_ -= bytes;
+    if (lent && bytes > 0) ++zero_copy_sends_;
     while (bytes > 0) {
         Entry& entry = entries_.front();
+        if (lent) entry.lent_until = zero_copy_sends_;
         const uint64_t rest = entry.total() - entry.sent;
         if (bytes < rest) {
             entry.sent += bytes;
@@ -181,9 +185,30 @@ void LaneWriter::advance(size_t bytes) {
         }
         bytes -= size_t(rest);
         if (entry.state == Entry::CONTROL) queued_control_bytes_ -= entry.head.size();
-        recycle(std::move(entry.body));
+        drop(entry);
         entries_.pop_front();
     }
+}
+
+void LaneWriter::drop(Entry& entry) {
+    if (entry.lent_until == 0) return recycle(std::move(entry.body));
+    const void* owner = entry.body.empty() ? entry.lender : nullptr;
+    loans_->keep(owner, std::move(entry.head), std::move(entry.body), entry.lent_until);
+}
+
+bool LaneWriter::lends(const void* owner) const {
+    if (zero_copy_sends_ == 0 && in_doubt_ == 0) return false;
+    for (size_t i = 0; i < entries_.size() && (i == 0 || i < in_doubt_); ++i) {
+        const Entry& entry = entries_[i];
+        const bool lent = i < in_doubt_ || !loans_->is_returned(entry.lent_until);
+        if (entry.lender == owner && entry.body.empty() && lent) return true;
+    }
+    return loans_->holds(owner);
+}
+
+void LaneWriter::retire() {
+    if (!entries_.empty()) drop(entries_.front());  // only the first can be under way
+    entries_.clear();
 }
 
 }  // namespace kvwire

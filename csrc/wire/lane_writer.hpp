@@ -6,6 +6,8 @@
 // begin_preparing(), prepare(), then the link's commit(). With several threads, all calls but
 // prepare() are made under the owner's lock, and `in_section` is true while one of them works on
 // the source memory without it.
+//
+// With zero-copy sends the kernel goes on reading after it has taken the bytes: see loans().
 
 #include <sys/uio.h>
 
@@ -20,6 +22,7 @@
 #include "wire/chunk_rounder.hpp"
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
+#include "wire/loans.hpp"
 
 namespace kvwire {
 
@@ -67,7 +70,16 @@ public:
     bool empty() const { return queued_bytes_ == 0; }
 
     size_t next_iovecs(const iovec** iov);  // 0 when empty; valid until the next call here
-    void advance(size_t bytes);             // `bytes` of them were taken by the kernel
+    // `bytes` of them were taken by the kernel; `lent`: by a zero-copy send.
+    void advance(size_t bytes, bool lent = false);
+
+    // To be called between the two when the kernel is asked for zero copy.
+    void lend() { in_doubt_ = lent_entries_; }
+    // Has the kernel, or might it have, a reason to read the memory of `owner`?
+    bool lends(const void* owner) const;
+    const std::shared_ptr<Loans>& loans() const { return loans_; }
+    // Nothing more will be sent: what was sent in part is among the loans from now on.
+    void retire();
 
 private:
     struct Entry {
@@ -82,6 +94,8 @@ private:
         uint64_t sent = 0;
         uint32_t coding_ns = 0;
         bool was_usual = true;
+        const void* lender = nullptr;  // as source.owner, even when detached
+        uint64_t lent_until = 0;       // zero-copy sends with lesser numbers read it; 0: none
         uint64_t total() const { return head.size() + payload_bytes; }
     };
 
@@ -91,6 +105,7 @@ private:
         return entry.state == Entry::QUEUED || entry.state == Entry::PREPARING;
     }
     void wait_for_section() const;
+    void drop(Entry& entry);
     void recycle(Bytes&& buffer);
     size_t entry_iovecs(const Entry& entry, size_t at);
 
@@ -102,6 +117,9 @@ private:
     size_t queued_bytes_ = 0;
     size_t queued_control_bytes_ = 0;  // an entry counts until all of it has left
     size_t lent_entries_ = 0;          // in the iovecs given out last
+    size_t in_doubt_ = 0;              // of these: perhaps in a zero-copy send
+    uint64_t zero_copy_sends_ = 0;
+    const std::shared_ptr<Loans> loans_ = std::make_shared<Loans>();
     std::vector<iovec> iov_;
 };
 

@@ -141,14 +141,15 @@ Error Liveness::lease_over(uint64_t now_ns) const {
                  options_.lease_ns / 1'000'000, silent / 1'000'000);
 }
 
-// A lane is set aside only for a better one. When all stand still the path or the peer may be at
-// fault: then one lane at a time is closed, to be dialled again, and tells.
+// A lane is set aside only for a better one, which has moved in the latter half of its quiet. When
+// all stand still, not quite since the same moment, the path or the peer may be at fault: then one
+// lane at a time is closed, to be dialled again, and tells.
 void Liveness::judge(Upkeep& upkeep, uint64_t now_ns) {
     const auto stands_still = [&](const Lane& lane) {
         return quiet_ns(lane, now_ns) >= stall_after_ns(lane);
     };
     const bool any_moves = std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& entry) {
-        return !stands_still(entry.second);
+        return quiet_ns(entry.second, now_ns) < stall_after_ns(entry.second) / 2;
     });
     for (auto& [index, lane] : lanes_) {
         const bool still = stands_still(lane);

@@ -32,6 +32,7 @@ SendLink::SendLink(OfferBook& offers, SendOptions options)
 
 SendLink::~SendLink() {
     fail_all(Error(ErrorCode::CLOSED, "the link was closed on this side"));
+    for (const Ending& each : endings_) end_unopened(*each.transfer, each.error);
 }
 
 LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uint32_t codecs) {
@@ -45,7 +46,7 @@ LaneWriter& SendLink::lane_opened(uint32_t lane, uint32_t payload_bytes_max, uin
 }
 
 void SendLink::lane_lost(uint32_t lane) {
-    lanes_.erase(lane);  // even one that never opened here may have swallowed the peer's answers
+    retire(lane);  // even one that never opened here may have swallowed the peer's answers
     liveness_.lane_lost(lane, now_ns_);
     const uint64_t bit = uint64_t(1) << lane;
     for (const auto& transfer : order_)
@@ -444,8 +445,7 @@ void SendLink::complete_segment(SendTransfer& transfer, SendTransfer::Segment& s
     segment.rounding.reset();
     segment.announcement.items = {};
     segment.announcement_payload = {};
-    if (--transfer.pushes[segment.push].open_segments == 0)
-        complete_push(transfer, segment.push, Error{});
+    give_back(transfer, segment);
 }
 
 void SendLink::complete_push(SendTransfer& transfer, uint32_t push, const Error& error) {
@@ -478,6 +478,11 @@ void SendLink::end(SendTransfer& transfer, const Error& error) {
         turns_.remove(transfer);
         transfers_.erase(found);
         order_.erase(std::find(order_.begin(), order_.end(), alive));
+        if (is_lent(transfer)) {
+            transfer.ended = true;
+            endings_.push_back({++recall_serial_, alive, error});
+            return;
+        }
     }
     end_unopened(transfer, error);
 }

@@ -159,6 +159,14 @@ public:
     // How many batches could be loaded now, up to `most`; `*bytes`: how much is in those.
     size_t backlog(size_t most, uint64_t* bytes) const;
 
+    // Source memory that is wanted back while zero-copy sends may still read it comes back, and its
+    // transfer ends, when no lane lends it any more: to be called when that may have changed.
+    void loans_changed();
+    bool wants_back() const { return !recalls_.empty() || !endings_.empty(); }
+    uint64_t recalls() const { return recall_serial_; }  // so far
+    // The lanes that lend what was wanted back when recalls() was that.
+    std::vector<uint32_t> lenders(uint64_t recalls) const;
+
     void send_close() override;
     size_t open_transfers() const override { return order_.size(); }
     uint64_t verified_bytes() const override { return verified_bytes_; }
@@ -211,6 +219,11 @@ private:
     bool maybe_send_end(uint32_t lane, SendTransfer& transfer);
     Done summary(const SendTransfer& transfer) const;
     void complete_segment(SendTransfer& transfer, SendTransfer::Segment& segment);
+    void give_back(SendTransfer& transfer, SendTransfer::Segment& segment);
+    static void release(SendTransfer& transfer, const SendTransfer::Segment& segment);
+    void retire(uint32_t lane);
+    bool is_lent(const SendTransfer::Segment& segment) const;
+    bool is_lent(const SendTransfer& transfer) const;
     static void complete_push(SendTransfer& transfer, uint32_t push, const Error& error);
     void end(SendTransfer& transfer, const Error& error);
     void requeue(SendTransfer& transfer, uint32_t lane);
@@ -229,6 +242,20 @@ private:
     uint64_t verified_bytes_ = 0;
     std::deque<std::pair<Id, Error>> recent_aborts_;
     SendTables tables_;
+    struct Recall {
+        uint64_t serial;
+        std::shared_ptr<SendTransfer> transfer;
+        SendTransfer::Segment* segment;
+    };
+    struct Ending {
+        uint64_t serial;
+        std::shared_ptr<SendTransfer> transfer;
+        Error error;
+    };
+    std::vector<Recall> recalls_;
+    std::vector<Ending> endings_;
+    uint64_t recall_serial_ = 0;
+    std::vector<std::shared_ptr<Loans>> retired_;  // of lost lanes
     uint32_t payload_bytes_max_ = uint32_t(limits::chunk_bytes_max);
     uint32_t peer_codecs_ = 1;
     CodecChoice choice_;

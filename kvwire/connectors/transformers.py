@@ -1,16 +1,42 @@
-"""Moves the caches of Hugging Face transformers (version 5): export, allocate, rebuild.
+"""Moves the caches of Hugging Face transformers (version 5) from one process to another.
 
-    # where the prompt was read
+    # where the text will go on; before anything has arrived, from the configuration alone
+    spec = plan_cache(model, tokens)
+    tensors = allocate(spec, tokens)
+    ticket = receiver.expect(cache_memory(spec, tensors, tokens, writable=True))
+
+    # where the prompt is read
     cache = model(input_ids=prompt, use_cache=True).past_key_values
-    exported = export(cache, model.config)      # .spec .tensors .tokens .metadata
+    exported = export(cache, model)
+    memory = cache_memory(exported.spec, exported.tensors, exported.tokens)
+    sender.send(ticket_id, memory, metadata=exported.metadata).result()
 
-    # where the text goes on; before anything has arrived
-    spec = plan_cache(config, tokens=prompt.shape[1], dtype="bf16")
-    tensors = allocate(spec, tokens=prompt.shape[1])
-    cache = rebuild(config, tensors, metadata)  # once they are filled
+    # where the text goes on; the mask tells generate() where it is
+    ticket.result()
+    cache = rebuild(model, tensors, ticket.metadata)
+    model.generate(first_token, attention_mask=torch.ones(1, tokens + 1), past_key_values=cache)
 
-`plan_cache` needs only the configuration and equals the spec of the exported cache. Batch size 1.
-A cache class that is not supported is refused by name; nothing is guessed from shapes.
+What travels for each class of cache layer, axes of extent 1 left out:
+
+    DynamicLayer                    keys, values [head, token, dim]
+      of an MLA model               latents and rotary keys [token, dim]
+    DynamicSlidingWindowLayer       keys, values of the newest window - 1 tokens
+    DynamicIndexedLayer             what DynamicLayer has, and indexer_keys [token, dim]
+    LinearAttentionLayer            conv_states [channel, kernel], recurrent_states; Lfm2: no states
+    LinearAttentionAndFullAttentionLayer
+                                    what LinearAttentionLayer and DynamicLayer have
+    DeepseekV4HCACache, DeepseekV4CSACache
+                                    the window's keys (values are the same tensor); compressed_kv
+                                    [entry, dim]; buffer_kv, buffer_gate: tokens of an entry that
+                                    is not full yet; CSA: overlap_kv, overlap_gate [token, dim];
+                                    once for the compressor and once for CSA's indexer
+    MiniMaxCache                    keys, values, or in its linear layers linear_cache
+                                    [head, key, value]
+    DummyLayer                      nothing
+
+Token counts, marks such as has_previous_state and types are not sent: `rebuild` sets them from
+the number of tokens and the tensors. Batch size 1. A class that is not in the table is refused by
+name, and so is a layer that holds a tensor beyond these: nothing is guessed, nothing is lost.
 """
 
 from __future__ import annotations
@@ -23,21 +49,29 @@ from kvwire.connectors import transformers_layout as places_of
 from kvwire.connectors.transformers_layout import Place
 from kvwire.errors import RefusedError, UnsupportedError, UsageError
 from kvwire.layout import Axis, CacheSpec, DType, LayerGroup, TensorSpec
+from kvwire.memory import CacheMemory
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Exported", "allocate", "describe", "export", "held_tokens", "plan_cache", "rebuild"]
+__all__ = ["Exported", "allocate", "cache_memory", "describe", "export", "held_tokens",
+           "plan_cache", "rebuild"]
 
 Tensors = dict[tuple[int, str], "torch.Tensor"]
 
 _KEY_PREFIX = "transformers."
+_DRAFT_ADVICE = "export the cache of the model itself; a draft model's stays where it is"
 _ADVICE = {
     "StaticCache": "prefill with DynamicCache(config=model.config)",
     "QuantizedCache": "prefill unquantised; kvwire's codecs shrink the bytes on the wire",
     "EncoderDecoderCache": "encoder-decoder models are not handed off between machines",
+    "MtpCache": _DRAFT_ADVICE,
+    "DFlashCache": _DRAFT_ADVICE,
     "tuple": "the tuples of transformers 4 are gone; prefill with DynamicCache(config=...)",
+    "NoneType": "run the model with use_cache=True",
 }
+# What a layer makes for itself from its configuration.
+_OWN_TENSORS = frozenset(("_sliding_window_tensor",))
 
 
 @dataclass(frozen=True)
@@ -125,8 +159,26 @@ def allocate(spec: CacheSpec, tokens: int, device: object = "cpu") -> Tensors:
         for group in spec.groups for layer in group.layers for tensor in group.tensors}
 
 
+def cache_memory(spec: CacheSpec, tensors: Tensors, tokens: int,
+                 writable: bool = False) -> CacheMemory:
+    """Return what `Sender` and `Receiver` take: the tensors where they lie, with their tokens.
+
+    Args:
+        spec, tensors, tokens: of `export`, or of `plan_cache` and `allocate`; in host memory.
+        writable: they are a destination.
+    """
+    _check_tokens(tokens)
+    held = {index: held_tokens(group, tokens) for index, group in enumerate(spec.groups)
+            if group.window_tokens}
+    return CacheMemory(spec, tensors, tokens=tokens, writable=writable,
+                       group_tokens={index: (at.start, at.stop) for index, at in held.items()})
+
+
 def rebuild(model_or_config: object, tensors: Tensors, metadata: Mapping[str, object]) -> object:
     """Return a cache that the model goes on from: ``past_key_values=`` (Mamba: ``cache_params=``).
+
+    Tell the model where it is, by `position_ids` or by the attention mask of generate(): Bamba
+    and MiniMax-01, unsplit too, count from 0 when left to themselves.
 
     Args:
         model_or_config: the model, or its configuration.
@@ -188,15 +240,15 @@ def _torch_dtype(dtype: DType) -> torch.dtype:
 
 def _covered_tokens(cache: object, config: object, tokens: int | None) -> int:
     """Check that the cache is of a class that can be moved, and return its token count."""
-    name = type(cache).__name__
-    own = type(places_of.empty_cache(config)).__name__
-    if name != own:
+    own = type(places_of.empty_cache(config))
+    if type(cache) is not own:
+        name = _distinct_name(type(cache), own)
         advice = _ADVICE.get(name, "prefill with the cache that the model makes by itself")
         raise UnsupportedError(f"cache class {name} is not one that kvwire moves for model type "
-                               f"{config.model_type!r} (that is {own}); {advice}")
+                               f"{config.model_type!r} (that is {own.__name__}); {advice}")
     if cache.offloading:
-        raise UnsupportedError(f"the {name} offloads its layers, so they are not in one place; "
-                               "prefill with offloading=False")
+        raise UnsupportedError(f"the {own.__name__} offloads its layers, so they are not in one "
+                               "place; prefill with offloading=False")
     counts = {layer.get_seq_length() for layer in cache.layers
               if hasattr(layer, "get_seq_length") and layer.is_initialized}
     if tokens is not None:
@@ -211,12 +263,17 @@ def _covered_tokens(cache: object, config: object, tokens: int | None) -> int:
     return counts.pop()
 
 
+def _distinct_name(given: type, own: type) -> str:
+    """Return a class's name, with its module where a model's own code reuses a known name."""
+    same = given.__name__ == own.__name__
+    return f"{given.__module__}.{given.__name__}" if same else given.__name__
+
+
 def _found(cache: object, config: object,
            tokens: int) -> tuple[list[list[tuple[Place, TensorSpec]]], Tensors]:
     """Return each layer's places with the spec of what is there, and the tensors themselves."""
     names = places_of.layer_class_names(cache, config)
     wanted = places_of.layer_class_names(places_of.empty_cache(config), config)
-    places_of.layer_letters(names)
     if names != wanted:
         index = next((i for i, (a, b) in enumerate(zip(names, wanted)) if a != b),
                      min(len(names), len(wanted)))
@@ -228,7 +285,7 @@ def _found(cache: object, config: object,
     layers = places_of.layer_places(config, tokens, DType.FP32, None)
     for index, places in enumerate(layers):
         if index < len(cache.layers):
-            _check_layer(index, cache.layers[index])
+            _check_layer(index, cache.layers[index], places)
         described.append([])
         for place in places:
             tensor = _held(cache, index, place, tokens)
@@ -238,17 +295,22 @@ def _found(cache: object, config: object,
     return described, tensors
 
 
-def _check_layer(index: int, layer: object) -> None:
+def _check_layer(index: int, layer: object, places: list[Place]) -> None:
+    """Refuse a layer that is not filled, or that holds more than its places."""
     where = f"cache layer {index} ({type(layer).__name__})"
     if getattr(layer, "record_past", False):
         raise UnsupportedError(f"{where} records its past for speculative decoding; export a "
                                "cache on which activate_past_recording was not called")
-    if getattr(layer, "number_of_states", 1) > 1:
-        raise UnsupportedError(f"{where} has {layer.number_of_states} states; kvwire moves one")
-    if getattr(layer, "indexer_position_ids", None) is not None:
-        raise UnsupportedError(f"{where} has indexer positions, which kvwire does not move")
     if not all(getattr(layer, "has_previous_state", {0: True}).values()):
         raise UsageError(f"{where} has no state yet; run the prefill first")
+    found = dict(places_of.layer_tensors(layer))
+    moved = {(place.attribute, place.key) for place in places}
+    known = {id(found[at]) for at in moved & found.keys()}
+    for (attribute, key), tensor in found.items():
+        if id(tensor) not in known and attribute not in _OWN_TENSORS:
+            name = attribute if key is None else f"{attribute}[{key!r}]"
+            raise UnsupportedError(f"{where} holds {name}, which kvwire does not move; read the "
+                                   "prompt where the text goes on")
 
 
 def _held(cache: object, index: int, place: Place, tokens: int) -> torch.Tensor:

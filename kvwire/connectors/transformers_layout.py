@@ -8,15 +8,20 @@ as the kernel, and a window's newest token is not kept, only its past.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvwire.errors import UnsupportedError
 from kvwire.hf_config import spec_from_config, supported_model_types
 from kvwire.layout import (
     Axis, AxisSpec, CacheSpec, DType, GroupKind, LayerGroup, TensorSpec, attention, sliding_window,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 # One letter a layer is the form in which metadata carries the classes of a cache's layers.
 _LETTERS = {
@@ -25,13 +30,12 @@ _LETTERS = {
     "DynamicIndexedLayer": "I",
     "LinearAttentionLayer": "L",
     "LinearAttentionAndFullAttentionLayer": "H",
-    "LinearAttentionAndSlidingWindowAttentionLayer": "S",
     "DeepseekV4HCACache": "A",
     "DeepseekV4CSACache": "C",
     "MiniMaxLinear": "M",
     "DummyLayer": "-",
 }
-_ATTENTION_LETTERS = frozenset("FW")
+_ATTENTION_LETTERS = frozenset("FW-")
 _MAMBA2_LEAVES = ["x", "b", "c"]
 
 
@@ -68,12 +72,15 @@ def empty_cache(config: object) -> object:
                          if kind == "full_attention"), default=-1)
         cache.layers = [DynamicLayer() for _ in range(last_full + 1)]
         return cache
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    with contextlib.suppress(ModuleNotFoundError):  # there, layer classes of its own register
+        importlib.import_module(module)
     try:
         return DynamicCache(config=config)
-    except KeyError:  # layer classes of its own register when the model's module is imported
-        module = type(config).__module__
-        importlib.import_module(module.replace(".configuration_", ".modeling_"))
-        return DynamicCache(config=config)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise UnsupportedError(f"transformers makes no DynamicCache for model type "
+                               f"{config.model_type!r}: {type(error).__name__}: {error}. Read the "
+                               "prompt where the text goes on") from error
 
 
 def layer_class_names(cache: object, config: object) -> list[str]:
@@ -84,13 +91,22 @@ def layer_class_names(cache: object, config: object) -> list[str]:
     return [type(layer).__name__ for layer in cache.layers]
 
 
+def layer_tensors(layer: object) -> Iterator[tuple[tuple[str, object], torch.Tensor]]:
+    """Yield each tensor with elements that a layer holds, by its attribute and key (or None)."""
+    for attribute, value in vars(layer).items():
+        held = value if isinstance(value, dict) else {None: value}
+        for key, tensor in held.items():
+            if hasattr(tensor, "numel") and tensor.numel():
+                yield (attribute, key), tensor
+
+
 def layer_letters(names: list[str]) -> str:
     """Return one letter per layer. Raises UnsupportedError at a class that kvwire cannot move."""
     for index, name in enumerate(names):
         if name not in _LETTERS:
             raise UnsupportedError(
                 f"cache layer {index} is a {name}, which kvwire does not move; it moves "
-                f"{', '.join(_LETTERS)}. Prefill with DynamicCache(config=model.config)")
+                f"{', '.join(_LETTERS)}. Read the prompt where the text goes on")
     return "".join(_LETTERS[name] for name in names)
 
 
@@ -104,7 +120,7 @@ def layer_places(config: object, tokens: int, dtype: DType,
         return [_compressed_places(config, layer, tokens, dtype)
                 if hasattr(layer, "compressed_kv") else _sliding_places(config, layer, dtype)
                 for layer in cache.layers]
-    if config.model_type not in supported_model_types() and _ATTENTION_LETTERS.issuperset(letters):
+    if config.model_type not in supported_model_types() and _plain_attention(config, letters):
         spec = _attention_spec(config, cache, dtype)
     else:
         spec = spec_from_config(config, dtype, state_dtype=state_dtype)
@@ -115,19 +131,37 @@ def layer_places(config: object, tokens: int, dtype: DType,
     return found
 
 
+def _plain_attention(config: object, letters: str) -> bool:
+    """Return whether all layers hold keys and values of heads, as far as a configuration says."""
+    return _ATTENTION_LETTERS.issuperset(letters) and all(
+        getattr(own, "num_attention_heads", None) and not getattr(own, "kv_lora_rank", None)
+        for own in config.per_layer_config)
+
+
 def _attention_spec(config: object, cache: object, dtype: DType) -> CacheSpec:
     """Return the spec of a model with attention only; `export` checks it against the shapes."""
-    heads = _heads(config, dtype)
+    alike: dict[tuple, list[int]] = {}
+    for index, (layer, own) in enumerate(zip(cache.layers, config.per_layer_config)):
+        if type(layer).__name__ != "DummyLayer":
+            window_tokens = layer.sliding_window if layer.is_sliding else 0
+            alike.setdefault((window_tokens, *_heads(own)), []).append(index)
     return CacheSpec(config.model_type, tuple(
-        sliding_window([index], layer.sliding_window, **heads) if layer.is_sliding
-        else attention([index], **heads) for index, layer in enumerate(cache.layers)))
+        _attention(layers, window_tokens, kv_heads, head_dim, dtype)
+        for (window_tokens, kv_heads, head_dim), layers in alike.items()))
 
 
-def _heads(config: object, dtype: DType) -> dict[str, object]:
+def _attention(layers: list[int], window_tokens: int, kv_heads: int, head_dim: int,
+               dtype: DType) -> LayerGroup:
+    heads = {"kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    return (sliding_window(layers, window_tokens, **heads) if window_tokens
+            else attention(layers, **heads))
+
+
+def _heads(config: object) -> tuple[int, int]:
+    """Return the number of key and value heads, and their size."""
     heads = config.num_attention_heads
-    return {"kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-            "dtype": dtype}
+    return (getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _conv_leaves(spec: CacheSpec, layer: int) -> list[str]:
@@ -169,7 +203,7 @@ def _ordered(tensor: TensorSpec, *axes: Axis) -> TensorSpec:
 
 
 def _sliding_places(config: object, layer: object, dtype: DType) -> list[Place]:
-    return _places(sliding_window([0], layer.sliding_window, **_heads(config, dtype)), "W", [])
+    return _places(_attention([0], layer.sliding_window, *_heads(config), dtype), "W", [])
 
 
 def _compressed_places(config: object, layer: object, tokens: int, dtype: DType) -> list[Place]:

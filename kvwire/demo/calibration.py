@@ -9,7 +9,6 @@ from kvwire import demo
 from kvwire.code_book import Calibrated
 from kvwire.connectors import transformers as connector
 from kvwire.demo import models
-from kvwire.demo.worker import cache_memory
 from kvwire.errors import UsageError
 from kvwire.layout import Axis, CacheSpec, DType, TensorSpec
 from kvwire.memory import CacheMemory
@@ -78,7 +77,8 @@ def memory_of(spec: CacheSpec, tensors: dict, tokens: int, order: str, name: str
     """Return the cache as an engine holds it that has `order` and calls the model `name`."""
     if order == "NHD":
         spec, tensors = tokens_first(spec, tensors)
-    return cache_memory(dataclasses.replace(spec, model=name or spec.model), tensors, tokens)
+    spec = dataclasses.replace(spec, model=name or spec.model)
+    return connector.cache_memory(spec, tensors, tokens)
 
 
 def table(made: Sequence[Calibrated]) -> list[str]:

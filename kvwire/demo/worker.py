@@ -19,14 +19,13 @@ from kvwire.connectors import transformers as connector
 from kvwire.demo import models
 from kvwire.errors import KvwireError
 from kvwire.layout import CacheSpec, GroupKind
-from kvwire.memory import CacheMemory
 from kvwire.receiver import Receiver
 from kvwire.sender import Sender
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Decode", "Prefill", "cache_memory", "digests"]
+__all__ = ["Decode", "Prefill", "digests"]
 
 Tell = Callable[[str], None]
 
@@ -59,7 +58,7 @@ class Prefill:
         if self._sender is None:
             self._sender = Sender(address, lanes=lanes)
             self._sender.connect()
-        memory = cache_memory(exported.spec, exported.tensors, exported.tokens)
+        memory = connector.cache_memory(exported.spec, exported.tensors, exported.tokens)
         bytes_before = self._sender.stats()["bytes_sent"]
         began = time.monotonic()
         transfer = self._sender.open(ticket, memory, codec=codec, metadata=exported.metadata,
@@ -91,7 +90,7 @@ class Decode:
     def expect(self, tokens: int) -> dict[str, object]:
         spec = connector.plan_cache(self._model.model, tokens)
         self._tensors = connector.allocate(spec, tokens)
-        self._memory = cache_memory(spec, self._tensors, tokens, writable=True)
+        self._memory = connector.cache_memory(spec, self._tensors, tokens, writable=True)
         self._ticket = self._receiver.expect(self._memory)
         return {"ticket": self._ticket.id, "address": self._receiver.address,
                 "cache_bytes": _bytes_by_kind(spec, self._tensors)}
@@ -126,15 +125,6 @@ class Decode:
         cache = connector.rebuild(self._model.model, tensors, metadata)
         steps = list(models.decode_steps(self._model, cache, metadata["first_token"], count))
         return [token for token, _ in steps], torch.stack([logits for _, logits in steps])
-
-
-def cache_memory(spec: CacheSpec, tensors: Mapping, tokens: int,
-                 writable: bool = False) -> CacheMemory:
-    """Describe the tensors of the transformers connector to kvwire."""
-    held = {index: connector.held_tokens(group, tokens) for index, group in enumerate(spec.groups)
-            if group.window_tokens}
-    return CacheMemory(spec, tensors, tokens=tokens, writable=writable,
-                       group_tokens={index: (at.start, at.stop) for index, at in held.items()})
 
 
 def digests(tensors: Mapping) -> dict[str, str]:
