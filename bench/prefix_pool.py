@@ -172,7 +172,7 @@ def _prompts(path: Path) -> Iterator[tuple[list[bytes], int]]:
 
 # ---- SSD
 
-def ssd_rows(folder: str | None, rounds: int, run_blocks: int) -> Iterator[dict]:
+def ssd_rows(folder: str | None, rounds: int, run_blocks: int, pause_s: float) -> Iterator[dict]:
     spec = kvwire.CacheSpec.preset("kimi-linear-48b")
     host = HostTier(spec, 320, 2 * (run_blocks + 30))
     geometry = host.geometry
@@ -186,7 +186,8 @@ def ssd_rows(folder: str | None, rounds: int, run_blocks: int) -> Iterator[dict]
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for number in range(rounds + 1):  # the first is a warm-up
-            seconds, run_bytes = _ssd_round(Path(place), host, slots, targets, run_blocks, number)
+            seconds, run_bytes = _ssd_round(Path(place), host, slots, targets, run_blocks, number,
+                                            pause_s)
             progress(f"ssd: round {number} of {rounds}")
             for name, value in seconds.items() if number else ():
                 found.setdefault(name, []).append(run_bytes / value / 1e9)
@@ -199,7 +200,7 @@ def ssd_rows(folder: str | None, rounds: int, run_blocks: int) -> Iterator[dict]
 
 
 def _ssd_round(place: Path, host: HostTier, slots: list[int], targets: list[int], blocks: int,
-               number: int) -> tuple[dict[str, float], int]:
+               number: int, pause_s: float) -> tuple[dict[str, float], int]:
     """Return the seconds of each way, and the bytes that each moved."""
     geometry, seconds = host.geometry, {}
     stop = blocks * geometry.block_tokens
@@ -223,6 +224,7 @@ def _ssd_round(place: Path, host: HostTier, slots: list[int], targets: list[int]
         order = list(steps.items())
         for name, step in order if number % 2 else order[::-1]:
             _forget_pages(place)
+            time.sleep(pause_s)
             start = time.perf_counter()
             step()
             seconds[name] = time.perf_counter() - start
@@ -278,7 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", default="pool,trace,ssd", metavar="CASE,...")
     parser.add_argument("--blocks", type=int, default=POOL_BLOCKS, help="of the full pool")
     parser.add_argument("--samples", type=int, default=2000, help="calls of each operation")
-    parser.add_argument("--rounds", type=int, default=5, help="of SSD writes and reads")
+    parser.add_argument("--rounds", type=int, default=6, help="of SSD writes and reads")
+    parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="before each "
+                        "of them, where a disk lends a burst that the first would use up")
     parser.add_argument("--run-blocks", type=int, default=100, help="of 320 tokens, in a file")
     options = parser.parse_args(arguments)
     cases = options.cases.split(",")
@@ -290,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "trace" in cases and options.trace is not None:
         rows += trace_rows(options.trace)
     if "ssd" in cases:
-        rows += ssd_rows(options.folder, options.rounds, options.run_blocks)
+        rows += ssd_rows(options.folder, options.rounds, options.run_blocks, options.pause)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
     if options.json is not None:
