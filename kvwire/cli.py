@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a cache file holds")
     inspect.add_argument("file", metavar="FILE", type=Path)
     inspect.set_defaults(run=_inspect)
+
+    plan = commands.add_parser("plan", help="plan a deployment with remote prefill")
+    plan.add_argument("file", metavar="FILE.toml", type=Path)
+    plan.add_argument("--plot", metavar="FILE.png", type=Path,
+                      help="what limits it, against the threshold (needs matplotlib)")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="the plan, for programs")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -160,6 +167,21 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"frames     {held.segment_count:,} segments, {held.chunk_count:,} chunks")
     for name, value in held.metadata.items():
         print(f"metadata   {name} = {value!r}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from kvwire.prfaas import deployment, plan_report, plots, throughput
+    described = deployment.load(options.file)
+    plan = throughput.solve(described)
+    print(plan_report.text(described, plan))
+    if options.json is not None:
+        fields = plan_report.as_json(described, plan)
+        options.json.write_text(json.dumps(fields, indent=1, allow_nan=False) + "\n", "utf-8")
+    if options.plot is not None:
+        plots.plot_plan(described, plan, options.plot)
     return 0
 
 

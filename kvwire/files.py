@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections import Counter
@@ -28,6 +29,7 @@ __all__ = ["CacheFile", "inspect", "load", "save"]
 checksum.use(_native.crc32c)
 
 _CHUNK_BYTES = 1 << 20
+_BEHIND_BYTES = 8 << 20
 _TOKENS_ALL = (0, 1 << 32)
 _NUMPY_DTYPES = {DType.FP32: "float32", DType.FP16: "float16", DType.BF16: "uint16",
                  DType.E4M3: "uint8", DType.E5M2: "uint8", DType.INT8: "int8",
@@ -112,7 +114,7 @@ def _replaced(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = os.path.abspath(os.fspath(path))
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with io.BufferedWriter(_WriteBehind(temporary, "xb")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -126,6 +128,24 @@ def _replaced(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class _WriteBehind(io.FileIO):
+    """A file whose bytes go to the disk while more are made, so that fsync waits for few."""
+
+    def __init__(self, path: str, mode: str):
+        super().__init__(path, mode)
+        self._begun = self._written = 0
+
+    def write(self, data: bytes) -> int:
+        count = super().write(data)
+        self._written += count
+        if self._written - self._begun >= _BEHIND_BYTES and hasattr(os, "posix_fadvise"):
+            # Linux begins to write what is told to be of no more use, and does not wait for it.
+            os.posix_fadvise(self.fileno(), self._begun, self._written - self._begun,
+                             os.POSIX_FADV_DONTNEED)
+            self._begun = self._written
+        return count
 
 
 class FileWriter:

@@ -11,7 +11,7 @@ FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
 
-HEAVY_MODULES = {"torch", "triton", "transformers"}
+HEAVY_MODULES = {"torch", "triton", "transformers", "matplotlib"}
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"}
 STRUCT_CALLS = {"Struct", "pack", "pack_into", "unpack", "unpack_from", "iter_unpack", "calcsize"}
 
@@ -26,6 +26,11 @@ CPP_ARROWS = {
     "bind": {"transport", "wire", "plan", "codec", "checksum", "base"},
     "fuzz": {"tests", "wire", "plan", "codec", "checksum", "base"},
 }
+
+# A module or folder of kvwire.prfaas may import the others that stand before it here.
+PRFAAS_ORDER = ["toml_table", "lengths", "profiles", "codecs", "throughput", "pool", "view",
+                "router", "health", "controller", "conversion", "deployment", "plan_report",
+                "plots", "simulator"]
 
 
 def too_big(path, text):
@@ -111,6 +116,34 @@ def is_struct_call(function):
     return is_attribute and getattr(function.value, "id", None) == "struct"
 
 
+def prfaas_import_against_the_order(path, text):
+    _, _, *rest = path.split("/")
+    here = rest[0].removesuffix(".py")
+    if not path.startswith("kvwire/prfaas/") or here == "__init__":
+        return
+    allowed = set(PRFAAS_ORDER[:PRFAAS_ORDER.index(here) + 1])
+    for node in ast.walk(ast.parse(text)):
+        for name in sorted(imported_names(node)):
+            family, _, inner = name.removeprefix("kvwire.").partition(".")
+            if family in ("_native", "connectors"):
+                yield f"{path}:{node.lineno}: imports {name}"
+            if family == "prfaas" and inner and inner.split(".")[0] not in allowed:
+                yield f"{path}:{node.lineno}: {here} may not import {name}"
+
+
+def imported_names(node):
+    """Dotted names of kvwire's modules, and of what is taken from a package."""
+    if isinstance(node, ast.Import):
+        names = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        packages = ("kvwire", "kvwire.prfaas", "kvwire.connectors")
+        names = ({f"{node.module}.{alias.name}" for alias in node.names}
+                 if node.module in packages else {node.module})
+    else:
+        names = set()
+    return {name for name in names if name.startswith("kvwire.")}
+
+
 def include_against_the_arrows(path, text):
     _, folder, *_ = path.split("/")
     for number, line in enumerate(text.splitlines(), 1):
@@ -131,6 +164,7 @@ RULES = [
     (unsafe_import, PYTHON),
     (stray_print, PYTHON),
     (native_order_struct, PYTHON),
+    (prfaas_import_against_the_order, ("kvwire/prfaas/*.py",)),
     (include_against_the_arrows, CPP),
 ]
 
@@ -168,12 +202,21 @@ BREACHES = [
     (native_order_struct, "kvwire/a.py", "struct.pack('IH', 1, 2)"),
     (native_order_struct, "kvwire/a.py", "Struct(f'{n}I')"),
     (native_order_struct, "kvwire/a.py", "struct.Struct('=I')"),
+    (prfaas_import_against_the_order, "kvwire/prfaas/profiles.py",
+     "from kvwire.prfaas import router"),
+    (prfaas_import_against_the_order, "kvwire/prfaas/pool/pool.py",
+     "def f():\n    import kvwire.prfaas.router"),
+    (prfaas_import_against_the_order, "kvwire/prfaas/simulator/a.py", "from kvwire import _native"),
     (include_against_the_arrows, "csrc/base/a.hpp", '#include "wire/b.hpp"'),
     (include_against_the_arrows, "csrc/checksum/a.cpp", '#include "plan/b.hpp"'),
     (include_against_the_arrows, "csrc/wire/a.cpp", "#include <pybind11/pybind11.h>"),
 ]
 
 LAWFUL = [
+    (prfaas_import_against_the_order, "kvwire/prfaas/simulator/a.py",
+     "from kvwire.prfaas.pool.pool import PrefixPool\nfrom kvwire.prfaas import router"),
+    (prfaas_import_against_the_order, "kvwire/prfaas/pool/a.py",
+     "from kvwire.prfaas.pool.blocks import Chain\nfrom kvwire.memory import CacheMemory"),
     (too_big, "kvwire/a.py", "#" * COLUMNS_MAX + "\n" * FILE_LINES_MAX),
     (long_function, "kvwire/a.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
     (eager_heavy_import, "kvwire/a.py", "def f():\n    import torch"),

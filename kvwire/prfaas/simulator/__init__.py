@@ -1,0 +1,1 @@
+"""A deployment, request by request, from a trace: clusters, link, pools, policies, faults."""
