@@ -29,7 +29,7 @@ __all__ = ["CacheFile", "inspect", "load", "save"]
 checksum.use(_native.crc32c)
 
 _CHUNK_BYTES = 1 << 20
-_BEHIND_BYTES = 8 << 20
+_BEHIND_BYTES = 64 << 20
 _TOKENS_ALL = (0, 1 << 32)
 _NUMPY_DTYPES = {DType.FP32: "float32", DType.FP16: "float16", DType.BF16: "uint16",
                  DType.E4M3: "uint8", DType.E5M2: "uint8", DType.INT8: "int8",
