@@ -4,9 +4,8 @@ It takes commands and gives answers as lines of JSON on its standard streams. Th
 this process, a step at a time, so that a test can stop between two of them.
 
     {"add": id, "prompt": [...], "max_tokens": n, "params": {...}}    a request
-    {"abort": id}
-    {"stop": true}
-    ← {"ready": 1} {"id", "tokens", "finish", "params", "cached"} {"digests": {...}, "id", "side"}
+    {"abort": id}  {"status": true}  {"stop": true}
+    ← {"ready": 1} {"status": {...}} {"id", "tokens", "finish", "params", "cached"} {"digests": {...}, "id", "side"}
 """
 
 import hashlib
@@ -87,6 +86,12 @@ class Peer:
             temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True,
             extra_args=extra))
 
+    def status(self):
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        return {"requests": len(scheduler.requests), "free_blocks": pool.get_num_free_blocks(),
+                "blocks": pool.num_gpu_blocks}
+
     def run(self):
         # The kernels of vLLM 0.32's CPU build crash when the first pass of all is one token long.
         self.add("warm-up", [(3 * i + 5) % 400 for i in range(64)], 2)
@@ -103,6 +108,8 @@ class Peer:
                     return
                 if "abort" in command:
                     self.engine.abort_request([command["abort"]])
+                elif "status" in command:
+                    self.say({"status": self.status()})
                 else:
                     self.add(command["add"], command["prompt"], command["max_tokens"],
                              command.get("params"))

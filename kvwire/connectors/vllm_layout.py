@@ -26,8 +26,8 @@ from kvwire.tensor_spec import Axis, AxisSpec, DType, GroupKind, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "attention_kernels", "cache_pool", "layer_number", "running_state", "spec_leaves",
-           "table_spec"]
+__all__ = ["Engine", "attention_kernels", "cache_pool", "layer_number", "layer_specs",
+           "running_state", "spec_leaves", "table_spec"]
 
 
 @dataclass(frozen=True)
