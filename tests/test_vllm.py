@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from faults import UP, Fault, Proxy, eventually
 from vllm_engines import Pair
 from vllm_models import make
 
@@ -41,3 +42,77 @@ def test_split_equals_unsplit(models, name):
             assert pair.prefill.digests(request) == pair.decode.digests(request)
             unsplit = pair.decode.generate(f"un{request}", prompt(tokens, seed), NEW_TOKENS)
             assert split["tokens"] == unsplit["tokens"]
+
+
+# One pair for the faults: few blocks, so that requests are preempted; fp32, so that an engine draws
+# the same tokens whatever it has in its batch.
+@pytest.fixture(scope="module")
+def pair(models):
+    with Pair(make(models, "llama"), PORT + 100, policy="recompute", dtype="float32",
+              block_size=32, num_gpu_blocks_override=80, enable_prefix_caching=False,
+              max_num_batched_tokens=128) as made:
+        yield made
+
+
+def unsplit(pair, tokens, seed, count=NEW_TOKENS):
+    return pair.decode.generate(f"alone-{seed}-{tokens}", prompt(tokens, seed), count)["tokens"]
+
+
+def all_is_given_back(engine):
+    """Nothing is left of any request; block 0 is vLLM's own."""
+    return eventually(lambda: (status := engine.status())["requests"] == 0
+                      and status["free_blocks"] == status["blocks"] - 1, 60)
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut"])
+def test_harm_on_the_wire_is_repaired(pair, kind):
+    seed = 20 + (kind == "cut")
+    with Proxy(f"127.0.0.1:{pair.decode_port}", Fault(None, UP, 60_000, kind)) as proxy:
+        pair.push(kind, prompt(301, seed), NEW_TOKENS, through=proxy.address)
+        split = pair.decode.output(kind)
+        assert proxy.fired
+    assert split["cached"] == 300 and split["tokens"] == unsplit(pair, 301, seed)
+
+
+@pytest.mark.parametrize("side", ["decode", "prefill"])
+def test_an_aborted_request_leaves_nothing(pair, side):
+    with Proxy(f"127.0.0.1:{pair.decode_port}", bytes_per_s=20_000) as proxy:
+        pair.push(f"abort-{side}", prompt(301, 30), NEW_TOKENS, through=proxy.address)
+        assert eventually(lambda: sum(proxy.passed.values()) > 20_000, 60)
+        getattr(pair, side).say(abort=f"abort-{side}")
+        if side == "prefill":  # decode recomputes what will not come
+            split = pair.decode.output(f"abort-{side}")
+            assert split["tokens"] == unsplit(pair, 301, 30)
+    assert all_is_given_back(pair.decode) and all_is_given_back(pair.prefill)
+
+
+def test_many_requests_under_preemption(pair):
+    count = 50
+    sizes = [60 + 7 * (number % 30) for number in range(count)]
+    for number, tokens in enumerate(sizes):
+        how = pair.push if number % 2 else pair.pull
+        how(f"many-{number}", prompt(tokens, number), NEW_TOKENS)
+    split = [pair.decode.output(f"many-{number}") for number in range(count)]
+    assert all(answer["finish"] == "length" for answer in split)
+    for number, tokens in enumerate(sizes):
+        assert split[number]["tokens"] == unsplit(pair, tokens, number), number
+    assert all_is_given_back(pair.decode) and all_is_given_back(pair.prefill)
+
+
+def test_nonsense_from_the_router_costs_one_request(pair):
+    for number, params in enumerate((
+            {"do_remote_prefill": True}, {"do_remote_prefill": True, "ticket": "x"},
+            {"do_remote_prefill": True, "offer": "0" * 32, "prefill_addresses": ["127.0.0.1:1"]})):
+        answer = pair.decode.generate(f"odd-{number}", prompt(90, 40), NEW_TOKENS, params)
+        assert answer["tokens"] == unsplit(pair, 90, 40)
+    assert all_is_given_back(pair.decode)
+
+
+def test_prefill_killed_while_it_sends(pair):
+    with Proxy(f"127.0.0.1:{pair.decode_port}", bytes_per_s=20_000) as proxy:
+        pair.push("killed", prompt(301, 50), NEW_TOKENS, through=proxy.address)
+        assert eventually(lambda: sum(proxy.passed.values()) > 20_000, 60)
+        pair.prefill.kill()
+        split = pair.decode.output("killed")
+    assert split["finish"] == "length" and split["tokens"] == unsplit(pair, 301, 50)
+    assert all_is_given_back(pair.decode)

@@ -18,7 +18,9 @@ _MLA = _MLP | {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim"
                "num_hidden_layers": 2}
 
 MODELS = {
-    "llama": ("Llama", _MLP | {"num_hidden_layers": 3, "head_dim": 32}),
+    # Wide weights: what it says depends on more than the last token.
+    "llama": ("Llama", _MLP | {"num_hidden_layers": 3, "head_dim": 32,
+                               "initializer_range": 0.1}),
     "qwen3_next": ("Qwen3Next", _MLP | {
         "num_hidden_layers": 4, "head_dim": 64, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,

@@ -5,7 +5,8 @@ this process, a step at a time, so that a test can stop between two of them.
 
     {"add": id, "prompt": [...], "max_tokens": n, "params": {...}}    a request
     {"abort": id}  {"status": true}  {"stop": true}
-    ← {"ready": 1} {"status": {...}} {"id", "tokens", "finish", "params", "cached"} {"digests": {...}, "id", "side"}
+    ← {"ready": 1}  {"status": {...}}  {"digests": {...}, "id", "side"}
+    ← {"id", "tokens", "finish", "params", "cached"}
 """
 
 import hashlib

@@ -100,7 +100,9 @@ class KvwireConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.matched_tokens(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request):
-        return self._kv_cache_config.transfer_group_ids
+        # Groups named here are not zeroed first. But only the tokens that come are written, and
+        # what the rest of their last block holds, kernels may multiply by 0: it must be no NaN.
+        return ()
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
