@@ -216,6 +216,16 @@ def test_nonsense_is_left_to_the_failure_policy(params):
     assert receive.route is None and "kv_transfer_params" in receive.problem
 
 
+@pytest.mark.parametrize("role, params", [
+    ("kv_producer", {"do_remote_prefill": True, "ticket": TICKET}),
+    ("kv_consumer", {"do_remote_decode": True})])
+def test_the_other_role_is_not_played(role, params):
+    scheduler = make(KVConnectorRole.SCHEDULER, vllm_config(transfer_config(role)))
+    scheduler.on_new_request(asked := request("r", 71, params))
+    assert asked.num_prompt_tokens == 71
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+
+
 def test_what_has_no_hand_off_is_left_alone():
     scheduler = make(KVConnectorRole.SCHEDULER)
     for params in (None, {}, {"do_remote_decode": True, "ticket": "x"}):

@@ -15,7 +15,7 @@ _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d
 _MLA = _MLP | {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
                "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 64,
                "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-               "num_hidden_layers": 2}
+               "num_hidden_layers": 2, "initializer_range": 0.1}
 
 MODELS = {
     # Wide weights: what it says depends on more than the last token.

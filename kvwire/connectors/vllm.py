@@ -42,14 +42,13 @@ class KvwireConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         options = Options.of(transfer.kv_connector_extra_config or {})
         engine = describe_engine(vllm_config, options)
+        sides = {"prefills": transfer.is_kv_producer, "decodes": transfer.is_kv_consumer}
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(kv_cache_config, options, engine.count)
+            self._scheduler = Scheduler(kv_cache_config, options, engine.count, **sides)
         else:
-            self._worker = Worker(vllm_config, kv_cache_config, options, engine,
-                                  prefills=transfer.is_kv_producer,
-                                  decodes=transfer.is_kv_consumer)
+            self._worker = Worker(vllm_config, kv_cache_config, options, engine, **sides)
 
     # The worker's half, in the order in which a step calls it.
 
@@ -153,9 +152,15 @@ def describe_engine(vllm_config: object, options: Options) -> Engine:
     groups = (getattr(text, name, None) for name in _MAMBA_GROUPS)
     return Engine(
         model=options.model or os.path.basename(os.path.normpath(model.model)),
-        rank=parallel.rank % parallel.tensor_parallel_size, count=parallel.tensor_parallel_size,
+        rank=_tensor_rank(), count=parallel.tensor_parallel_size,
         latent_dims=latent, mamba_groups=next((found for found in groups if found), None),
         conv_columns_last=_conv_columns_last())
+
+
+def _tensor_rank() -> int:
+    """Return this worker's rank; of a scheduler, which has none, 0."""
+    from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
+    return get_tensor_model_parallel_rank() if model_parallel_is_initialized() else 0
 
 
 def _conv_columns_last() -> bool:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,6 +85,7 @@ def attention_kernels(vllm_config: object, kv_cache_config: object) -> dict[str,
     return found
 
 
+@cache
 def layer_number(name: str) -> int:
     """Return the number of the layer in a name such as "model.layers.3.self_attn.attn"."""
     numbers = re.findall(r"(?<![^.])\d+(?![^.])", name)

@@ -97,9 +97,12 @@ class Scheduler:
     Args:
         kv_cache_config: vLLM's KVCacheConfig.
         ranks: of tensor parallelism.
+        prefills, decodes: which sides this engine has (kv_role).
     """
 
-    def __init__(self, kv_cache_config: object, options: Options, ranks: int):
+    def __init__(self, kv_cache_config: object, options: Options, ranks: int, *,
+                 prefills: bool, decodes: bool):
+        self._sides = {"do_remote_decode": prefills, "do_remote_prefill": decodes}
         self._config, self._options, self._ranks = kv_cache_config, options, ranks
         self._tables = kv_cache_config.transfer_groups
         self._prefills: dict[str, _Prefill] = {}
@@ -108,8 +111,12 @@ class Scheduler:
 
     def on_new_request(self, request: object) -> None:
         """Prepare a request that is to be handed off: it ends one token early."""
+        for wish, able in self._sides.items():
+            if not able and self._wishes(request, wish):
+                logger.error("Request %s has %s, which is not this engine's kv_role: it is "
+                             "computed here", request.request_id, wish)
         params = request.kv_transfer_params
-        if not params or not params.get("do_remote_decode") or request.num_prompt_tokens < 2:
+        if not self._may(request, "do_remote_decode") or request.num_prompt_tokens < 2:
             return
         if request.prompt_token_ids is None or request.request_id in self._prefills:
             return
@@ -127,8 +134,7 @@ class Scheduler:
 
     def matched_tokens(self, request: object, computed_tokens: int) -> tuple[int, bool]:
         """Return how many tokens after those the other engine has, and that they come later."""
-        params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if not self._may(request, "do_remote_prefill"):
             return 0, False
         missing = request.num_prompt_tokens - 1 - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
@@ -136,9 +142,9 @@ class Scheduler:
     def allocated(self, request: object, block_ids: Sequence[Sequence[int]],
                   external_tokens: int) -> None:
         """Have the blocks filled that the request was given for the tokens that come."""
-        params = request.kv_transfer_params
-        if not external_tokens or not params or not params.get("do_remote_prefill"):
+        if not external_tokens or not self._may(request, "do_remote_prefill"):
             return
+        params = request.kv_transfer_params
         params["do_remote_prefill"] = False
         stop = request.num_prompt_tokens - 1
         route, problem = None, ""
@@ -185,6 +191,13 @@ class Scheduler:
             return False, None
         self._step.ended[request_id] = made.complete
         return True, self._answer(made.begin.route) if made.complete else None
+
+    @staticmethod
+    def _wishes(request: object, wish: str) -> bool:
+        return bool((request.kv_transfer_params or {}).get(wish))
+
+    def _may(self, request: object, wish: str) -> bool:
+        return self._sides[wish] and self._wishes(request, wish)
 
     def _answer(self, route: Route) -> dict[str, object]:
         """Return the parameters with which a decode engine gets the cache."""
