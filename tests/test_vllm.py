@@ -44,6 +44,34 @@ def test_split_equals_unsplit(models, name):
             assert split["tokens"] == unsplit["tokens"]
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_tensor_parallelism_may_differ(models, ranks):
+    with Pair(make(models, "granitemoehybrid"), PORT + 200, enable_prefix_caching=False,
+              max_num_batched_tokens=300, prefill={"tensor_parallel_size": ranks[0]},
+              decode={"tensor_parallel_size": ranks[1]}) as pair:
+        for how in (pair.push, pair.pull):
+            how(how.__name__, prompt(301), NEW_TOKENS)
+            split = pair.decode.output(how.__name__)
+            assert split["cached"] == 300
+            assert split["tokens"] == pair.decode.generate(
+                f"un{how.__name__}", prompt(301), NEW_TOKENS)["tokens"]
+
+
+def test_only_missing_tokens_travel(models):
+    """A prefix that the decode engine has stays where it is; and prefill may have one, too."""
+    row_bytes = 3 * 2 * 2 * 32 * 4  # layers, heads, K and V, head size, fp32
+    with Pair(make(models, "llama"), PORT + 300, dtype="float32", block_size=32) as pair:
+        for how, seed in ((pair.push, 0), (pair.pull, 1)):
+            pair.decode.generate(f"first-{seed}", prompt(200, seed), 1)
+            before = pair.decode.status()["totals"].get("decode_cache_bytes", 0)
+            how(f"next-{seed}", prompt(301, seed), NEW_TOKENS)
+            split = pair.decode.output(f"next-{seed}")
+            after = pair.decode.status()["totals"]["decode_cache_bytes"]
+            assert after - before == (300 - 192) * row_bytes
+            assert split["tokens"] == pair.decode.generate(
+                f"un-{seed}", prompt(301, seed), NEW_TOKENS)["tokens"]
+
+
 # One pair for the faults: few blocks, so that requests are preempted; fp32, so that an engine draws
 # the same tokens whatever it has in its batch.
 @pytest.fixture(scope="module")
@@ -95,7 +123,9 @@ def test_many_requests_under_preemption(pair):
     split = [pair.decode.output(f"many-{number}") for number in range(count)]
     assert all(answer["finish"] == "length" for answer in split)
     for number, tokens in enumerate(sizes):
-        assert split[number]["tokens"] == unsplit(pair, tokens, number), number
+        pair.decode.add(f"alone-{number}", prompt(tokens, number), NEW_TOKENS)
+    for number, answer in enumerate(split):
+        assert answer["tokens"] == pair.decode.output(f"alone-{number}")["tokens"], number
     assert all_is_given_back(pair.decode) and all_is_given_back(pair.prefill)
 
 

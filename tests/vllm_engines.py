@@ -20,13 +20,17 @@ class Engine:
     """One engine; `settings` are vllm.EngineArgs, and of the connector `transfer`."""
 
     def __init__(self, **settings):
+        if settings.get("tensor_parallel_size", 1) > 1:
+            settings |= {"distributed_executor_backend": "mp"}
+        bind = "|".join(map(str, range(settings.get("tensor_parallel_size", 1))))
         self._log = tempfile.TemporaryFile("w+")
         self._answers, self._kept = queue.SimpleQueue(), []
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "vllm_peer.py"), json.dumps(settings)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} | (
+                {"VLLM_CPU_OMP_THREADS_BIND": bind} if "|" in bind else {}))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
@@ -110,7 +114,8 @@ class Pair:
             "kv_role": "kv_consumer", "kv_load_failure_policy": policy,
             "kv_connector_extra_config": {
                 "decode_listen": f"127.0.0.1:{self.decode_port}", "lease_s": 60}})
-        self.prefill_ranks = settings.get("tensor_parallel_size", 1)
+        self.prefill_ranks, self.decode_ranks = ((settings | (own or {})).get(
+            "tensor_parallel_size", 1) for own in (prefill, decode))
 
     def __enter__(self):
         try:
@@ -128,13 +133,15 @@ class Pair:
     def push(self, name, prompt, max_tokens, through=None):
         """Ask both at once; `through`: the address of a proxy before the decode engine."""
         ticket = secrets.token_hex(16)
-        self.decode.add(name, prompt, max_tokens,
-                        {"do_remote_prefill": True, "ticket": ticket})
+        self.decode.add(name, prompt, max_tokens, {
+            "do_remote_prefill": True, "ticket": ticket, "prefill_ranks": self.prefill_ranks})
         self.prefill.add(name, prompt, 1, {
             "do_remote_decode": True, "ticket": ticket,
-            "decode_addresses": [through or f"127.0.0.1:{self.decode_port}"]})
+            "decode_addresses": [through] if through else [
+                f"127.0.0.1:{self.decode_port + rank}" for rank in range(self.decode_ranks)]})
 
     def pull(self, name, prompt, max_tokens):
         """Ask prefill, then decode with what prefill answered."""
-        answer = self.prefill.generate(name, prompt, 1, {"do_remote_decode": True})
+        answer = self.prefill.generate(name, prompt, 1, {
+            "do_remote_decode": True, "decode_ranks": self.decode_ranks})
         self.decode.add(name, prompt, max_tokens, answer["params"])

@@ -70,9 +70,25 @@ def make_engine(settings):
     return LLMEngine.from_engine_args(EngineArgs(kv_transfer_config=transfer, **arguments))
 
 
+def keep_totals():
+    """Return a dict that holds the sums of what the connector reports to vLLM."""
+    from kvwire.connectors.vllm_worker import Worker
+    sums, take = {}, Worker.totals
+
+    def take_and_keep(self):
+        taken = take(self)
+        for name, value in taken.items():
+            sums[name] = sums.get(name, 0) + value
+        return taken
+
+    Worker.totals = take_and_keep
+    return sums
+
+
 class Peer:
-    def __init__(self, engine, say):
-        self.engine, self.say, self.commands = engine, say, SimpleQueue()
+    def __init__(self, engine, say, totals):
+        self.engine, self.say, self.totals = engine, say, totals
+        self.commands = SimpleQueue()
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
@@ -91,7 +107,7 @@ class Peer:
         scheduler = self.engine.engine_core.engine_core.scheduler
         pool = scheduler.kv_cache_manager.block_pool
         return {"requests": len(scheduler.requests), "free_blocks": pool.get_num_free_blocks(),
-                "blocks": pool.num_gpu_blocks}
+                "blocks": pool.num_gpu_blocks, "totals": self.totals}
 
     def run(self):
         # The kernels of vLLM 0.32's CPU build crash when the first pass of all is one token long.
@@ -137,8 +153,9 @@ def main():
 
     if settings.pop("digests", False):
         tell_digests(say)
+    totals = keep_totals() if "transfer" in settings else {}
     engine = make_engine(settings)
-    Peer(engine, say).run()
+    Peer(engine, say, totals).run()
     engine.engine_core.shutdown()
 
 
