@@ -26,8 +26,23 @@ test: build
 test-long: build
 	$(PYTEST) -m "long and not vllm and not gpu" || [ $$? -eq 5 ]
 
-test-vllm: build
-	$(PYTEST) -m "vllm and not gpu" || [ $$? -eq 5 ]
+# vLLM's CPU build pins torch itself, so it has an environment of its own (4 GB).
+VLLM_VENV := .venv-vllm
+VLLM_TORCH ?= torch==2.13.0+cpu
+
+test-vllm: build $(VLLM_VENV)/packages.stamp
+	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -p no:cacheprovider -m "vllm and not gpu" \
+	    $(sort $(wildcard tests/test_vllm*.py))
+
+# pip finds CUDA builds of the three packages that are removed again: they break transformers.
+$(VLLM_VENV)/packages.stamp: tests/requirements-vllm.txt
+	$(call require,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3$(comma) 11))',\
+	    Python 3.11 or later for vLLM,python3)
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM_TORCH) -r $<
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 # e.g. make bench BENCH="--quick --cases blocks-4k"
 bench: build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 
@@ -47,6 +47,8 @@ class CacheMemory:
             `tokens`, e.g. a transformers sliding window, whose array begins at its own first
             token.
         ring: contiguous sliding-window groups are rings.
+        growing: the block tables are those of the tokens so far; `extend_blocks` adds to them. For
+            a source whose engine allocates blocks while prefill goes on.
         writable: the arrays are a destination: they may be written, and no block is used twice.
 
     A sliding-window group takes part with its newest `window_tokens` tokens only.
@@ -61,7 +63,9 @@ class CacheMemory:
                  tokens: int | TokenRange = 0,
                  block_ids: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
                  group_tokens: Mapping[int, TokenRange] | None = None, ring: bool = False,
-                 writable: bool = False):
+                 growing: bool = False, writable: bool = False):
+        if growing and writable:
+            raise UsageError("growing is for a source; a destination binds all its blocks at once")
         self.spec = spec
         self.tokens = _token_range("tokens", tokens)
         self.writable = writable
@@ -70,6 +74,10 @@ class CacheMemory:
         self._destinations: list[tuple[str, Buffer, object]] = []
         self._ranges: list[TokenRange] = []
         self._tables: dict[int, np.ndarray] = {}
+        self._native_tables: dict[int, object] = {}
+        self._blocks_known: dict[int, int] | None = {} if growing else None
+        self._block_counts: dict[int, int] = {}
+        self._held_starts: dict[int, int] = {}
         find = arrays if callable(arrays) else _finder(spec, arrays)
         for index, group in enumerate(spec.groups):
             held = _token_range(f"group_tokens[{index}]",
@@ -112,11 +120,57 @@ class CacheMemory:
                     found.append(Item(group_index, tensor_index, layer))
         return found
 
+    def extend_blocks(self, group_index: int, block_ids: Sequence[int]) -> None:
+        """Add blocks to a group's table: those after the ones that it has. Needs ``growing=True``.
+
+        Ids beyond the last token of `tokens` are passed over. Transfers that have this memory may
+        push the new blocks' tokens when this returns.
+        """
+        if self._blocks_known is None or group_index not in self._blocks_known:
+            raise UsageError(f"group {group_index} has no growing block table: make the memory "
+                             "with growing=True")
+        table, known = self._tables[group_index], self._blocks_known[group_index]
+        added = _block_table(group_index, block_ids)[:len(table) - known]
+        group, (start, _) = self.spec.groups[group_index], self._ranges[group_index]
+        first = start // group.block_tokens - self._held_starts[group_index] // group.block_tokens
+        added[:max(first - known, 0)] = 0
+        bad = np.flatnonzero((added < 0) | (added >= self._block_counts[group_index]))
+        if len(bad):
+            raise UsageError(f"group {group_index} ({group.label}): block_ids[{known + bad[0]}] is "
+                             f"{added[bad[0]]}, but the arrays have "
+                             f"{self._block_counts[group_index]} blocks")
+        table[known:known + len(added)] = added
+        if (native := self._native_tables.get(id(table))) is not None:
+            native.fill(known, added)
+        self._blocks_known[group_index] = known + len(added)
+
+    def blocks_known(self, group_index: int) -> int:
+        """Return how many blocks a group's growing table has so far."""
+        return (self._blocks_known or {})[group_index]
+
+    def forget_blocks(self) -> None:
+        """Empty the growing block tables: the request has lost its blocks; `extend_blocks` begins
+        again. Every push that named them must have completed."""
+        for index in self._blocks_known or ():
+            self._blocks_known[index] = 0
+
+    def check_known(self, items: Iterable[Item]) -> None:
+        """Raise UsageError if an item has tokens whose blocks are not known yet."""
+        for item in items if self._blocks_known else ():
+            known = self._blocks_known.get(item.group_index)
+            if known is None:
+                continue
+            size = self.spec.groups[item.group_index].block_tokens
+            held_start = self._held_starts[item.group_index]
+            if item.token_stop > held_start - held_start % size + known * size:
+                raise UsageError(f"group {item.group_index}: token {item.token_stop - 1} lies in a "
+                                 f"block that is not known yet; extend_blocks() comes first")
+
     @cached_property
     def native(self) -> object:
         """The native MemoryMap. It borrows the arrays: keep this object as long as it is used."""
         from kvwire import _native
-        native, tables = _native.MemoryMap(), {}
+        native, tables = _native.MemoryMap(), self._native_tables
         for (kind, layer, name), leaf in self.leaves.items():
             axes = [(int(held.axis), held.full, held.start, held.stop, held.stride)
                     for held in leaf.axes]
@@ -187,6 +241,11 @@ class CacheMemory:
         size, table = group.block_tokens, self._tables[index]
         first = start // size - held_start // size
         count = -(-stop // size) - held_start // size if stop > start else 0
+        self._held_starts[index] = held_start
+        if self._blocks_known is not None:
+            self._blocks_known[index] = min(len(table), count)
+            self._block_counts[index] = min(buffer.shape[0] for _, buffer in arrays)
+            table = np.concatenate([table, np.zeros(max(count - len(table), 0), np.int64)])
         if count > len(table):
             raise UsageError(f"group {index} ({group.label}): tokens [{held_start}, {stop}) need "
                              f"{count} blocks of {size} tokens, but block_ids has {len(table)}")

@@ -34,6 +34,15 @@ Answers = list[tuple[int, bytes]]
 _LANE_FATES = range(100, 112)
 
 
+def _has_more(transfer: TransferRecord | None) -> bool:
+    """Say whether the sender has the tokens that the ticket wants, among others."""
+    if transfer is None or transfer.ticket is None:
+        return False
+    manifest, wanted = transfer.manifest, transfer.ticket.memory
+    return (manifest.token_start <= wanted.token_start
+            and manifest.token_stop >= wanted.token_stop)
+
+
 class ReferenceReceiver:
     """One link's receiver, which was dialled. Feed it what arrives on each lane.
 
@@ -196,7 +205,8 @@ class ReferenceReceiver:
                 self._give_back(state)
         if not error.remote:
             self._send(transfer.lane if transfer else self._lane, self._ended[transfer_id])
-        refused = error.code in (ErrorCode.SPEC_MISMATCH, ErrorCode.TOKENS_MISMATCH)
+        refused = error.code == ErrorCode.SPEC_MISMATCH or (
+            error.code == ErrorCode.TOKENS_MISMATCH and not _has_more(transfer))
         if transfer and transfer.ticket and (transfer.grant or refused):
             self._fail_ticket(transfer.ticket, error)
 

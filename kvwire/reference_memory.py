@@ -279,7 +279,7 @@ class ReferenceTicket:
         here, there = ((side.token_start, side.token_stop) for side in (memory, manifest))
         if here != there:
             fail(ErrorCode.TOKENS_MISMATCH, f"tokens {there} at the sender, {here} here",
-                 expected=here[1], actual=there[1])
+                 expected=here[1] - here[0], actual=there[1] - there[0])
         for name in ("source_rank_count", "destination_rank", "destination_rank_count"):
             a, b = getattr(manifest, name), getattr(self, name)
             if a != b:

@@ -228,6 +228,7 @@ class Transfer(Handle):
     def push_items(self, items: Sequence[Item], *, priority: int = 0) -> Push:
         """Send any items (token ranges of tensors) as one push. See `CacheMemory.items`."""
         self._endpoint._checked()
+        self.memory.check_known(items)
         return Push(self, self._native.push([
             (i.group_index, i.tensor_index, i.layer, i.token_start, i.token_stop) for i in items],
             priority_of(priority)))

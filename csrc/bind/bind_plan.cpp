@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <memory>
@@ -26,7 +27,7 @@ using ItemTuple = std::tuple<uint16_t, uint16_t, uint32_t, uint64_t, uint64_t>;
 using StrideTuple = std::tuple<uint8_t, uint32_t, uint32_t, uint32_t, int64_t>;
 
 struct Table {
-    BlockTable ids;
+    std::shared_ptr<std::vector<int64_t>> ids;
 };
 
 TensorDesc tensor_from(const TensorTuple& tuple) {
@@ -46,6 +47,20 @@ TensorDesc tensor_from(const TensorTuple& tuple) {
 
 Table make_table(const py::array_t<int64_t, py::array::c_style>& ids) {
     return {make_block_table({ids.data(), ids.data() + ids.size()})};
+}
+
+// Entries that a planned segment may read must not be written again: I/O threads read them.
+void fill_table(Table& table, uint64_t first,
+                const py::array_t<int64_t, py::array::c_style>& ids) {
+    const uint64_t count = uint64_t(ids.size()), room = table.ids->size();
+    if (first > room || count > room - first)
+        throw Error(ErrorCode::USAGE,
+                    "block ids [" + std::to_string(first) + ", " + std::to_string(first + count) +
+                        ") do not lie in a table of " + std::to_string(room),
+                    room, first + count);
+    const std::vector<int64_t> checked(ids.data(), ids.data() + count);
+    check_block_ids(checked);
+    std::copy(checked.begin(), checked.end(), table.ids->begin() + int64_t(first));
 }
 
 void add_leaf(MemoryMap& memory, uint8_t kind, uint32_t layer, const std::string& leaf,
@@ -176,7 +191,8 @@ std::vector<Item> items_from_python(const py::handle& items) {
 
 void register_plan(py::module_& module) {
     py::class_<Table>(module, "BlockTable", "Block ids, copied once, shared by many leaves.")
-        .def(py::init(&make_table), py::arg("block_ids"));
+        .def(py::init(&make_table), py::arg("block_ids"))
+        .def("fill", &fill_table, py::arg("first"), py::arg("block_ids"));
 
     py::class_<MemoryMap, std::shared_ptr<MemoryMap>>(
         module, "MemoryMap", "Where each leaf lies. Borrows the memory: keep the arrays alive.")

@@ -98,13 +98,17 @@ const LeafMemory::AxisStride* LeafMemory::find(Axis axis) const {
     return nullptr;
 }
 
-BlockTable make_block_table(std::vector<int64_t> block_ids) {
+void check_block_ids(const std::vector<int64_t>& block_ids) {
     for (size_t index = 0; index < block_ids.size(); ++index)
         if (block_ids[index] < 0)
             throw Error(ErrorCode::USAGE,
                         "block_ids[" + std::to_string(index) + "] is " +
                             std::to_string(block_ids[index]) + ": block ids start at 0");
-    return std::make_shared<const std::vector<int64_t>>(std::move(block_ids));
+}
+
+std::shared_ptr<std::vector<int64_t>> make_block_table(std::vector<int64_t> block_ids) {
+    check_block_ids(block_ids);
+    return std::make_shared<std::vector<int64_t>>(std::move(block_ids));
 }
 
 }  // namespace kvwire

@@ -104,8 +104,11 @@ struct LeafMemory {
 };
 
 // One table serves all leaves of a group. Throws Error(USAGE) naming a negative id and its index;
-// only the owner of the array knows the upper bound.
-BlockTable make_block_table(std::vector<int64_t> block_ids);
+// only the owner of the array knows the upper bound. A caller that keeps the result as it is may
+// still write entries that nothing has been planned with.
+std::shared_ptr<std::vector<int64_t>> make_block_table(std::vector<int64_t> block_ids);
+
+void check_block_ids(const std::vector<int64_t>& block_ids);
 
 struct LeafKey {
     GroupKind kind{};

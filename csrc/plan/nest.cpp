@@ -92,6 +92,9 @@ private:
         }
     }
 
+    // A table that others share may have entries that are being written: it is not looked into.
+    static bool differ(const BlockTable& a, const BlockTable& b) { return a != b && *a != *b; }
+
     // Finds where memory is cut along the tokens: every cut_tokens_, counted from cut_origin_.
     // Leaves that are cut differently are planned token by token, without tables.
     void find_cuts() {
@@ -102,7 +105,7 @@ private:
             mixed_ |= leaf->ring_tokens != cut->ring_tokens ||
                       (cut->ring_tokens == 0 && (leaf->block_tokens != cut->block_tokens ||
                                                  leaf->token_origin != cut->token_origin ||
-                                                 *leaf->block_ids != *cut->block_ids));
+                                                 differ(leaf->block_ids, cut->block_ids)));
         }
         if (!cut) return;
         cut_tokens_ = cut->ring_tokens > 0 ? cut->ring_tokens : cut->block_tokens;

@@ -17,8 +17,12 @@ bool is_transfer_error(ErrorCode code) {
     return uint16_t(code) >= 200 && uint16_t(code) < 300;
 }
 
-bool fails_the_ticket(ErrorCode code) {
-    return code == ErrorCode::SPEC_MISMATCH || code == ErrorCode::TOKENS_MISMATCH;
+// A sender that has the wanted tokens and more may open another transfer, of just these.
+bool fails_the_ticket(ErrorCode code, const Manifest& manifest, const Ticket::Options& wanted) {
+    const bool has_more = manifest.token_start <= wanted.token_start &&
+                          manifest.token_stop >= wanted.token_stop;
+    return code == ErrorCode::SPEC_MISMATCH ||
+           (code == ErrorCode::TOKENS_MISMATCH && !has_more);
 }
 
 }  // namespace
@@ -231,7 +235,7 @@ void ReceiveLink::open(const Id& transfer_id, ByteSpan payload, std::unique_ptr<
         });
     } catch (const Error& error) {
         refuse(transfer_id, error);
-        if (fails_the_ticket(error.code)) ticket->fail(error);
+        if (fails_the_ticket(error.code, *manifest, ticket->options())) ticket->fail(error);
         return;
     }
     auto transfer = std::make_unique<Transfer>();

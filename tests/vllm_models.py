@@ -1,0 +1,75 @@
+"""Tiny models with random weights, one for each kind of cache; made on the spot by transformers.
+
+``python tests/vllm_models.py FOLDER NAME...`` writes them. Head sizes and the like are the least
+that vLLM's CPU kernels take.
+"""
+
+import sys
+from pathlib import Path
+
+_COMMON = {"vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+_MLP = _COMMON | {"intermediate_size": 128, "max_position_embeddings": 4096}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
+           "mamba_expand": 2, "mamba_chunk_size": 16}
+_MLA = _MLP | {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+               "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 64,
+               "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+               "num_hidden_layers": 2, "initializer_range": 0.1}
+
+MODELS = {
+    # Wide weights: what it says depends on more than the last token.
+    "llama": ("Llama", _MLP | {"num_hidden_layers": 3, "head_dim": 32,
+                               "initializer_range": 0.1}),
+    "qwen3_next": ("Qwen3Next", _MLP | {
+        "num_hidden_layers": 4, "head_dim": 64, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64}),
+    "granitemoehybrid": ("GraniteMoeHybrid", _MLP | _MAMBA2 | {
+        "num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 128}),
+    "falcon_h1": ("FalconH1", _MLP | _MAMBA2 | {
+        "num_hidden_layers": 4, "head_dim": 32, "mamba_d_ssm": 256}),
+    "deepseek_v2": ("DeepseekV2", _MLA | {"q_lora_rank": None, "first_k_dense_replace": 2}),
+    "deepseek_v3": ("DeepseekV3", _MLA | {"q_lora_rank": 64, "first_k_dense_replace": 1,
+                                          "n_group": 1, "topk_group": 1}),
+    "gpt_oss": ("GptOss", _MLP | {
+        "num_hidden_layers": 4, "head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "sliding_window": 64}),
+    "gemma3": ("Gemma3", _MLP | {"num_hidden_layers": 6, "head_dim": 32, "sliding_window": 64}),
+    "jamba": ("Jamba", _MLP | {
+        "num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2,
+        "num_experts_per_tok": 1, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2,
+        "mamba_dt_rank": 8, "use_mamba_kernels": False}),
+    "lfm2": ("Lfm2", _MLP | {
+        "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "nemotron_h": ("NemotronH", _MLP | {
+        "num_hidden_layers": 4, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32,
+        "n_groups": 1, "ssm_state_size": 16, "chunk_size": 16}),
+    "kimi_linear": ("KimiLinear", _MLA | {
+        "num_hidden_layers": 4, "num_local_experts": 4, "linear_head_dim": 128,
+        "linear_num_heads": 4}),
+}
+
+
+def make(folder, name):
+    """Return the path of a model, written there unless it is there already."""
+    path = Path(folder) / name
+    if (path / "config.json").exists():
+        return path
+    import torch
+    import transformers
+    kind, values = MODELS[name]
+    config_class = getattr(transformers, f"{kind}TextConfig", None) or getattr(
+        transformers, f"{kind}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config_class(**values))
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[2:]:
+        make(sys.argv[1], wanted)

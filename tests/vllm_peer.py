@@ -1,0 +1,163 @@
+"""One vLLM engine in a process of its own, for tests: ``python tests/vllm_peer.py '<json>'``.
+
+It takes commands and gives answers as lines of JSON on its standard streams. The engine runs in
+this process, a step at a time, so that a test can stop between two of them.
+
+    {"add": id, "prompt": [...], "max_tokens": n, "params": {...}}    a request
+    {"abort": id}  {"status": true}  {"stop": true}
+    ← {"ready": 1}  {"status": {...}}  {"digests": {...}, "id", "side"}
+    ← {"id", "tokens", "finish", "params", "cached"}
+"""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from queue import Empty, SimpleQueue
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
+               "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def digests(memory):
+    """SHA-256 of each layer's bytes, read in plain Python."""
+    from kvwire.plan import gather
+    layers = sorted({layer for group in memory.spec.groups for layer in group.layers})
+    found = {}
+    for layer in layers:
+        for number, item in enumerate(memory.items(layer)):
+            group = memory.spec.groups[item.group_index]
+            tensor = group.tensors[item.tensor_index]
+            found[f"{group.label}.{layer}.{tensor.name}.{number}"] = hashlib.sha256(
+                gather(memory.spec, [item], memory.leaves)).hexdigest()[:16]
+    return found
+
+
+def tell_digests(say):
+    """Have both sides digest what they hand off, before and after."""
+    from kvwire.connectors import decode_side, prefill_side
+    finish, look_at = prefill_side.PrefillSide.finish, decode_side.DecodeSide._look_at
+
+    def finish_and_tell(self, request_id, block_ids):
+        finish(self, request_id, block_ids)
+        made = self._open[request_id]
+        memory = self._pool.source(made.tokens, made.block_ids, made.states)
+        say({"id": request_id, "side": "prefill", "digests": digests(memory)})
+
+    def look_at_and_tell(self, made, now):
+        look_at(self, made, now)
+        if made.error is None and made.ticket.done():
+            request_id = next(key for key, value in self._open.items() if value is made)
+            say({"id": request_id, "side": "decode", "digests": digests(made.ticket.memory)})
+
+    prefill_side.PrefillSide.finish = finish_and_tell
+    decode_side.DecodeSide._look_at = look_at_and_tell
+
+
+def make_engine(settings):
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import KVTransferConfig
+    transfer = settings.pop("transfer", None)
+    if transfer is not None:
+        transfer = KVTransferConfig(kv_connector="KvwireConnector",
+                                    kv_connector_module_path="kvwire.connectors.vllm", **transfer)
+    arguments = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "bfloat16",
+                 "max_model_len": 1024, "max_num_seqs": 16} | settings
+    return LLMEngine.from_engine_args(EngineArgs(kv_transfer_config=transfer, **arguments))
+
+
+def keep_totals():
+    """Return a dict that holds the sums of what the connector reports to vLLM."""
+    from kvwire.connectors.vllm_worker import Worker
+    sums, take = {}, Worker.totals
+
+    def take_and_keep(self):
+        taken = take(self)
+        for name, value in taken.items():
+            sums[name] = sums.get(name, 0) + value
+        return taken
+
+    Worker.totals = take_and_keep
+    return sums
+
+
+class Peer:
+    def __init__(self, engine, say, totals):
+        self.engine, self.say, self.totals = engine, say, totals
+        self.commands = SimpleQueue()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in sys.stdin:
+            self.commands.put(json.loads(line))
+        self.commands.put({"stop": True})
+
+    def add(self, name, prompt, max_tokens, params=None):
+        from vllm import SamplingParams
+        extra = {"kv_transfer_params": params} if params else None
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(
+            temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True,
+            extra_args=extra))
+
+    def status(self):
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        return {"requests": len(scheduler.requests), "free_blocks": pool.get_num_free_blocks(),
+                "blocks": pool.num_gpu_blocks, "totals": self.totals}
+
+    def run(self):
+        # The kernels of vLLM 0.32's CPU build crash when the first pass of all is one token long.
+        self.add("warm-up", [(3 * i + 5) % 400 for i in range(64)], 2)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        self.say({"ready": 1})
+        while True:
+            try:
+                command = self.commands.get_nowait()
+            except Empty:
+                command = None
+            if command is not None:
+                if "stop" in command:
+                    return
+                if "abort" in command:
+                    self.engine.abort_request([command["abort"]])
+                elif "status" in command:
+                    self.say({"status": self.status()})
+                else:
+                    self.add(command["add"], command["prompt"], command["max_tokens"],
+                             command.get("params"))
+                continue
+            outputs = self.engine.step()
+            for output in outputs:
+                if output.finished:
+                    self.say({"id": output.request_id,
+                              "tokens": list(output.outputs[0].token_ids),
+                              "finish": output.outputs[0].finish_reason,
+                              "cached": output.num_cached_tokens,
+                              "params": output.kv_transfer_params})
+            if not outputs:
+                time.sleep(0.002)
+
+
+def main():
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    settings = json.loads(sys.argv[1])
+
+    def say(answer):
+        print(json.dumps(answer), file=answers, flush=True)
+
+    if settings.pop("digests", False):
+        tell_digests(say)
+    totals = keep_totals() if "transfer" in settings else {}
+    engine = make_engine(settings)
+    Peer(engine, say, totals).run()
+    engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
