@@ -48,7 +48,8 @@ def test_split_equals_unsplit(models, name):
 def test_tensor_parallelism_may_differ(models, ranks):
     """In fp32: two ranks add up in another order than one."""
     with Pair(make(models, "granitemoehybrid"), PORT + 200, enable_prefix_caching=False,
-              dtype="float32", max_num_batched_tokens=300, prefill={"tensor_parallel_size": ranks[0]},
+              dtype="float32", max_num_batched_tokens=300,
+              prefill={"tensor_parallel_size": ranks[0]},
               decode={"tensor_parallel_size": ranks[1]}) as pair:
         for how in (pair.push, pair.pull):
             how(how.__name__, prompt(301), NEW_TOKENS)
