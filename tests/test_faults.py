@@ -115,7 +115,9 @@ def patient_receiver():
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("lanes, lease_s", [(1, 0), (2, LEASE_S)])
+@pytest.mark.parametrize("lanes, lease_s", [
+    (1, 0), pytest.param(2, LEASE_S, marks=pytest.mark.long),
+])
 def test_every_byte_flipped_in_turn(request, lanes, lease_s):
     receiver = request.getfixturevalue("patient_receiver" if lease_s else "receiver")
     places = flips(receiver, lanes)

@@ -328,7 +328,8 @@ def test_a_stopped_peer_wakes_up_in_time():
             process.stdout.close()
 
 
-def test_two_hundred_lost_links_leave_nothing_behind():
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.long)])
+def test_lost_links_leave_nothing_behind(count):
     with kvwire.Receiver(lease_s=0.2) as receiver:
         def one(seed):
             fault = Fault(0, UP, 300 + 13 * seed, "cut")
@@ -350,7 +351,7 @@ def test_two_hundred_lost_links_leave_nothing_behind():
         gc.collect()
         assert eventually(lambda: receiver.stats()["connections"] == 0)
         before = descriptors(), threads(), resident_bytes()
-        for seed in range(200):
+        for seed in range(count):
             one(seed)
         gc.collect()
         assert eventually(lambda: receiver.stats()["links"] == 0)

@@ -114,9 +114,9 @@ def unseen_share(outcomes):
 
 @pytest.mark.timeout(SECONDS_MAX)
 def test_bytes_flipped_in_turn(receiver):
-    """Of what is coded one in 97, of all else every one."""
-    places = recorded(receiver).places(97)
-    assert len(places) > 2_000
+    """Of what is coded one in 291, of all else one in three."""
+    places = recorded(receiver).places(97)[::3]
+    assert len(places) > 700
     assert 0.02 < unseen_share(flip_in_turn(receiver, places)) < 1
 
 
