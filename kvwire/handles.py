@@ -319,7 +319,7 @@ def seconds(value: float | None, what: str) -> float:
 
 def split_address(address: str, what: str = "address") -> tuple[str, int]:
     """Split "host:port" or "[v6::address]:port"."""
-    host, colon, port = address.rpartition(":")
+    host, colon, port = str(address).rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{what} is {address!r}; it must be 'host:port'")
     return host.removeprefix("[").removesuffix("]"), int(port)

@@ -60,6 +60,7 @@ def caches(spec=SPEC, tokens=TOKENS, held=None, **options):
     lambda ends, memory: kvwire.Sender("127.0.0.1:1", lanes=65),
     lambda ends, memory: kvwire.Sender("127.0.0.1:1", lanes=-1),
     lambda ends, memory: kvwire.Receiver("127.0.0.1:99999"),
+    lambda ends, memory: kvwire.Receiver(("127.0.0.1", 0)),
     lambda ends, memory: kvwire.Receiver(chunk_bytes_max=1),
     lambda ends, memory: kvwire.Receiver(window_bytes=1),
     lambda ends, memory: kvwire.Receiver(ends.receiver.address),
