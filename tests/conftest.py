@@ -1,11 +1,16 @@
 """Settings shared by every test."""
 
 import os
+import time
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 TEST_SECONDS_MAX = 120
+
+# Set by .ci/run: no test begins later than so many minutes after the first.
+MINUTES_MAX = float(os.environ.get("KVWIRE_TEST_MINUTES_MAX", "inf"))
+BEGAN_S = time.monotonic()
 
 settings.register_profile(
     "kvwire",
@@ -24,3 +29,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS_MAX))
+
+
+def pytest_runtest_setup():
+    if time.monotonic() - BEGAN_S > 60 * MINUTES_MAX:
+        pytest.skip(f"not begun: the {MINUTES_MAX:g} minutes of this run are over")
