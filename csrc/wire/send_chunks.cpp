@@ -125,14 +125,32 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     chunk.state = SendTransfer::Chunk::IN_FLIGHT;
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
-    const uint32_t permitted = permitted_codecs(transfer);
+    const StagedChunk* const staged = segment.staged ? &segment.staged->chunks[chunk_index] : nullptr;
+    const uint32_t permitted = staged ? 1 : permitted_codecs(transfer);
     CodecChoice::Pick pick{Codec(permitted == 1 ? 0 : transfer.codec)};
-    if (transfer.codec == CODEC_AUTO && !segment.rounding)
+    if (transfer.codec == CODEC_AUTO && !segment.rounding && !staged)
         pick = choice_.next(segment.kind, permitted);
     lanes_.at(lane_index).writer.chunk(
         header, {&segment.placement, &segment, pick.codec, segment.item_bytes,
-                 segment.coding.get(), &tables_, segment.rounding.get(), pick.timed,
-                 pick.sampled});
+                 segment.coding.get(), &tables_, segment.rounding.get(), staged,
+                 pick.timed, pick.sampled});
+}
+
+// What a device made must be the segment that it is announced as.
+void SendLink::check_staged(const SendTransfer::Segment& segment) {
+    if (!segment.staged) return;
+    const SegmentAnnouncement& announced = segment.announcement;
+    const std::vector<StagedChunk>& chunks = segment.staged->chunks;
+    bool fits = segment.staged->chunk_bytes == announced.chunk_bytes &&
+                chunks.size() == announced.chunk_count();
+    for (uint32_t i = 0; fits && i < chunks.size(); ++i) {
+        const uint32_t raw_bytes = announced.chunk_raw_bytes(i);
+        fits = chunks[i].codec == Codec::RAW ? chunks[i].payload_bytes == raw_bytes
+                                             : chunks[i].payload_bytes < raw_bytes;
+    }
+    if (!fits)
+        throw Error(ErrorCode::INTERNAL, "staged chunks are not those of their segment",
+                    announced.chunk_count(), chunks.size());
 }
 
 uint32_t SendLink::agreed_codecs(const SendTransfer& transfer) const {
@@ -162,7 +180,7 @@ bool SendLink::take_checksum(uint32_t lane, const LaneWriter::Prepared& prepared
     const FrameHeader& header = prepared.header;
     auto& segment = *static_cast<SendTransfer::Segment*>(prepared.source.owner);
     SendTransfer& transfer = *find(header.transfer_id);
-    if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding)
+    if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding && !segment.staged)
         choice_.coded(segment.kind, prepared.source.codec, header.raw_bytes, header.payload_bytes,
                       prepared.coding_ns);
     if (prepared.tiered_bytes)
