@@ -49,6 +49,10 @@ class CpuBackend:
         chunks = plan.chunks[:, :2]
         for (start, count, at, *_), parts in zip(plan.chunks.tolist(), plan.sources):
             data = raw[start:start + count].tobytes()
+            if isinstance(parts, int):
+                out[at:at + count] = raw[start:start + count]
+                sizes.append(count)
+                continue
             native = [(part.raw_bytes, part.table and part.table.encode(), part.position,
                        part.table_index if part.table else OPAQUE) for part in parts]
             coded = _native.tiered_encode(data, native, out_max=count)
@@ -61,6 +65,11 @@ class CpuBackend:
                table_of=lambda index: None) -> tuple[np.ndarray, np.ndarray]:
         raw, invalid = self._packed(segment).copy(), []
         for payload in payloads:
+            if payload.is_raw:
+                raw[payload.raw_offset:payload.raw_offset + payload.raw_bytes] = \
+                    np.frombuffer(payload.coded, np.uint8)
+                invalid.append(False)
+                continue
             indices = {int(at) for at in _table_indices(payload.coded)}
             tables = {index: table.encode() for index in indices if (table := table_of(index))}
             try:

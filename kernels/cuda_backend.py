@@ -10,6 +10,7 @@ from kvwire.errors import UsageError
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.staging import DeviceBytes
 
 __all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "raise_bad_entry"]
 
@@ -24,18 +25,6 @@ def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
         raise UsageError(f"entry {entry} of the segment's block tables is out of range: the "
                          "device's table was changed, or block_counts is wrong; nothing was read "
                          "or written there", actual=entry)
-
-
-class DeviceBytes:
-    """Device memory that is freed with the object."""
-
-    def __init__(self, driver, count: int):
-        self.driver, self.bytes = driver, count
-        self.address = driver.allocate(count)
-
-    def __del__(self):
-        if hasattr(self, "address"):
-            self.driver.free(self.address)
 
 
 class CudaBackend:
@@ -80,8 +69,9 @@ class CudaBackend:
             return
         pages, bad_entry = self._pages(plan)
         tile_starts = self.upload(starts)
-        self._driver.launch(f"kvwire_{verb}_{plan.word_bytes}", (int(starts[-1]), 1),
-                            [pages[0].address, tile_starts.address, len(plan.legs),
+        tiles = int(starts[-1])
+        self._driver.launch(f"kvwire_{verb}_{plan.word_bytes}", (tiles, 1),
+                            [tiles, pages[0].address, tile_starts.address, len(plan.legs),
                              pages[1].address, segment.address, bad_entry.address, rows, words])
         raise_bad_entry(plan, int(self.download(bad_entry, np.int64)[0]))
 
@@ -97,7 +87,7 @@ class CudaBackend:
         else:
             front = [segment.address, 0, 0, 0, 0]
         plain = [arg.address if isinstance(arg, DeviceBytes) else arg for arg in args]
-        self._driver.launch(kernel, grid, front + plain)
+        self._driver.launch(kernel, grid, [grid[0], *front, *plain])
         if isinstance(segment, CopyPlan):
             raise_bad_entry(segment, int(self.download(bad_entry, np.int64)[0]))
 

@@ -74,6 +74,8 @@ class TritonBackend:
 
     def encode(self, plan: CodePlan, segment, out) -> tuple[np.ndarray, np.ndarray]:
         from kvwire.kernels.triton.tiered import encode_chunks
+        if any(isinstance(parts, int) for parts in plan.sources):
+            raise UsageError("the Triton kernels code every chunk: pack those that stay raw")
         raw = self._packed(segment)
         self._check("out", out)
         sizes = encode_chunks(plan, raw, out).cpu().numpy()

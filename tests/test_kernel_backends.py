@@ -47,10 +47,9 @@ class HostDriver:
     def launch(self, kernel, grid, args):
         verb, _, word = kernel.removeprefix("kvwire_").partition("_")
         if word:
-            args = [verb == "pack", int(word), grid[0], *args]
+            args = [verb == "pack", int(word), *args]
             function = self.library.kvwire_host_copy
         else:
-            args = [grid[0], *args]
             function = getattr(self.library, f"kvwire_host_{verb}")
         function.restype = None
         function(*map(ctypes.c_int64, args))

@@ -106,7 +106,7 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
     segment.touched = true;
     const size_t raw_bytes = lane.target.header.raw_bytes;
     const Codec codec = Codec(lane.target.header.codec);
-    if (const auto& zone = transfer.ticket->options().zone) {  // nothing is brought to its place here
+    if (const auto& zone = transfer.ticket->options().zone) {  // it is decoded elsewhere
         lane.room = LandingZone::take(zone, lane.target.header.payload_bytes);
         lane.target.staging = lane.room.get();
         return;

@@ -125,7 +125,8 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     chunk.state = SendTransfer::Chunk::IN_FLIGHT;
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
-    const StagedChunk* const staged = segment.staged ? &segment.staged->chunks[chunk_index] : nullptr;
+    const StagedChunk* const staged =
+        segment.staged ? &segment.staged->chunks[chunk_index] : nullptr;
     const uint32_t permitted = staged ? 1 : permitted_codecs(transfer);
     CodecChoice::Pick pick{Codec(permitted == 1 ? 0 : transfer.codec)};
     if (transfer.codec == CODEC_AUTO && !segment.rounding && !staged)
