@@ -10,6 +10,8 @@ from kvwire import _native
 from kvwire.errors import ErrorCode, FormatError
 from kvwire.kernels.code_plan import CodePlan, Payload
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.cuda_backend import check_bf16
+from kvwire.kernels.narrow import e4m3_of_bf16
 from kvwire.tiered import OPAQUE
 
 __all__ = ["CpuBackend"]
@@ -31,6 +33,10 @@ class CpuBackend:
 
     def pack(self, plan: CopyPlan, segment: np.ndarray) -> None:
         segment[:plan.bytes] = self._packed(plan)
+
+    def pack_e4m3(self, plan: CopyPlan, segment: np.ndarray) -> None:
+        check_bf16(plan)
+        segment[:plan.bytes // 2] = e4m3_of_bf16(self._packed(plan).view(np.uint16))
 
     def unpack(self, plan: CopyPlan, segment: np.ndarray) -> None:
         at = 0

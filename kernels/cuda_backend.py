@@ -27,6 +27,13 @@ def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
                          "or written there", actual=entry)
 
 
+def check_bf16(plan: CopyPlan) -> None:
+    """Raise UsageError where the elements of a plan cannot have two bytes."""
+    if plan.word_bytes < 2:
+        raise UsageError("the segment is no bf16: its runs are not of whole, aligned elements",
+                         expected=2, actual=plan.word_bytes)
+
+
 class CudaBackend:
     """The kernels of kernels/cuda/kvwire.cu, on the default stream; each call waits for its end.
 
@@ -57,20 +64,32 @@ class CudaBackend:
         """Gather all of a segment from its pages."""
         self._copy("pack", plan, segment)
 
+    def pack_e4m3(self, plan: CopyPlan, segment: DeviceBytes) -> None:
+        """As `pack` of bf16 elements, each narrowed to fp8 (`kvwire.kernels.narrow`): half the
+        bytes.
+
+        Raises UsageError: runs of single bytes are no bf16.
+        """
+        check_bf16(plan)
+        self._copy("narrow", plan, segment)
+
     def unpack(self, plan: CopyPlan, segment: DeviceBytes) -> None:
         """Scatter all of a segment to its pages."""
         self._copy("unpack", plan, segment)
 
     def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes) -> None:
         shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
-        rows, words = min(shapes, key=lambda s: plan.tile_starts(*s, plan.word_bytes)[-1])
-        starts = plan.tile_starts(rows, words, plan.word_bytes)
+        word_bytes = plan.word_bytes
+        if verb == "narrow":
+            word_bytes = 8 if word_bytes >= 8 else 2
+        rows, words = min(shapes, key=lambda s: plan.tile_starts(*s, word_bytes)[-1])
+        starts = plan.tile_starts(rows, words, word_bytes)
         if starts[-1] == 0:
             return
         pages, bad_entry = self._pages(plan)
         tile_starts = self.upload(starts)
         tiles = int(starts[-1])
-        self._driver.launch(f"kvwire_{verb}_{plan.word_bytes}", (tiles, 1),
+        self._driver.launch(f"kvwire_{verb}_{word_bytes}", (tiles, 1),
                             [tiles, pages[0].address, tile_starts.address, len(plan.legs),
                              pages[1].address, segment.address, bad_entry.address, rows, words])
         raise_bad_entry(plan, int(self.download(bad_entry, np.int64)[0]))

@@ -14,7 +14,7 @@ import threading
 import time
 
 import numpy as np
-from cuda_host import library
+from cuda_host import VERBS, library
 
 from kvwire.buffers import Buffer
 from kvwire.errors import InternalError, LimitError
@@ -151,7 +151,7 @@ class StandInDevice:
         self.grids.add(grid[0])
         verb, _, word = kernel.removeprefix("kvwire_").partition("_")
         if word:
-            args, verb = [verb == "pack", int(word), *args], "copy"
+            args, verb = [VERBS.index(verb), int(word), *args], "copy"
         function = getattr(self.library, f"kvwire_host_{verb}")
         function.restype = None
         self.enqueue(stream, lambda: function(*map(ctypes.c_int64, args)))

@@ -13,7 +13,7 @@ struct CopyRoom {
     uint8_t* addresses[2048];
 };
 
-template <class Word, bool PACK>
+template <class Word, bool PACK, class Change>
 __device__ void copy_block(int64_t tile_count, const Leg* legs, const int64_t* tile_starts,
                            int64_t leg_count, const int64_t* block_ids, uint8_t* segment,
                            int64_t* bad_entry, int rows, int words) {
@@ -21,30 +21,32 @@ __device__ void copy_block(int64_t tile_count, const Leg* legs, const int64_t* t
     DeviceCta cta(room.scan);
 #pragma unroll 1
     for (int64_t tile = blockIdx.x; tile < tile_count; tile += gridDim.x)
-        copy_tile<Word, PACK>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
+        copy_tile<Word, PACK, Change>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
                               bad_entry, rows, words, room.addresses);
 }
 
 }  // namespace
 
-#define KVWIRE_COPY(NAME, WORD, PACK)                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                        \
+#define KVWIRE_COPY(NAME, WORD, PACK, CHANGE)                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                     \
     NAME(int64_t tile_count, const Leg* legs, const int64_t* tile_starts, int64_t leg_count,     \
          const int64_t* block_ids, uint8_t* segment, int64_t* bad_entry, int rows, int words) {  \
-        copy_block<WORD, PACK>(tile_count, legs, tile_starts, leg_count, block_ids, segment,     \
-                               bad_entry, rows, words);                                          \
+        copy_block<WORD, PACK, CHANGE>(tile_count, legs, tile_starts, leg_count, block_ids,      \
+                                       segment, bad_entry, rows, words);                         \
     }
 
-KVWIRE_COPY(kvwire_pack_1, uint8_t, true)
-KVWIRE_COPY(kvwire_pack_2, uint16_t, true)
-KVWIRE_COPY(kvwire_pack_4, uint32_t, true)
-KVWIRE_COPY(kvwire_pack_8, uint64_t, true)
-KVWIRE_COPY(kvwire_pack_16, Word16, true)
-KVWIRE_COPY(kvwire_unpack_1, uint8_t, false)
-KVWIRE_COPY(kvwire_unpack_2, uint16_t, false)
-KVWIRE_COPY(kvwire_unpack_4, uint32_t, false)
-KVWIRE_COPY(kvwire_unpack_8, uint64_t, false)
-KVWIRE_COPY(kvwire_unpack_16, Word16, false)
+KVWIRE_COPY(kvwire_pack_1, uint8_t, true, AsItIs)
+KVWIRE_COPY(kvwire_pack_2, uint16_t, true, AsItIs)
+KVWIRE_COPY(kvwire_pack_4, uint32_t, true, AsItIs)
+KVWIRE_COPY(kvwire_pack_8, uint64_t, true, AsItIs)
+KVWIRE_COPY(kvwire_pack_16, Word16, true, AsItIs)
+KVWIRE_COPY(kvwire_unpack_1, uint8_t, false, AsItIs)
+KVWIRE_COPY(kvwire_unpack_2, uint16_t, false, AsItIs)
+KVWIRE_COPY(kvwire_unpack_4, uint32_t, false, AsItIs)
+KVWIRE_COPY(kvwire_unpack_8, uint64_t, false, AsItIs)
+KVWIRE_COPY(kvwire_unpack_16, Word16, false, AsItIs)
+KVWIRE_COPY(kvwire_narrow_2, uint16_t, true, ToE4m3)
+KVWIRE_COPY(kvwire_narrow_8, uint64_t, true, ToE4m3)
 
 // By chunks. Two blocks to a multiprocessor leave it registers enough not to spill.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
