@@ -1,5 +1,5 @@
-"""bf16 to fp8 e4m3 while packing: to nearest, ties to even; what is larger than 448 becomes 448, and
-NaN stays NaN. Lossy: only where the caller asks for it. This is the definition."""
+"""bf16 to fp8 e4m3 while packing: to nearest, ties to even; what is above 448 becomes 448, and NaN
+stays NaN. Lossy: only where the caller asks for it. This is the definition."""
 
 from __future__ import annotations
 

@@ -11,10 +11,14 @@ import kvwire
 from kvwire import plan
 from kvwire.control import Item
 from kvwire.errors import (
-    InternalError, LimitError, SpecMismatchError, TransferCancelled, UnsupportedError, UsageError,
+    ChecksumError, FormatError, InternalError, LimitError, SpecMismatchError, TransferCancelled, UnsupportedError, UsageError,
 )
+from kvwire.kernels import crc_math
+from kvwire.kernels.code_plan import CodePlan
+from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staged_sender import slices_of
-from kvwire.kernels.staging import PinnedRing
+from kvwire.kernels.stages import EncodeStage
+from kvwire.kernels.staging import Arena, PinnedRing
 from kvwire.layout import (
     CacheSpec, attention, convolution, latent, recurrent, sliding_window,
 )
@@ -195,6 +199,40 @@ def test_a_lost_context_fails_both_sides_and_gives_the_memory_back(device, side,
                 receiver.expect(target.memory)
 
 
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+def test_what_the_bus_changes_on_the_way_in_is_asked_for_again(device, codec):
+    spec = hybrid()
+    source, target = Cache(spec, None, 1), Cache(spec, device, 2, writable=True)
+    for key in source.arrays:
+        source.arrays[key][...] = gauss(np.random.default_rng(1), source.arrays[key].shape,
+                                        source.arrays[key].dtype.name)
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec=codec) as sender:
+        ticket = receiver.expect(target.memory)
+        device.flip_decodes = {device.decodes + 1}
+        sender.send(ticket.id, source.memory)
+        assert ticket.result(100).repaired_chunks == 1
+    assert target.content(spec) == source.content(spec)
+
+
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+def test_what_the_bus_changes_on_the_way_out_is_never_delivered(device, codec):
+    spec = hybrid()
+    source, target = Cache(spec, device, 1), Cache(spec, None, 2, writable=True)
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec=codec, staging=staging(device)) as sender:
+        sender.send(receiver.expect(target.memory).id, source.memory).result(100)  # makes tables
+        ticket = receiver.expect(target.memory)
+        device.flip_copies = {device.large_copies + 1}
+        transfer = sender.send(ticket.id, source.memory)
+        for handle in (ticket, transfer):
+            with pytest.raises((ChecksumError, FormatError),
+                               match="not what it read|RAW_CORRUPT|CODED_INVALID"):
+                handle.result(100)
+        ring = sender._staged["cuda:0"][0].ring
+        eventually(lambda: ring.free_count == ring.count)
+
+
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_a_cancelled_transfer_leaves_nothing_behind(device, who):
     spec, gate = hybrid(), Event()
@@ -275,6 +313,25 @@ def test_what_device_memory_does_not_do_is_refused(device, tmp_path):
         kvwire.CacheMemory(CacheSpec("m", (attention([0], kv_heads=1, head_dim=64,
                                                      block_tokens=16),)),
                            arrays, tokens=16, block_ids=[1]).device
+
+
+def test_a_launch_neither_allocates_nor_waits(device, monkeypatch):
+    spec, gate = hybrid(), Event()
+    source, stream = Cache(spec, device, 1), device.stream()
+    arena = Arena(device)
+    tables, = arena.lay([crc_math.cuda_tables()], stream)
+    stage = EncodeStage(device, tables, 4, 128 << 10)
+    copies = CopyPlan.of_items(spec, source.memory.items(1, (0, 128)), source.memory)
+    codes = CodePlan.of_chunks([(0, copies.bytes)])
+    stage.enqueue(copies, codes, stream)
+    first = stage.results()
+    for name in ("allocate", "pinned", "free"):
+        monkeypatch.setattr(device, name, None)
+    device.wait_for(stream, gate)  # nothing runs
+    stage.enqueue(copies, codes, stream)
+    gate.reached.set()
+    assert stage.results() == first
+    monkeypatch.undo()
 
 
 def test_slices_keep_blocks_whole():
