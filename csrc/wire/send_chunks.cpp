@@ -188,12 +188,27 @@ bool SendLink::take_checksum(uint32_t lane, const LaneWriter::Prepared& prepared
         choice_.predicted(segment.kind, header.raw_bytes, prepared.tiered_bytes);
     SendTransfer::Chunk& chunk =
         segment.chunks[size_t(header.raw_offset / segment.announcement.chunk_bytes)];
+    if (!staged_is_intact(transfer, segment, header)) return false;
     if (!source_is_unchanged(transfer, segment, chunk, header)) return false;
     transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
     if (is_known(segment) && segment.end_due && segment.next_unsent == segment.chunks.size())
         send_segment_end(lane, transfer, segment);
     wake(transfer);
     return true;
+}
+
+// Of a raw chunk the device's checksum is that of the payload; what a coded one lost on its way to
+// the host shows when it is decoded.
+bool SendLink::staged_is_intact(SendTransfer& transfer, const SendTransfer::Segment& segment,
+                                const FrameHeader& header) {
+    if (!segment.staged || header.codec != 0 || header.payload_crc == header.raw_crc) return true;
+    fail(transfer, Error(ErrorCode::RAW_CORRUPT,
+                         "segment " + std::to_string(header.segment_index) +
+                             ": what came from the device is not what it read; checksum " +
+                             hex32(header.raw_crc) + " there, " + hex32(header.payload_crc) +
+                             " here",
+                         header.raw_crc, header.payload_crc, header.raw_offset));
+    return false;
 }
 
 bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,

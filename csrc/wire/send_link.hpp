@@ -221,6 +221,8 @@ private:
     bool take_checksum(uint32_t lane, const LaneWriter::Prepared& chunk);
     uint32_t agreed_codecs(const SendTransfer& transfer) const;     // bit n: codec n
     uint32_t permitted_codecs(const SendTransfer& transfer) const;  // of those, lossless
+    bool staged_is_intact(SendTransfer& transfer, const SendTransfer::Segment& segment,
+                          const FrameHeader& header);
     bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
                              SendTransfer::Chunk& chunk, const FrameHeader& header);
     void send_segment_end(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment);
