@@ -121,15 +121,16 @@ class CodePlan:
     sources: tuple[Sequence[Part] | int, ...]
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[tuple[int, Sequence[Part] | int]]) -> CodePlan:
+    def of_chunks(cls, chunks: Sequence[tuple[int, Sequence[Part] | int]],
+                  with_strips: bool = True) -> CodePlan:
         """Return the plan of chunks (offset in the segment, parts that cover them). In place of
-        parts, a number: so many bytes that stay as they are.
+        parts, a number: so many bytes that stay as they are. The CUDA kernels need no strips.
 
         Raises:
             UnsupportedError: bases that repeat after more than PERIOD_MAX elements.
         """
         blob, inside, chunk_rows, part_rows, strip_rows, formats = _Blob(), {}, [], [], [], []
-        out = 0
+        out = strip_count = 0
         for raw_offset, covering in chunks:
             parts = () if isinstance(covering, int) else covering
             raw_bytes = covering if not parts else sum(part.raw_bytes for part in parts)
@@ -145,18 +146,21 @@ class CodePlan:
                         inside[table] = blob.add(encoded)
                     inside_at, inside_bytes = inside[table], len(encoded)
                 width = table.format.item_bytes if table else 1
-                firsts, counts = _cut(part.raw_bytes, width)
+                strips = -(-part.raw_bytes // (width * STRIP_ELEMENTS))
                 bits = sum(b << 4 * n for n, b in enumerate(table.tier_bits)) if table else 0
                 part_rows.append([part.raw_bytes, part.table_index if table else OPAQUE,
-                                  part.position, len(formats), len(firsts), inside_at,
+                                  part.position, strip_count, strips, inside_at,
                                   inside_bytes, code_at, table.dtype if table else 0, bits,
                                   bases_at, period])
-                rows = np.zeros((len(firsts), len(STRIP)), np.int64)
-                rows[:, 0], rows[:, 1] = at + firsts * width, counts
-                rows[:, 2] = bases_at + (part.position + firsts) % period
-                rows[:, 3:6] = code_at, len(chunk_rows) - 1, width
-                strip_rows.append(rows)
-                formats += [format_of(table)] * len(firsts)
+                if with_strips:
+                    firsts, counts = _cut(part.raw_bytes, width)
+                    rows = np.zeros((strips, len(STRIP)), np.int64)
+                    rows[:, 0], rows[:, 1] = at + firsts * width, counts
+                    rows[:, 2] = bases_at + (part.position + firsts) % period
+                    rows[:, 3:6] = code_at, len(chunk_rows) - 1, width
+                    strip_rows.append(rows)
+                    formats += [format_of(table)] * strips
+                strip_count += strips
                 at += part.raw_bytes
         return cls(_rows(chunk_rows, CHUNK), _rows(part_rows, PART_ROW), _stacked(strip_rows),
                    np.frombuffer(bytes(blob.data) or b"\0", np.uint8), _by_format(formats), out,

@@ -33,6 +33,7 @@ class _Event:
         self._device.call("cuEventSynchronize", self.handle)
 
     def __del__(self):
+        self._device.attach()
         self._device.library.cuEventDestroy_v2(self.handle)
 
 
@@ -48,6 +49,7 @@ class _Pinned:
 
     def __del__(self):
         if self._address.value:
+            self._device.attach()
             self._device.library.cuMemFreeHost(self._address)
 
 
@@ -92,6 +94,7 @@ class CudaDevice:
         return self._driver.allocate(count)
 
     def free(self, address: int) -> None:
+        self.attach()  # a garbage collection may run on any thread
         self._driver.free(address)
 
     def launch(self, kernel: str, grid: tuple[int, int], args: list[int], stream: int) -> None:

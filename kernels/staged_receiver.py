@@ -29,7 +29,8 @@ POLL_S = 0.05
 class Target:
     """One ticket for device memory. `error`: what staging failed it with."""
 
-    ready: object  # event after which the pages may be written
+    ready: object   # event after which the pages may be written
+    memory: object  # kept for as long as they may be; None: they are not any more
     native: object = None  # once it is bound
     error: KvwireError | None = None
     writing: int = 0
@@ -80,15 +81,15 @@ class StagedReceiver:
         self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
         self._thread.start()
 
-    def add(self, name: bytes, ready) -> Target:
+    def add(self, name: bytes, memory, ready) -> Target:
         """Return what stands for a ticket that is about to be bound; it is forgotten when that has
         ended. Raises what has broken the device."""
         if self._broken:
             raise self._broken
-        target = Target(ready)
+        target = Target(ready, memory)
         with self.changed:
             self._targets = {known: each for known, each in self._targets.items()
-                             if not each.ended()} | {name: target}
+                             if each.writing or not each.ended()} | {name: target}
         return target
 
     def bound(self, target: Target, native) -> None:
@@ -106,6 +107,7 @@ class StagedReceiver:
         """Wait until the device writes no page of a ticket that has ended."""
         with self.changed:
             self.changed.wait_for(lambda: target.writing == 0)
+            target.memory = None
 
     def close(self) -> None:
         """Stop. All tickets have ended, or end with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ import numpy as np
 from kvwire import _native, plan
 from kvwire.codec import Codec
 from kvwire.control import Item
-from kvwire.errors import InternalError, KvwireError, UnsupportedError, UsageError
+from kvwire.errors import (
+    ErrorCode, InternalError, KvwireError, TransferCancelled, UnsupportedError, UsageError,
+)
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
@@ -133,7 +136,7 @@ class StagedSender:
         self.changed = threading.Condition()
         self._waiting: list[tuple[int, int, _Slice]] = []
         self._serial = itertools.count()
-        self._sources: set[Source] = set()
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()  # they hold the arrays
         self._lent: deque[tuple[object, int, Slot]] = deque()  # transfer, push, slot
         self._made: deque[_Slice] = deque()
         self._copying: deque[_Slice] = deque()
@@ -142,10 +145,10 @@ class StagedSender:
         self._thread.start()
 
     def add(self, native, memory, spec: CacheSpec) -> Source:
-        """Return what stands for a transfer here; it is forgotten when it has ended."""
+        """Return what stands for a transfer here."""
         source = Source(native, memory, spec)
         with self.changed:
-            self._sources = {each for each in self._sources if not each.ended()} | {source}
+            self._sources.add(source)
         if self._broken:
             self._fail(source, self._broken)
         return source
@@ -296,7 +299,7 @@ class StagedSender:
             chunks.append((at, [Part(size, table_of_bytes(table) if table else None, position)
                                 for size, table, position in parts]))
         try:
-            return CodePlan.of_chunks(chunks)
+            return CodePlan.of_chunks(chunks, with_strips=False)
         except UnsupportedError:  # bases that repeat too late
             return CodePlan.of_chunks(ranges)
 
@@ -345,6 +348,8 @@ class StagedSender:
 
     def _slot(self) -> Slot:
         while (slot := self.ring.try_acquire()) is None:
+            if self._closed:
+                raise TransferCancelled("the sender was closed", code=ErrorCode.CANCELLED)
             if self._copying:
                 self._hand_oldest()
             elif self._lent:

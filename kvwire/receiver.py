@@ -123,7 +123,7 @@ class Receiver(Endpoint):
     def _staged_ticket(self, name: bytes, memory: CacheMemory, bind: Callable) -> Ticket:
         from kvwire.kernels.staged_handles import StagedTicket
         staged, device = self._staged_for(memory.device)
-        target = staged.add(name, device.engine_event())
+        target = staged.add(name, memory, device.engine_event())
         handle = None
         try:
             handle = bind(staged.zone)

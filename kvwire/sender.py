@@ -59,7 +59,7 @@ class Sender(Endpoint):
             cleartext, open to all who reach the port.
         allow_unauthenticated: listen beyond loopback without any security.
         staging: how caches in the memory of a GPU are brought to the wire (`kvwire.Staging`); None:
-            with the defaults.
+            with the defaults. There codec "lz4" means raw, and "auto" tiered.
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """

@@ -1,5 +1,6 @@
 """Caches in device memory over real loopback TCP, by the CUDA kernels compiled for the CPU."""
 
+import asyncio
 import contextlib
 import time
 
@@ -11,7 +12,8 @@ import kvwire
 from kvwire import plan
 from kvwire.control import Item
 from kvwire.errors import (
-    ChecksumError, FormatError, InternalError, LimitError, SpecMismatchError, TransferCancelled, UnsupportedError, UsageError,
+    ChecksumError, FormatError, InternalError, LimitError, SpecMismatchError, TransferCancelled,
+    UnsupportedError, UsageError,
 )
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan
@@ -19,9 +21,7 @@ from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staged_sender import slices_of
 from kvwire.kernels.stages import EncodeStage
 from kvwire.kernels.staging import Arena, PinnedRing
-from kvwire.layout import (
-    CacheSpec, attention, convolution, latent, recurrent, sliding_window,
-)
+from kvwire.layout import CacheSpec, attention, convolution, latent, recurrent, sliding_window
 from kvwire.tensor_parallel import shard
 
 TOKENS, BLOCKS = 300, 40
@@ -57,7 +57,7 @@ class Cache:
 
     def __init__(self, spec, device=None, seed=0, writable=False, tokens=TOKENS, **options):
         rng = np.random.default_rng(seed)
-        self.device, self.arrays, given = device, {}, {}
+        self.device, self.arrays, self.given = device, {}, {}
         for group in spec.groups:
             for layer in group.layers:
                 for tensor in group.tensors:
@@ -68,25 +68,25 @@ class Cache:
                         shape = [BLOCKS * 16 // tensor.block_tokens, *shape]
                     dtype = f"uint{8 * tensor.dtype.item_bytes}"
                     if device is None:
-                        self.arrays[key] = given[key] = np.zeros(shape, dtype)
+                        self.arrays[key] = self.given[key] = np.zeros(shape, dtype)
                     else:
-                        self.arrays[key], given[key] = device.array(shape, dtype)
+                        self.arrays[key], self.given[key] = device.array(shape, dtype)
                     if not writable:
                         with self.access():
                             self.arrays[key][...] = gauss(rng, shape, dtype)
         ids = {index: rng.permutation(BLOCKS * 16 // group.block_tokens)[
             :-(-tokens // group.block_tokens)].tolist()
                for index, group in enumerate(spec.groups) if group.block_tokens}
-        self.memory = kvwire.CacheMemory(spec, given, tokens=tokens, block_ids=ids,
+        self.memory = kvwire.CacheMemory(spec, self.given, tokens=tokens, block_ids=ids,
                                          writable=writable, **options)
 
     def access(self):
         return self.device.access() if self.device else contextlib.nullcontext()
 
-    def content(self, spec):
+    def content(self, spec, layers=range(6)):
         with self.access():
             return [plan.gather(spec, self.memory.items(layer), self.memory.leaves)
-                    for layer in range(6)]
+                    for layer in layers]
 
 
 def gauss(rng, shape, dtype):
@@ -154,6 +154,35 @@ def test_the_engines_stream_is_waited_for_and_its_thread_is_not(device):
     assert target.content(spec) == want
 
 
+def test_chunked_prefill_with_blocks_that_come_later_awaited(device):
+    spec = CacheSpec("m", (attention([0], kv_heads=2, head_dim=64, block_tokens=16),))
+    source, target = Cache(spec, device, 1), Cache(spec, device, 2, writable=True)
+    ids = source.memory.leaves[spec.groups[0].kind, 0, "k"].tokens.block_ids.tolist()
+    growing = kvwire.CacheMemory(spec, source.given, tokens=TOKENS, block_ids=ids[:5], growing=True)
+
+    async def hand_off():
+        with kvwire.Receiver(staging=staging(device)) as receiver, \
+                kvwire.Sender(receiver.address, codec="tiered", staging=staging(device)) as sender:
+            ticket = receiver.expect(target.memory)
+            transfer = sender.open(ticket.id, growing)
+            first = transfer.push(0, tokens=(0, 75))
+            with pytest.raises(UsageError, match="not known yet"):
+                transfer.push(0, tokens=(75, TOKENS))
+            growing.extend_blocks(0, ids[5:])
+            second = transfer.push(0, tokens=(75, TOKENS), priority=1)
+            transfer.finish()
+            with pytest.raises(UsageError, match="push after finish"):
+                transfer.push(0, tokens=(0, 0))
+            await first
+            await second
+            await ticket.layer(0)
+            await ticket
+            await transfer
+            assert transfer.stats().effective_gbps > 0
+    asyncio.run(hand_off())
+    assert target.content(spec, [0]) == source.content(spec, [0])
+
+
 def test_tensor_parallel_shards_into_device_memory(device):
     whole = CacheSpec("tp", (attention([0], kv_heads=4, head_dim=32, block_tokens=16),))
     shards = [shard(whole, rank, 2) for rank in range(2)]
@@ -209,7 +238,7 @@ def test_what_the_bus_changes_on_the_way_in_is_asked_for_again(device, codec):
     with kvwire.Receiver(staging=staging(device)) as receiver, \
             kvwire.Sender(receiver.address, codec=codec) as sender:
         ticket = receiver.expect(target.memory)
-        device.flip_decodes = {device.decodes + 1}
+        device.flip_decodes = {device.decodes}
         sender.send(ticket.id, source.memory)
         assert ticket.result(100).repaired_chunks == 1
     assert target.content(spec) == source.content(spec)
