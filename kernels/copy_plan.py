@@ -89,6 +89,11 @@ class CopyPlan:
         return cls(legs, np.concatenate([*tables, np.zeros(1, np.int64)]), wire_bytes,
                    _word_bytes(legs), tuple(placements))
 
+    @property
+    def mean_run_bytes(self) -> int:
+        """Of the runs that lie side by side."""
+        return self.bytes // max(int(self.legs[:, ITERATIONS].sum()), 1)
+
     def tile_starts(self, rows: int, columns: int, word_bytes: int) -> np.ndarray:
         """Return the first tile of each leg and, last, how many there are; int64 [legs + 1].
 

@@ -12,7 +12,8 @@ from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staging import DeviceBytes
 
-__all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "raise_bad_entry"]
+__all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "check_bf16", "raise_bad_entry",
+           "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
 TILE_ROWS_WORDS = 2048  # room for addresses and words of a tile: kernels/cuda/kvwire.cu
@@ -25,6 +26,14 @@ def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
         raise UsageError(f"entry {entry} of the segment's block tables is out of range: the "
                          "device's table was changed, or block_counts is wrong; nothing was read "
                          "or written there", actual=entry)
+
+
+def tiles_of(plan: CopyPlan, word_bytes: int) -> tuple[int, int, np.ndarray]:
+    """Return rows and words of the tiles, in the shape that makes them fewest, and the first tile
+    of each leg."""
+    shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
+    rows, words = min(shapes, key=lambda shape: plan.tile_starts(*shape, word_bytes)[-1])
+    return rows, words, plan.tile_starts(rows, words, word_bytes)
 
 
 def check_bf16(plan: CopyPlan) -> None:
@@ -78,12 +87,10 @@ class CudaBackend:
         self._copy("unpack", plan, segment)
 
     def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes) -> None:
-        shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
         word_bytes = plan.word_bytes
         if verb == "narrow":
             word_bytes = 8 if word_bytes >= 8 else 2
-        rows, words = min(shapes, key=lambda s: plan.tile_starts(*s, word_bytes)[-1])
-        starts = plan.tile_starts(rows, words, word_bytes)
+        rows, words, starts = tiles_of(plan, word_bytes)
         if starts[-1] == 0:
             return
         pages, bad_entry = self._pages(plan)

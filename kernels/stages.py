@@ -11,10 +11,12 @@ from kvwire.errors import ErrorCode
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, raise_bad_entry
+from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, raise_bad_entry, tiles_of
 from kvwire.kernels.staging import Arena, DeviceBytes
 
 __all__ = ["DecodeStage", "EncodeStage"]
+
+RUN_BYTES_MIN = 512  # shorter ones are packed before they are coded
 
 
 class _Stage:
@@ -41,6 +43,7 @@ class EncodeStage(_Stage):
         super().__init__(device, tables, blocks_max)
         self._out = DeviceBytes(device, slice_bytes)
         self._tails = DeviceBytes(device, slice_bytes)
+        self._packed = None  # where runs are too short to be coded from their pages
 
     @property
     def raw_bytes(self) -> int:
@@ -48,20 +51,30 @@ class EncodeStage(_Stage):
         return self._copies.bytes
 
     def enqueue(self, copies: CopyPlan, codes: CodePlan, stream) -> None:
-        """Enqueue one small copy, one launch, and the copy of its results. A GPU that is captured
-        into a graph here finds neither allocation nor synchronisation once plans have been seen
-        that are as large."""
+        """Enqueue one small copy, one launch (two where runs are short), and the copy of its
+        results. Neither allocates nor waits, once a plan as large has been seen: so may be
+        captured into a CUDA graph."""
         self._copies, self._codes = copies, codes
+        is_packed, starts = copies.mean_run_bytes < RUN_BYTES_MIN, np.zeros(1, np.int64)
+        if is_packed:
+            tile_rows, tile_words, starts = tiles_of(copies, copies.word_bytes)
+            self._packed = self._packed or DeviceBytes(self._device, self._out.bytes)
         beginnings = [crc_math.beginning(size) for size in codes.chunks[:, 1].tolist()]
         results = [np.array([NO_BAD_ENTRY]), np.zeros(len(codes.chunks), np.int64),
                    np.array(beginnings, np.uint32)]
         *rows, bad, sizes, crcs = self._arena.lay(
-            [copies.legs, copies.block_ids, codes.chunks, codes.parts, codes.blob, *results],
-            stream)
-        legs, ids, chunks, parts, blob = rows
+            [copies.legs, copies.block_ids, codes.chunks, codes.parts, codes.blob, starts,
+             *results], stream)
+        legs, ids, chunks, parts, blob, starts_at = rows
+        segment = [0, legs, len(copies.legs), ids, bad]
+        if is_packed:
+            self._launch(f"kvwire_pack_{copies.word_bytes}", int(starts[-1]), [
+                legs, starts_at, len(copies.legs), ids, self._packed.address, bad, tile_rows,
+                tile_words], stream)
+            segment = [self._packed.address, 0, 0, 0, 0]
         self._launch("kvwire_encode", len(codes.chunks), [
-            0, legs, len(copies.legs), ids, bad, chunks, parts, blob, self._tables,
-            self._out.address, self._tails.address, sizes, crcs], stream)
+            *segment, chunks, parts, blob, self._tables, self._out.address, self._tails.address,
+            sizes, crcs], stream)
         self._fetched = self._arena.fetch(bad, stream)
         self._offsets = sizes - bad, crcs - bad
         self._event = self._device.record(stream)

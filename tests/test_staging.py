@@ -201,7 +201,25 @@ def test_tensor_parallel_shards_into_device_memory(device):
                 plan.gather(part, items, source.memory.leaves)
 
 
-@pytest.mark.parametrize("lose_at", [0, 7, 25])
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+def test_a_slice_of_the_heads_leaves_device_memory(device, codec):
+    whole = CacheSpec("tp", (attention([0], kv_heads=4, head_dim=32, block_tokens=16),))
+    half = shard(whole, 1, 2)
+    source, target = Cache(whole, device, 5), Cache(half, None, 6, writable=True)
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec=codec, staging=staging(device)) as sender:
+        ticket = receiver.expect(target.memory, destination_rank=(1, 2))
+        sender.send(ticket.id, source.memory, carry=half, destination_rank=(1, 2))
+        ticket.result(100)
+    items = target.memory.items(0)
+    with device.access():
+        assert plan.gather(half, items, source.memory.leaves) == \
+            plan.gather(half, items, target.memory.leaves)
+    assert any(name.startswith("kvwire_pack_") for name in device.launches)  # runs of 128 bytes
+
+
+@pytest.mark.parametrize("lose_at", [pytest.param(0, marks=pytest.mark.long), 7,
+                                     pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_a_lost_context_fails_both_sides_and_gives_the_memory_back(device, side, lose_at):
     spec = hybrid()
