@@ -39,10 +39,10 @@ def seconds(torch, device: str, work) -> float:
     return best
 
 
-def rows(torch, device: str, mib: int, page_bytes: int) -> list[dict]:
+def rows(torch, device: str, raw_bytes: int, page_bytes: int) -> list[dict]:
     """Return the rows of one size."""
     from bench import splitzip
-    raw = content(mib << 20, DType.BF16)
+    raw = content(raw_bytes, DType.BF16)
     count = raw.nbytes // page_bytes
     ids = np.random.default_rng(1).permutation(count)
     pages = torch.from_numpy(raw.reshape(count, page_bytes)).to(device)
@@ -132,7 +132,7 @@ def main(given: list[str] | None = None) -> int:
         print("bench.gpu_peers: torch finds no CUDA device", file=sys.stderr)
         return 2
     found = [row for mib in options.mib for page in options.page_bytes
-             for row in rows(torch, "cuda", mib, page)]
+             for row in rows(torch, "cuda", mib << 20, page)]
     found.append(beside_a_product(torch, min(options.mib), 65_536))
     for row in found:
         print("{case:30} {page_bytes:6} B pages {bytes:11} B  {gbps:9.2f} GB/s  {share:6.3f}  "
