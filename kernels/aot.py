@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from kvwire.errors import UnsupportedError
 from kvwire.kernels.crc_math import LANES, TILE_BYTES
-from kvwire.kernels.triton import copy, crc, histogram, tiered
+from kvwire.kernels.triton import copy, crc, histogram, narrow, tiered
 from kvwire.kernels.triton.tiered import cut_of
 from kvwire.layout import DType
 from kvwire.tiered import element_format
@@ -55,6 +55,8 @@ def variants():
         name = DType(form[0]).name.lower() if form[1] else "opaque"
         yield tiered.encode_kernel, name, _ENCODE, cut_of(form)
         yield tiered.decode_kernel, name, _DECODE, cut_of(form)
+    yield (narrow.narrow_kernel, "bf16 to e4m3", dict(raw="*i16", codes="*u8", elements="i64"),
+           dict(SIZE=narrow.BLOCK))
     yield tiered.layout_kernel, "", _LAYOUT, dict(BLOCK=tiered.LAYOUT_STRIPS)
     yield tiered.move_kernel, "", _MOVE, {}
     yield crc.crc_kernel, "", _CRC, dict(ROWS=TILE_BYTES // (4 * LANES))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from kvwire.errors import ErrorCode, UnsupportedError
 from kvwire.structure import fail
 from kvwire.tiered import OPAQUE, PART, STRIP_ELEMENTS, CodeTable, Part, StripForm
 
-__all__ = ["CHUNK", "PART_ROW", "SLOT_ALIGNMENT", "STRIP", "CodePlan", "Payload", "ReadPlan"]
+__all__ = ["CHUNK", "PART_ROW", "SLOT_ALIGNMENT", "STRIP", "CodePlan", "Payload", "ReadPlan",
+           "table_of_bytes"]
 
 SLOT_ALIGNMENT = 16
 PERIOD_MAX = 1 << 24  # bytes of unrolled bases
+TABLE_BYTES_MAX = 48 + 65_536
 
 # Columns of the rows; kernels/cuda/tiered.cuh has the same.
 CHUNK = ("RAW_OFFSET", "RAW_BYTES", "OUT_OFFSET", "FIRST_PART", "PART_COUNT")
@@ -46,12 +49,18 @@ class _Blob:
     def of(self, table: CodeTable) -> tuple[int, int, int]:
         """Return where the code of `table` and its unrolled bases lie, and their period."""
         if table not in self.tables:
-            digits, offsets = code_of(table)
-            period = _base_period(table)
-            code_at = self.add(digits + offsets)
-            bases = table.bases(0, period + STRIP_ELEMENTS).astype(np.uint8)
-            self.tables[table] = code_at, self.add(bases.tobytes()), period
+            code, bases, period = _looked_up(table)
+            self.tables[table] = self.add(code), self.add(bases), period
         return self.tables[table]
+
+
+@lru_cache(maxsize=64)
+def _looked_up(table: CodeTable) -> tuple[bytes, bytes, int]:
+    """Return the code of `table`, its unrolled bases, and their period."""
+    digits, offsets = code_of(table)
+    period = _base_period(table)
+    bases = table.bases(0, period + STRIP_ELEMENTS).astype(np.uint8)
+    return digits + offsets, bases.tobytes(), period
 
 
 def code_of(table: CodeTable) -> tuple[bytes, bytes]:
@@ -100,7 +109,7 @@ class CodePlan:
         blob: uint8.
         strips_of: numbers of the strips of each format.
         out_bytes: of all slots; that of a chunk has its raw bytes, rounded up.
-        sources: the parts of each chunk.
+        sources: the parts of each chunk; the bytes of one that has none.
     """
 
     chunks: np.ndarray
@@ -109,19 +118,22 @@ class CodePlan:
     blob: np.ndarray
     strips_of: Mapping[Format, np.ndarray]
     out_bytes: int
-    sources: tuple[Sequence[Part], ...]
+    sources: tuple[Sequence[Part] | int, ...]
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[tuple[int, Sequence[Part]]]) -> CodePlan:
-        """Return the plan of chunks (offset in the segment, parts that cover them).
+    def of_chunks(cls, chunks: Sequence[tuple[int, Sequence[Part] | int]],
+                  with_strips: bool = True) -> CodePlan:
+        """Return the plan of chunks (offset in the segment, parts that cover them). In place of
+        parts, a number: so many bytes that stay as they are. The CUDA kernels need no strips.
 
         Raises:
             UnsupportedError: bases that repeat after more than PERIOD_MAX elements.
         """
         blob, inside, chunk_rows, part_rows, strip_rows, formats = _Blob(), {}, [], [], [], []
-        out = 0
-        for raw_offset, parts in chunks:
-            raw_bytes = sum(part.raw_bytes for part in parts)
+        out = strip_count = 0
+        for raw_offset, covering in chunks:
+            parts = () if isinstance(covering, int) else covering
+            raw_bytes = covering if not parts else sum(part.raw_bytes for part in parts)
             chunk_rows.append([raw_offset, raw_bytes, out, len(part_rows), len(parts)])
             out += raw_bytes + -raw_bytes % SLOT_ALIGNMENT
             at = raw_offset
@@ -134,38 +146,52 @@ class CodePlan:
                         inside[table] = blob.add(encoded)
                     inside_at, inside_bytes = inside[table], len(encoded)
                 width = table.format.item_bytes if table else 1
-                strips = _cut(part.raw_bytes, width)
+                strips = -(-part.raw_bytes // (width * STRIP_ELEMENTS))
                 bits = sum(b << 4 * n for n, b in enumerate(table.tier_bits)) if table else 0
                 part_rows.append([part.raw_bytes, part.table_index if table else OPAQUE,
-                                  part.position, len(strip_rows), len(strips), inside_at,
+                                  part.position, strip_count, strips, inside_at,
                                   inside_bytes, code_at, table.dtype if table else 0, bits,
                                   bases_at, period])
-                for first, count in strips:
-                    strip_rows.append([at + first * width, count,
-                                       bases_at + (part.position + first) % period, code_at,
-                                       len(chunk_rows) - 1, width, 0, 0, 0, 0])
-                    formats.append(format_of(table))
+                if with_strips:
+                    firsts, counts = _cut(part.raw_bytes, width)
+                    rows = np.zeros((strips, len(STRIP)), np.int64)
+                    rows[:, 0], rows[:, 1] = at + firsts * width, counts
+                    rows[:, 2] = bases_at + (part.position + firsts) % period
+                    rows[:, 3:6] = code_at, len(chunk_rows) - 1, width
+                    strip_rows.append(rows)
+                    formats += [format_of(table)] * strips
+                strip_count += strips
                 at += part.raw_bytes
-        return cls(_rows(chunk_rows, CHUNK), _rows(part_rows, PART_ROW), _rows(strip_rows, STRIP),
+        return cls(_rows(chunk_rows, CHUNK), _rows(part_rows, PART_ROW), _stacked(strip_rows),
                    np.frombuffer(bytes(blob.data) or b"\0", np.uint8), _by_format(formats), out,
                    tuple(parts for _, parts in chunks))
 
 
-def _cut(raw_bytes: int, width: int) -> list[tuple[int, int]]:
+def _cut(raw_bytes: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return first element and count of each strip."""
     elements = raw_bytes // width
-    return [(first, min(STRIP_ELEMENTS, elements - first))
-            for first in range(0, elements, STRIP_ELEMENTS)]
+    firsts = np.arange(0, elements, STRIP_ELEMENTS, dtype=np.int64)
+    return firsts, np.minimum(STRIP_ELEMENTS, elements - firsts)
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows) if rows else np.empty((0, len(STRIP)), np.int64)
 
 
 @dataclass(frozen=True)
 class Payload:
-    """A coded chunk: where its payload begins among the coded bytes, and where it goes."""
+    """A chunk to decode: where its payload begins among the coded bytes, and where it goes.
 
-    coded: bytes
+    Attributes:
+        coded: the payload; bytes or a memoryview.
+        is_raw: it is not coded.
+    """
+
+    coded: bytes | memoryview
     coded_offset: int
     raw_offset: int
     raw_bytes: int
+    is_raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +212,9 @@ class ReadPlan:
         blob, rows, formats = _Blob(), [], []
         for number, payload in enumerate(payloads):
             at, done = 0, 0
+            if payload.is_raw:
+                _read_raw(payload, number, rows, formats)
+                continue
             if not payload.coded:
                 _refuse("payload: there is no part")
             while at < len(payload.coded):
@@ -193,8 +222,20 @@ class ReadPlan:
             if done != payload.raw_bytes:
                 _refuse("payload: the parts do not cover the chunk", expected=payload.raw_bytes,
                         actual=done)
-        return cls(_rows(rows, STRIP), np.frombuffer(bytes(blob.data) or b"\0", np.uint8),
+        return cls(_stacked(rows), np.frombuffer(bytes(blob.data) or b"\0", np.uint8),
                    _by_format(formats))
+
+
+def _read_raw(payload: Payload, chunk: int, rows: list, formats: list) -> None:
+    """Append the strips of a chunk that was not coded: of form EXACT, which says no more."""
+    width = 4 if payload.raw_bytes % 4 == 0 else 1
+    firsts, counts = _cut(payload.raw_bytes, width)
+    made = np.zeros((len(firsts), len(STRIP)), np.int64)
+    made[:, 0], made[:, 1] = payload.raw_offset + firsts * width, counts
+    made[:, 4:7] = chunk, width, StripForm.EXACT
+    made[:, 7] = payload.coded_offset + firsts * width
+    rows.append(made)
+    formats += [OPAQUE_FORMAT] * len(firsts)
 
 
 def _refuse(message: str, **evidence) -> None:
@@ -215,7 +256,7 @@ def _read_part(payload: Payload, at: int, done: int, chunk: int, table_of, blob:
         _refuse(f"part: raw_bytes is {raw_bytes}")
     table, index_at, stop = None, at + PART.bytes, at + coded_bytes
     if header["table_index"] == 0:
-        table, taken = CodeTable.decode(coded[index_at:stop])
+        table, taken = _decoded(bytes(coded[index_at:min(stop, index_at + TABLE_BYTES_MAX)]))
         index_at += taken
     elif header["table_index"] != OPAQUE and (table := table_of(header["table_index"])) is None:
         fail(ErrorCode.TABLE_UNKNOWN, f"part: code table {header['table_index']} is not known "
@@ -223,36 +264,53 @@ def _read_part(payload: Payload, at: int, done: int, chunk: int, table_of, blob:
     position, width = header["position"], table.format.item_bytes if table else 1
     if position >= (table.period if table else 1) or raw_bytes % width:
         _refuse(f"part: position is {position}, raw_bytes {raw_bytes}")
-    strips = _cut(raw_bytes, width)
-    body_at = index_at + 2 * len(strips) + -2 * len(strips) % SLOT_ALIGNMENT
-    if body_at > stop or any(coded[index_at + 2 * len(strips):body_at]):
+    firsts, counts = _cut(raw_bytes, width)
+    body_at = index_at + 2 * len(firsts) + -2 * len(firsts) % SLOT_ALIGNMENT
+    if body_at > stop or any(coded[index_at + 2 * len(firsts):body_at]):
         _refuse("part: its index does not fit or is not padded with 0")
     code_at, bases_at, period = blob.of(table) if table else (0, 0, 1)
-    first_row = len(rows)
-    for entry, (first, count) in zip(np.frombuffer(coded, "<u2", len(strips), index_at), strips):
-        form, tail_bytes = int(entry) >> 14, int(entry) & 0x3FFF
-        body_bytes = _body_bytes(form, tail_bytes, table, count, width)
-        rows.append([payload.raw_offset + done + first * width, count,
-                     bases_at + (position + first) % period, code_at, chunk, width, form,
-                     payload.coded_offset + body_at, 0, tail_bytes])
-        formats.append(format_of(table))
-        body_at += body_bytes
-    for row in rows[first_row:]:
-        row[8] = payload.coded_offset + body_at
-        body_at += row[9]
-    if body_at + -body_at % SLOT_ALIGNMENT != stop or any(coded[body_at:stop]):
+    entries = np.frombuffer(coded, "<u2", len(firsts), index_at).astype(np.int64)
+    forms, tails = entries >> 14, entries & 0x3FFF
+    bodies = _body_bytes(forms, tails, table, counts, width)
+    made = np.zeros((len(firsts), len(STRIP)), np.int64)
+    made[:, 0], made[:, 1] = payload.raw_offset + done + firsts * width, counts
+    made[:, 2] = bases_at + (position + firsts) % period
+    made[:, 3:6] = code_at, chunk, width
+    made[:, 6], made[:, 9] = forms, tails
+    made[:, 7] = payload.coded_offset + body_at + np.cumsum(bodies) - bodies
+    tail_at = body_at + int(bodies.sum())
+    made[:, 8] = payload.coded_offset + tail_at + np.cumsum(tails) - tails
+    end = tail_at + int(tails.sum())
+    if end + -end % SLOT_ALIGNMENT != stop or any(coded[end:stop]):
         _refuse("part: its strips do not fill it, or it is not padded with 0", expected=stop,
-                actual=body_at)
+                actual=end)
+    rows.append(made)
+    formats += [format_of(table)] * len(firsts)
     return stop, done + raw_bytes
 
 
-def _body_bytes(form: int, tail_bytes: int, table: CodeTable | None, count: int,
-                width: int) -> int:
-    if form == StripForm.TIERED and table is not None:
+def table_of_bytes(data: bytes) -> CodeTable:
+    """Return the table that `data` is."""
+    return _decoded(data)[0]
+
+
+@lru_cache(maxsize=256)
+def _decoded(data: bytes) -> tuple[CodeTable, int]:
+    return CodeTable.decode(data)
+
+
+def _body_bytes(forms: np.ndarray, tails: np.ndarray, table: CodeTable | None,
+                counts: np.ndarray, width: int) -> np.ndarray:
+    """Return the bytes of each strip's body."""
+    tiered = (forms == StripForm.TIERED) & (table is not None)
+    exact = (forms == StripForm.EXACT) & (tails == 0)
+    wrong = ~(tiered | exact | (forms == StripForm.CONSTANT) & (tails == width))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        _refuse(f"strip: form {forms[at]} with a tail of {tails[at]} bytes")
+    bodies = np.where(exact, counts * width, 0)
+    if table is not None:
         whole, rest = divmod(table.format.verbatim_bits, 8)
-        return count * whole + (rest + table.tier_bits[0]) * -(-count // 8)
-    if form == StripForm.EXACT and tail_bytes == 0:
-        return count * width
-    if form != StripForm.CONSTANT or tail_bytes != width:
-        _refuse(f"strip: form {form} with a tail of {tail_bytes} bytes")
-    return 0
+        planes = (rest + table.tier_bits[0]) * -(-counts // 8)
+        bodies = np.where(tiered, counts * whole + planes, bodies)
+    return bodies

@@ -68,19 +68,31 @@ class CopyPlan:
             As `kvwire.plan.place`.
         """
         placements = tuple(place(spec, [item], memory) for item in items)
-        plans = [_item_rows(placement.pieces(), (block_counts or {}).get(item.group_index))
-                 for item, placement in zip(items, placements)]
-        legs, ids, wire_bytes, entries = [], [], 0, 0
-        for rows, table, item_bytes in plans:
-            rows[:, WIRE_OFFSET] += wire_bytes
-            rows[:, TABLE_START] += entries
-            legs.append(rows)
-            ids.append(table)
-            wire_bytes += item_bytes
-            entries += len(table)
-        legs = np.concatenate(legs or [np.empty((0, LEG_COLUMNS), np.int64)])
-        return cls(legs, np.concatenate([*ids, np.zeros(1, np.int64)]), wire_bytes,
-                   _word_bytes(legs), placements)
+        counts = [(block_counts or {}).get(item.group_index) for item in items]
+        return cls.of_placements(placements, counts)
+
+    @classmethod
+    def of_placements(cls, placements: Sequence, block_counts: Sequence[int | None] = ()
+                      ) -> CopyPlan:
+        """Return the plan of placements one after another. `block_counts`: of each, as above."""
+        rows, tables, kept, wire_bytes, entries = [], [], {}, 0, 0
+        for number, placement in enumerate(placements):
+            count = block_counts[number] if block_counts else None
+            for piece in placement.pieces():
+                table = piece[2]
+                if table is not None and id(table) not in kept:
+                    kept[id(table)] = entries
+                    tables.append(table)
+                    entries += len(table)
+                wire_bytes = _piece_rows(piece, wire_bytes, kept.get(id(table), 0), count, rows)
+        legs = np.array(rows, np.int64).reshape(-1, LEG_COLUMNS)
+        return cls(legs, np.concatenate([*tables, np.zeros(1, np.int64)]), wire_bytes,
+                   _word_bytes(legs), tuple(placements))
+
+    @property
+    def mean_run_bytes(self) -> int:
+        """Of the runs that lie side by side."""
+        return self.bytes // max(int(self.legs[:, ITERATIONS].sum()), 1)
 
     def tile_starts(self, rows: int, columns: int, word_bytes: int) -> np.ndarray:
         """Return the first tile of each leg and, last, how many there are; int64 [legs + 1].
@@ -92,23 +104,21 @@ class CopyPlan:
         return np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
 
 
-def _item_rows(pieces: list, block_count: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the rows of an item from offset 0 on, its block ids, and its bytes."""
-    rows, ids, offset = [], np.empty(0, np.int64), 0
-    for counts, steps, table, legs in pieces:
-        if table is not None:
-            ids = table  # all pieces of an item share it
-        inner, iterations = sum(leg[-1] for leg in legs), math.prod(counts)
-        at = offset
-        for address, strides, block_stride, table_start, run_bytes in legs:
-            paged = table is not None and block_stride != 0 and address != 0
-            blocks = (block_count or int(ids.max()) + 1) if paged else 0
-            rows.append([at, inner, address, run_bytes, iterations, *_outer(counts, 1),
-                         *_outer(strides, 0), *_outer(steps, 0),
-                         block_stride if paged else 0, table_start, blocks])
-            at += run_bytes
-        offset += inner * iterations
-    return np.array(rows, np.int64).reshape(-1, LEG_COLUMNS), ids, offset
+def _piece_rows(piece: tuple, offset: int, table_at: int, block_count: int | None,
+                rows: list) -> int:
+    """Append the rows of a piece that begins at `offset`; return where the next one does.
+    `table_at`: where its block ids begin among all."""
+    counts, steps, table, legs = piece
+    inner, iterations = sum(leg[-1] for leg in legs), math.prod(counts)
+    at = offset
+    for address, strides, block_stride, table_start, run_bytes in legs:
+        paged = table is not None and block_stride != 0 and address != 0
+        blocks = (block_count or int(table.max()) + 1) if paged else 0
+        rows.append([at, inner, address, run_bytes, iterations, *_outer(counts, 1),
+                     *_outer(strides, 0), *_outer(steps, 0), block_stride if paged else 0,
+                     table_start + table_at, blocks])
+        at += run_bytes
+    return offset + inner * iterations
 
 
 def _outer(values: list[int], fill: int) -> list[int]:

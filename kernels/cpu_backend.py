@@ -10,6 +10,8 @@ from kvwire import _native
 from kvwire.errors import ErrorCode, FormatError
 from kvwire.kernels.code_plan import CodePlan, Payload
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.cuda_backend import check_bf16
+from kvwire.kernels.narrow import e4m3_of_bf16
 from kvwire.tiered import OPAQUE
 
 __all__ = ["CpuBackend"]
@@ -32,6 +34,10 @@ class CpuBackend:
     def pack(self, plan: CopyPlan, segment: np.ndarray) -> None:
         segment[:plan.bytes] = self._packed(plan)
 
+    def pack_e4m3(self, plan: CopyPlan, segment: np.ndarray) -> None:
+        check_bf16(plan)
+        segment[:plan.bytes // 2] = e4m3_of_bf16(self._packed(plan).view(np.uint16))
+
     def unpack(self, plan: CopyPlan, segment: np.ndarray) -> None:
         at = 0
         for placement in plan.placements:
@@ -49,6 +55,10 @@ class CpuBackend:
         chunks = plan.chunks[:, :2]
         for (start, count, at, *_), parts in zip(plan.chunks.tolist(), plan.sources):
             data = raw[start:start + count].tobytes()
+            if isinstance(parts, int):
+                out[at:at + count] = raw[start:start + count]
+                sizes.append(count)
+                continue
             native = [(part.raw_bytes, part.table and part.table.encode(), part.position,
                        part.table_index if part.table else OPAQUE) for part in parts]
             coded = _native.tiered_encode(data, native, out_max=count)
@@ -61,6 +71,11 @@ class CpuBackend:
                table_of=lambda index: None) -> tuple[np.ndarray, np.ndarray]:
         raw, invalid = self._packed(segment).copy(), []
         for payload in payloads:
+            if payload.is_raw:
+                raw[payload.raw_offset:payload.raw_offset + payload.raw_bytes] = \
+                    np.frombuffer(payload.coded, np.uint8)
+                invalid.append(False)
+                continue
             indices = {int(at) for at in _table_indices(payload.coded)}
             tables = {index: table.encode() for index in indices if (table := table_of(index))}
             try:

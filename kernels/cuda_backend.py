@@ -10,8 +10,10 @@ from kvwire.errors import UsageError
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.staging import DeviceBytes
 
-__all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "raise_bad_entry"]
+__all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "check_bf16", "raise_bad_entry",
+           "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
 TILE_ROWS_WORDS = 2048  # room for addresses and words of a tile: kernels/cuda/kvwire.cu
@@ -26,16 +28,19 @@ def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
                          "or written there", actual=entry)
 
 
-class DeviceBytes:
-    """Device memory that is freed with the object."""
+def tiles_of(plan: CopyPlan, word_bytes: int) -> tuple[int, int, np.ndarray]:
+    """Return rows and words of the tiles, in the shape that makes them fewest, and the first tile
+    of each leg."""
+    shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
+    rows, words = min(shapes, key=lambda shape: plan.tile_starts(*shape, word_bytes)[-1])
+    return rows, words, plan.tile_starts(rows, words, word_bytes)
 
-    def __init__(self, driver, count: int):
-        self.driver, self.bytes = driver, count
-        self.address = driver.allocate(count)
 
-    def __del__(self):
-        if hasattr(self, "address"):
-            self.driver.free(self.address)
+def check_bf16(plan: CopyPlan) -> None:
+    """Raise UsageError where the elements of a plan cannot have two bytes."""
+    if plan.word_bytes < 2:
+        raise UsageError("the segment is no bf16: its runs are not of whole, aligned elements",
+                         expected=2, actual=plan.word_bytes)
 
 
 class CudaBackend:
@@ -68,20 +73,31 @@ class CudaBackend:
         """Gather all of a segment from its pages."""
         self._copy("pack", plan, segment)
 
+    def pack_e4m3(self, plan: CopyPlan, segment: DeviceBytes) -> None:
+        """As `pack` of bf16 elements, each narrowed to fp8 (`kvwire.kernels.narrow`): half the
+        bytes.
+
+        Raises UsageError: runs of single bytes are no bf16.
+        """
+        check_bf16(plan)
+        self._copy("narrow", plan, segment)
+
     def unpack(self, plan: CopyPlan, segment: DeviceBytes) -> None:
         """Scatter all of a segment to its pages."""
         self._copy("unpack", plan, segment)
 
     def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes) -> None:
-        shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
-        rows, words = min(shapes, key=lambda s: plan.tile_starts(*s, plan.word_bytes)[-1])
-        starts = plan.tile_starts(rows, words, plan.word_bytes)
+        word_bytes = plan.word_bytes
+        if verb == "narrow":
+            word_bytes = 8 if word_bytes >= 8 else 2
+        rows, words, starts = tiles_of(plan, word_bytes)
         if starts[-1] == 0:
             return
         pages, bad_entry = self._pages(plan)
         tile_starts = self.upload(starts)
-        self._driver.launch(f"kvwire_{verb}_{plan.word_bytes}", (int(starts[-1]), 1),
-                            [pages[0].address, tile_starts.address, len(plan.legs),
+        tiles = int(starts[-1])
+        self._driver.launch(f"kvwire_{verb}_{word_bytes}", (tiles, 1),
+                            [tiles, pages[0].address, tile_starts.address, len(plan.legs),
                              pages[1].address, segment.address, bad_entry.address, rows, words])
         raise_bad_entry(plan, int(self.download(bad_entry, np.int64)[0]))
 
@@ -97,7 +113,7 @@ class CudaBackend:
         else:
             front = [segment.address, 0, 0, 0, 0]
         plain = [arg.address if isinstance(arg, DeviceBytes) else arg for arg in args]
-        self._driver.launch(kernel, grid, front + plain)
+        self._driver.launch(kernel, grid, [grid[0], *front, *plain])
         if isinstance(segment, CopyPlan):
             raise_bad_entry(segment, int(self.download(bad_entry, np.int64)[0]))
 

@@ -20,6 +20,7 @@ FATBIN = Path(__file__).parent / "cuda" / "kvwire.fatbin"
 THREADS = 256  # of a block: kernels/cuda/cta.cuh
 
 OUT_OF_MEMORY, NOT_READY = 2, 600
+_MULTIPROCESSOR_COUNT = 16
 # What says that there is nothing to run on; the rest leaves a context that is lost.
 ABSENT = {3: "not initialised", 34: "a stub library", 35: "a driver older than the fatbin",
           100: "no device", 101: "no such device", 209: "no code for this device", 803: "driver "
@@ -57,6 +58,10 @@ class Driver:
                                    "is, or use KVWIRE_BACKEND=triton")
         self._call("cuModuleLoadData", ctypes.byref(module), FATBIN.read_bytes())
         self._module = module
+        count = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(count),
+                   ctypes.c_int(_MULTIPROCESSOR_COUNT), device)
+        self.multiprocessors = count.value
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self.timed, self.kernel_s = False, 0.0  # while timed, launches are waited for and added up
 

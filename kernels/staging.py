@@ -1,28 +1,121 @@
-"""Chunks between a device and the wire, through a bounded ring of pinned host memory.
+"""Between a device's pages and the wire: pinned memory, and what both directions share.
 
-Copies of later chunks run while earlier ones are on the wire. The caller's thread here is kvwire's
-staging thread: the engine's is never waited for; its stream is, by the device, through an event.
+    pages -> kernel -> device memory -> copy -> pinned ring -> TCP -> pinned rooms -> copy ->
+    device memory -> kernel -> pages
 
-A device has, with handles of its own:
-
-    pinned(count) -> uint8 array of page-locked memory
-    to_host(room, source, stream) / to_device(target, room, stream): enqueue one copy of len(room)
-    record(stream) -> event        wait_for(stream, event): the stream waits, no thread does
-    event.done() -> bool           event.wait(): until all before it has run; raises its error
+All device work is enqueued by a thread of kvwire's own, on a stream of the lowest priority. The
+engine's thread is never waited for; its stream is, by the device, through an event. A device is
+`kvwire.kernels.cuda_device.CudaDevice`, or what has its methods.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-from kvwire.errors import ErrorCode, TransferCancelled, UsageError
+from kvwire.errors import ErrorCode, LimitError, TransferCancelled, UnsupportedError, UsageError
 
-__all__ = ["Inbound", "PinnedRing", "Slot", "send_chunks"]
+__all__ = ["Arena", "DeviceBytes", "PinnedRing", "Slot", "Staging"]
+
+ALIGNMENT = 256  # of what goes to the device in one copy
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How caches in device memory are brought to the wire and from it.
+
+    Attributes:
+        ring_bytes: page-locked host memory of a `Sender`, and of a `Receiver`.
+        slice_bytes: what one launch takes; no state tensor may be larger.
+        sm_share: of the device's multiprocessors that the kernels may use, above 0 and up to 1.
+        device: what to work with; None: the GPU whose number the tensors say.
+    """
+
+    ring_bytes: int = 128 << 20
+    slice_bytes: int = 8 << 20
+    sm_share: float = 0.125
+    device: object | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sm_share <= 1:
+            raise UsageError(f"sm_share is {self.sm_share}; it must be above 0 and up to 1")
+        if self.slice_bytes < 1 << 16 or self.slice_bytes % 4096:
+            raise UsageError(f"slice_bytes is {self.slice_bytes}; it must be a multiple of 4096, "
+                             "at least 65536")
+        if self.ring_bytes < self.slice_bytes:
+            raise UsageError(f"ring_bytes is {self.ring_bytes}; it must hold a slice, "
+                             f"{self.slice_bytes}")
+
+    def open(self, name: str):
+        """Return the device that tensors call `name`, e.g. "cuda:1".
+
+        Raises:
+            UnsupportedError: the CUDA kernels cannot run here; or KVWIRE_BACKEND names others.
+        """
+        if self.device is not None:
+            return self.device
+        from kvwire.kernels import backends
+        if (chosen := backends.choose()) != "cuda":
+            raise UnsupportedError(f"the tensors are on {name}, but the back end is {chosen!r}: "
+                                   f"staging takes 'cuda'; {backends.obstacle('cuda')}")
+        return _cuda_device(int(name.partition(":")[2] or 0))
+
+
+@lru_cache(maxsize=None)
+def _cuda_device(ordinal: int):
+    from kvwire.kernels.cuda_device import CudaDevice
+    from kvwire.kernels.driver import Driver
+    return CudaDevice(Driver(ordinal))
+
+
+class DeviceBytes:
+    """Device memory that is freed with the object."""
+
+    def __init__(self, device, count: int):
+        self.device, self.bytes = device, count
+        self.address = device.allocate(count)
+
+    def __del__(self):
+        if hasattr(self, "address"):
+            self.device.free(self.address)
+
+
+class Arena:
+    """Arrays that go to the device in one copy, and some of them back in another.
+
+    It grows when more is laid than ever before, which no steady state does.
+    """
+
+    def __init__(self, device):
+        self._device, self._host, self._held, self._end = device, None, None, 0
+
+    def lay(self, arrays: list[np.ndarray], stream) -> list[int]:
+        """Enqueue the copy of `arrays`; return their addresses on the device. What was laid before
+        must have been copied."""
+        offsets, end = [], 0
+        for array in arrays:
+            offsets.append(end)
+            end += array.nbytes + -array.nbytes % ALIGNMENT
+        if self._held is None or end > self._held.bytes:
+            count = 1 << max(end - 1, 1 << 16).bit_length()
+            self._held = DeviceBytes(self._device, count)
+            self._host = self._device.pinned(count)
+        for at, array in zip(offsets, arrays):
+            self._host[at:at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(
+                np.uint8)
+        self._end = end
+        self._device.to_device(self._held.address, self._host[:end], stream)
+        return [self._held.address + at for at in offsets]
+
+    def fetch(self, address: int, stream) -> np.ndarray:
+        """Enqueue the copy of all from `address` on to the host; return where it will be."""
+        room = self._host[address - self._held.address:self._end]
+        self._device.to_host(room, address, stream)
+        return room
 
 
 @dataclass(eq=False)
@@ -38,7 +131,11 @@ class Slot:
 
 
 class PinnedRing:
-    """`count` slots of `slot_bytes`, all that staging ever pins. Any thread may use it."""
+    """`count` slots of `slot_bytes`, all that staging ever pins for chunks. Any thread may use it.
+
+    Raises:
+        LimitError: the host has no page-locked memory for it.
+    """
 
     def __init__(self, device, count: int, slot_bytes: int):
         if count < 1 or slot_bytes < 1:
@@ -46,7 +143,9 @@ class PinnedRing:
                              actual=min(count, slot_bytes))
         self.count, self.slot_bytes = count, slot_bytes
         self._changed = threading.Condition()
-        self._free = deque(Slot(device.pinned(slot_bytes), self) for _ in range(count))
+        memory = device.pinned(count * slot_bytes)
+        self._free = deque(Slot(memory[at * slot_bytes:(at + 1) * slot_bytes], self)
+                           for at in range(count))
         self._closed = False
 
     @property
@@ -59,18 +158,10 @@ class PinnedRing:
             self._check_open()
             return self._give() if self._free else None
 
-    def acquire(self) -> Slot:
-        """Wait for a slot; TransferCancelled when the ring is closed meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._closed)
-            self._check_open()
-            return self._give()
-
     def close(self) -> None:
-        """Wake who waits. Slots that are out may still be given back."""
+        """Give out no more. Slots that are out may still be given back."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -87,126 +178,10 @@ class PinnedRing:
                 raise UsageError("the slot was given back already")
             slot.held = False
             self._free.append(slot)
-            self._changed.notify()
 
 
-def send_chunks(device, ring: PinnedRing, stream, ready, chunks: Iterable,
-                enqueue: Callable, deliver: Callable) -> None:
-    """Bring chunks to the host, in order. Returns when the last one has been delivered.
-
-    Args:
-        stream: for the copies; a device gives it a lower priority than the engine's.
-        ready: event of the engine's stream after which the pages are final.
-        enqueue: enqueue(chunk, stream) starts whatever makes the chunk and returns size(), which
-            waits for it and returns (device handle, bytes): what of the slot's worth is to go.
-        deliver: deliver(chunk, slot, bytes) owns the slot from then on, and must release it.
-
-    Raises:
-        What the device raises. All slots that were not delivered are back in the ring then, and
-        none of them is written any more.
-    """
-    device.wait_for(stream, ready)
-    made, copying = deque(), deque()
-
-    def deliver_oldest() -> None:
-        chunk, slot, count, event = copying[0]
-        event.wait()
-        copying.popleft()
-        deliver(chunk, slot, count)
-
-    def copy_oldest() -> None:
-        chunk, size = made.popleft()
-        slot = ring.try_acquire()
-        while slot is None and copying:
-            deliver_oldest()
-            slot = ring.try_acquire()
-        slot = slot or ring.acquire()
-        try:
-            source, count = size()
-            if not 0 < count <= ring.slot_bytes:
-                raise UsageError("a chunk does not fit a slot of the ring",
-                                 expected=ring.slot_bytes, actual=count)
-            device.to_host(slot.room[:count], source, stream)
-            event = device.record(stream)
-        except BaseException:
-            slot.release()
-            raise
-        copying.append((chunk, slot, count, event))
-        while copying and copying[0][-1].done():
-            deliver_oldest()
-
-    try:
-        for chunk in chunks:
-            made.append((chunk, enqueue(chunk, stream)))
-            if len(made) > 1:  # one is made while the one before it is copied
-                copy_oldest()
-        while made:
-            copy_oldest()
-        while copying:
-            deliver_oldest()
-    finally:
-        _give_back(copying)
-
-
-def _give_back(copying: deque) -> None:
-    for _, slot, _, event in copying:
-        try:
-            event.wait()
-        except Exception:  # the error that is on its way says it
-            pass
-        slot.release()
-
-
-class Inbound:
-    """The same, mirrored: what the wire received into a slot goes to the device and is decoded.
-
-    Args:
-        target_of: target_of(chunk) is where its bytes go on the device.
-        land: land(chunk, bytes, stream) enqueues what follows the copy: decoding into pages.
-    """
-
-    def __init__(self, device, ring: PinnedRing, stream, target_of: Callable, land: Callable):
-        self._device, self._ring, self._stream = device, ring, stream
-        self._target_of, self._land = target_of, land
-        self._copying: deque = deque()
-
-    def slot(self) -> Slot:
-        """Return room for the wire to receive into, as soon as there is any."""
-        while True:
-            self._collect(all_done=False)
-            slot = self._ring.try_acquire()
-            if slot is not None:
-                return slot
-            if not self._copying:
-                return self._ring.acquire()
-            self._oldest()
-
-    def submit(self, chunk, slot: Slot, count: int) -> None:
-        """Send `count` received bytes on; the slot is given back when they have been copied."""
-        try:
-            self._device.to_device(self._target_of(chunk), slot.room[:count], self._stream)
-            event = self._device.record(self._stream)
-            self._copying.append((chunk, slot, count, event))
-        except BaseException:
-            slot.release()
-            raise
-        self._land(chunk, count, self._stream)
-
-    def finish(self) -> None:
-        """Wait for everything submitted, raising what went wrong; no slot is out then."""
-        try:
-            self._collect(all_done=True)
-            self._device.record(self._stream).wait()
-        finally:
-            _give_back(self._copying)
-            self._copying.clear()
-
-    def _oldest(self) -> None:
-        _, slot, _, event = self._copying[0]
-        event.wait()
-        self._copying.popleft()
-        slot.release()
-
-    def _collect(self, all_done: bool) -> None:
-        while self._copying and (all_done or self._copying[0][-1].done()):
-            self._oldest()
+def check_fits(what: str, count: int, slice_bytes: int) -> None:
+    """Raise LimitError where something that is not divided is larger than a slice."""
+    if count > slice_bytes:
+        raise LimitError(f"{what} has {count} bytes: give Staging a slice_bytes that holds it",
+                         expected=slice_bytes, actual=count)

@@ -9,7 +9,7 @@ import numpy as np
 from kvwire.errors import UsageError
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, raise_bad_entry
+from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, check_bf16, raise_bad_entry
 
 __all__ = ["TritonBackend"]
 
@@ -47,6 +47,14 @@ class TritonBackend:
     def pack(self, plan: CopyPlan, segment) -> None:
         self._copy(plan, segment, pack=True)
 
+    def pack_e4m3(self, plan: CopyPlan, segment) -> None:
+        from kvwire.kernels.triton.narrow import narrow
+        check_bf16(plan)
+        packed = self.empty(plan.bytes)
+        self.pack(plan, packed)
+        self._check("segment", segment)
+        narrow(packed, segment[:plan.bytes // 2])
+
     def unpack(self, plan: CopyPlan, segment) -> None:
         self._copy(plan, segment, pack=False)
 
@@ -74,6 +82,8 @@ class TritonBackend:
 
     def encode(self, plan: CodePlan, segment, out) -> tuple[np.ndarray, np.ndarray]:
         from kvwire.kernels.triton.tiered import encode_chunks
+        if any(isinstance(parts, int) for parts in plan.sources):
+            raise UsageError("the Triton kernels code every chunk: pack those that stay raw")
         raw = self._packed(segment)
         self._check("out", out)
         sizes = encode_chunks(plan, raw, out).cpu().numpy()

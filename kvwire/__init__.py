@@ -23,7 +23,7 @@ _HOME = {
     "attention": "layout", "latent": "layout", "sliding_window": "layout", "recurrent": "layout",
     "convolution": "layout", "auxiliary": "layout", "request_tensor": "layout",
     "CacheMemory": "memory", "CodeBook": "code_book",
-    "Lossy": "lossy",
+    "Lossy": "lossy", "Staging": "kernels.staging",
     "Sender": "sender", "Transfer": "sender", "Offer": "sender", "Push": "sender",
     "Receiver": "receiver", "Ticket": "receiver", "Progress": "handles",
     "Link": "link", "LinkOptions": "link", "LinkStats": "link", "LaneStats": "link",

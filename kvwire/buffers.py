@@ -21,7 +21,7 @@ _CARRIERS = frozenset(("uint8", "uint16", "int16", "uint32", "uint64"))
 
 @dataclass(frozen=True)
 class Buffer:
-    """A strided view of memory on this machine that somebody else owns.
+    """A strided view of memory on this machine, or on a GPU of it, that somebody else owns.
 
     Attributes:
         address: of the element at index 0 on every axis.
@@ -31,6 +31,7 @@ class Buffer:
         dtype_name: as its library calls it, e.g. "bfloat16", "uint16", "void".
         read_only: its owner does not allow writing.
         owner: keeps the memory alive, and its export open, as long as the Buffer lives.
+        device: None: memory of this machine; else the GPU that it lies on, e.g. "cuda:1".
     """
 
     address: int
@@ -40,14 +41,16 @@ class Buffer:
     dtype_name: str
     read_only: bool
     owner: object
+    device: str | None = None
 
     @classmethod
     def of(cls, array: object) -> Buffer:
-        """Return a Buffer of a torch CPU tensor, a numpy array, or anything that has the buffer
+        """Return a Buffer of a torch tensor, a numpy array, or anything that has the buffer
         protocol or DLPack. Copies nothing.
 
         Raises:
-            UnsupportedError: memory of another device, sparse tensors, foreign byte order.
+            UnsupportedError: memory of a device other than CPU and CUDA, sparse tensors, foreign
+                byte order.
             UsageError: not an array at all.
         """
         if isinstance(array, Buffer):
@@ -88,16 +91,17 @@ class Buffer:
 
 
 def _of_torch(tensor) -> Buffer:
-    if tensor.device.type != "cpu":
-        raise UnsupportedError(f"the tensor is on device {tensor.device}; kvwire moves CPU memory "
-                               "only: copy it with .cpu() first")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"the tensor is on device {tensor.device}; kvwire moves memory of "
+                               "CPUs and of CUDA devices: copy it with .cpu() first")
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized:
         raise UnsupportedError(f"the tensor is {tensor.layout}, quantized or sparse; kvwire moves "
                                "plain strided tensors only")
     size = tensor.element_size()
     return Buffer(tensor.data_ptr(), tuple(tensor.shape),
                   tuple(step * size for step in tensor.stride()), size,
-                  str(tensor.dtype).removeprefix("torch."), False, tensor)
+                  str(tensor.dtype).removeprefix("torch."), False, tensor,
+                  None if tensor.device.type == "cpu" else f"cuda:{tensor.device.index or 0}")
 
 
 def _of_numpy(array: np.ndarray) -> Buffer:
@@ -133,6 +137,7 @@ _capsule_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_c
     ("PyCapsule_IsValid", ctypes.pythonapi))
 
 _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost (pinned)
+_DLPACK_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _DLPACK_READ_ONLY = 1
 _DLPACK_NAMES = {0: "int{}", 1: "uint{}", 2: "float{}", 4: "bfloat16", 6: "bool",
                  10: "float8_e4m3fn", 12: "float8_e5m2"}
@@ -141,9 +146,9 @@ _DLPACK_NAMES = {0: "int{}", 1: "uint{}", 2: "float{}", 4: "bfloat16", 6: "bool"
 def _of_dlpack(array) -> Buffer:
     """Read the capsule in place: numpy knows no bf16 or fp8. Unconsumed, it frees itself."""
     device_type, device_id = array.__dlpack_device__()
-    if device_type not in _DLPACK_CPU_DEVICES:
+    if device_type not in _DLPACK_CPU_DEVICES + _DLPACK_CUDA_DEVICES:
         raise UnsupportedError(f"the DLPack object is on device type {int(device_type)}, id "
-                               f"{device_id}; kvwire moves CPU memory only")
+                               f"{device_id}; kvwire moves memory of CPUs and of CUDA devices")
     try:
         capsule = array.__dlpack__(max_version=(1, 0))
     except TypeError:
@@ -166,4 +171,5 @@ def _of_dlpack(array) -> Buffer:
                         for axis in range(len(shape)))
     name = _DLPACK_NAMES.get(tensor.code, f"dlpack type {tensor.code}").format(tensor.bits)
     return Buffer((tensor.data or 0) + tensor.byte_offset, shape, strides, size, name, read_only,
-                  (array, capsule))
+                  (array, capsule),
+                  None if device_type in _DLPACK_CPU_DEVICES else f"cuda:{device_id}")

@@ -109,6 +109,7 @@ class CodeBook:
         Returns: what was made, by layer. Tensors of a dtype that has no exponent, and those of
             less than 2,048 elements, have none.
         """
+        memory.check_on_host("calibrate()")
         if skip_tokens < 0:
             raise UsageError(f"skip_tokens is {skip_tokens}; it must be at least 0")
         spec, made = memory.spec, []

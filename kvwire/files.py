@@ -58,6 +58,7 @@ def save(path: str | os.PathLike, source: CacheMemory | CacheSpec, arrays: Mappi
         source = CacheMemory(source, arrays or {}, tokens=tokens)
     elif arrays is not None:
         raise UsageError("arrays are given together with a CacheMemory; give a spec instead")
+    source.check_on_host("save()")
     chosen = Codec.of(codec)
     with _replaced(path) as file:
         FileWriter(file, secrets.token_bytes(16)).write(source, chosen, metadata or {},
@@ -91,6 +92,7 @@ def load(path: str | os.PathLike, memory: CacheMemory | None = None, *,
         arrays = None
         if memory is None:
             memory, arrays = _new_memory(reader, chosen, wanted)
+        memory.check_on_host("load()")
         reader.read_into(memory, chosen, wanted)
         return arrays
 

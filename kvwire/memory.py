@@ -10,7 +10,7 @@ import numpy as np
 
 from kvwire.buffers import Buffer
 from kvwire.control import Item
-from kvwire.errors import UsageError
+from kvwire.errors import UnsupportedError, UsageError
 from kvwire.layout import (
     REQUEST_LAYER, Axis, CacheSpec, GroupKind, LayerGroup, Leaf, TensorSpec,
 )
@@ -93,6 +93,29 @@ class CacheMemory:
         """Bytes of this request that the arrays hold."""
         return sum(len(group.layers) * (group.state_bytes + (stop - start) * group.row_bytes)
                    for group, (start, stop) in zip(self.spec.groups, self._ranges))
+
+    @property
+    def device(self) -> str | None:
+        """The GPU that all arrays lie on, e.g. "cuda:1"; None: they lie in memory of this machine.
+
+        Raises UsageError when they do not lie all in one place.
+        """
+        devices = {buffer.device for buffer in self._buffers}
+        if len(devices) > 1:
+            raise UsageError("the arrays lie on " + " and ".join(sorted(map(str, devices)))
+                             + " (None: host memory): one CacheMemory is in one place")
+        return devices.pop() if devices else None
+
+    def check_on_host(self, what: str) -> None:
+        """Raise UnsupportedError where the arrays lie on a device."""
+        if self.device is not None:
+            raise UnsupportedError(f"{what} takes host memory, and the arrays lie on "
+                                   f"{self.device}: copy them with .cpu() first")
+
+    @property
+    def block_counts(self) -> dict[int, int]:
+        """How many blocks the arrays of each paged group have, by group index."""
+        return dict(self._block_counts)
 
     def token_range(self, group_index: int) -> TokenRange:
         """Return the absolute positions [start, stop) that a group takes part with."""
@@ -242,9 +265,9 @@ class CacheMemory:
         first = start // size - held_start // size
         count = -(-stop // size) - held_start // size if stop > start else 0
         self._held_starts[index] = held_start
+        self._block_counts[index] = min((buffer.shape[0] for _, buffer in arrays), default=0)
         if self._blocks_known is not None:
             self._blocks_known[index] = min(len(table), count)
-            self._block_counts[index] = min(buffer.shape[0] for _, buffer in arrays)
             table = np.concatenate([table, np.zeros(max(count - len(table), 0), np.int64)])
         if count > len(table):
             raise UsageError(f"group {index} ({group.label}): tokens [{held_start}, {stop}) need "
@@ -345,7 +368,7 @@ def _checked(what: str, tensor: TensorSpec, buffer: Buffer, writable: bool) -> B
         raise UsageError(f"{what}: the array has stride 0 along an axis; a destination's elements "
                          "must be distinct")
     return Buffer(buffer.address, shape, strides, buffer.item_bytes, buffer.dtype_name,
-                  buffer.read_only, buffer.owner)
+                  buffer.read_only, buffer.owner, buffer.device)
 
 
 def _leaf_memory(tensor: TensorSpec, leaf: Leaf, buffer: Buffer, layout: TokenLayout | None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING
 
 from kvwire import _native, limits
 from kvwire.errors import KvwireError, TransferError, UsageError
@@ -16,6 +19,9 @@ from kvwire.limits import RANK_COUNT_MAX
 from kvwire.memory import CacheMemory
 from kvwire.security import Security, check_listening, options_of
 from kvwire.structure import Cursor
+
+if TYPE_CHECKING:
+    from kvwire.kernels.staging import Staging
 
 __all__ = ["Receiver", "Ticket"]
 
@@ -38,6 +44,8 @@ class Receiver(Endpoint):
             cleartext, open to all who reach the port.
         allow_unauthenticated: listen beyond loopback without any security.
         allow_lossy: let senders round what their callers told them to (`Lossy`).
+        staging: how caches are brought into the memory of a GPU (`kvwire.Staging`); None: with the
+            defaults.
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
@@ -48,7 +56,7 @@ class Receiver(Endpoint):
                  lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(), io_threads: int = 0,
                  security: Security | None = None, allow_unauthenticated: bool = False,
-                 allow_lossy: bool = False):
+                 allow_lossy: bool = False, staging: Staging | None = None):
         if not limits.PAYLOAD_BYTES_MIN <= chunk_bytes_max <= limits.CHUNK_BYTES_MAX:
             raise UsageError(f"chunk_bytes_max is {chunk_bytes_max}; it must be "
                              f"{limits.PAYLOAD_BYTES_MIN} to {limits.CHUNK_BYTES_MAX}")
@@ -65,6 +73,9 @@ class Receiver(Endpoint):
             **link_options.native(), **options_of(security)}), link_options)
         self._connect_timeout_s = connect_timeout_s
         self._dialled: dict[str, bytes] = {}
+        self._chunk_bytes_max = chunk_bytes_max
+        self._staging, self._staged = staging, {}  # by device
+        self._staged_lock = threading.Lock()
         self.address: str | None = None
         if listen is not None:
             host, port = split_address(listen, "listen")
@@ -76,7 +87,9 @@ class Receiver(Endpoint):
         """Bind `memory` (made with ``writable=True``) as the destination of one hand-off.
 
         Args:
-            memory: all that it covers must arrive; written until the ticket ends.
+            memory: all that it covers must arrive; written until the ticket ends. In host memory,
+                or all on one GPU: then chunks are decoded, checked and scattered there, after what
+                the engine has enqueued by now.
             source_ranks: how many source ranks will send to this one, or which of them.
             source_rank_count: of how many, when only some of them send here.
             destination_rank: (rank, count) of this receiver.
@@ -95,12 +108,49 @@ class Receiver(Endpoint):
                              f"count, which is at most {RANK_COUNT_MAX}")
         rank, destination_count = ranks_of(destination_rank, "destination_rank")
         name = _native.random_id() if ticket_id is None else id_bytes(ticket_id, "ticket_id")
-        handle = native.bind(name, memory.spec.model, *memory.tokens, ranks, count, rank,
-                             destination_count, memory.native,
-                             seconds(deadline_s, "deadline_s"))
-        ticket = Ticket(self, handle, memory)
+        def bind(zone: object = None) -> object:
+            return native.bind(name, memory.spec.model, *memory.tokens, ranks, count, rank,
+                               destination_count, memory.native,
+                               seconds(deadline_s, "deadline_s"), zone)
+
+        if memory.device is None:
+            ticket = Ticket(self, bind(), memory)
+        else:
+            ticket = self._staged_ticket(name, memory, bind)
         self._lend(ticket._native, memory)
         return ticket
+
+    def _staged_ticket(self, name: bytes, memory: CacheMemory, bind: Callable) -> Ticket:
+        from kvwire.kernels.staged_handles import StagedTicket
+        staged, device = self._staged_for(memory.device)
+        target = staged.add(name, memory, device.engine_event())
+        handle = None
+        try:
+            handle = bind(staged.zone)
+        finally:
+            staged.bound(target, handle)
+        return StagedTicket(self, handle, memory, staged, target)
+
+    def _staged_for(self, name: str) -> tuple:
+        """Return the staging thread for a device, made when first needed, and the device."""
+        from kvwire.kernels.staged_receiver import StagedReceiver
+        from kvwire.kernels.staging import Staging
+        with self._staged_lock:
+            if name not in self._staged:
+                staging = self._staging or Staging()
+                device = staging.open(name)
+                made = StagedReceiver(staging, device, self._native.landed,
+                                      self._chunk_bytes_max)
+                self._staged[name] = made, device
+                weakref.finalize(self, made.close)
+            return self._staged[name]
+
+    def close(self, drain_s: float = 0.0) -> None:
+        super().close(drain_s)
+        with self._staged_lock:
+            staged = list(self._staged.values())
+        for each, _ in staged:
+            each.close()
 
     def dial(self, address: str, *, lanes: int | str = "auto",
              timeout_s: float | None = None) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvwire import _native, limits
 from kvwire.codec import Codec
 from kvwire.control import Item
-from kvwire.errors import UsageError
+from kvwire.errors import UnsupportedError, UsageError
 from kvwire.handles import (
     Endpoint, Handle, Progress, id_bytes, io_threads_of, join_address, lane_count, nanoseconds,
     priority_of, ranks_of, seconds, split_address, wait_connected,
@@ -24,6 +26,7 @@ from kvwire.wire import CODECS_SPOKEN
 
 if TYPE_CHECKING:
     from kvwire.code_book import CodeBook
+    from kvwire.kernels.staging import Staging
 
 __all__ = ["Offer", "Push", "Sender", "Transfer"]
 
@@ -55,6 +58,8 @@ class Sender(Endpoint):
         security: `Tls`, `TlsPsk` or `HmacAdmission`, the same kind as the receiver's; None:
             cleartext, open to all who reach the port.
         allow_unauthenticated: listen beyond loopback without any security.
+        staging: how caches in the memory of a GPU are brought to the wire (`kvwire.Staging`); None:
+            with the defaults. There codec "lz4" means raw, and "auto" tiered.
 
     Threads: every method may be called from any thread. No Python runs on the I/O threads.
     """
@@ -66,7 +71,7 @@ class Sender(Endpoint):
                  lease_s: float = limits.LEASE_MS / 1000,
                  link_options: LinkOptions = LinkOptions(),
                  io_threads: int = 0, security: Security | None = None,
-                 allow_unauthenticated: bool = False):
+                 allow_unauthenticated: bool = False, staging: Staging | None = None):
         if (address is None) == (listen is None):
             raise UsageError("give a Sender an address to dial or listen=..., one of the two")
         if chunk_bytes % limits.CHUNK_BYTES_MIN or not (
@@ -75,14 +80,16 @@ class Sender(Endpoint):
                              f"{limits.CHUNK_BYTES_MIN} up to {limits.CHUNK_BYTES_MAX}")
         if listen is not None:
             check_listening(split_address(listen, "listen")[0], security, allow_unauthenticated)
+        self._book = _native.CodeBook() if code_book is None else code_book.lend()
         super().__init__(_native.SenderEndpoint({
-            "chunk_bytes": chunk_bytes,
-            **({} if code_book is None else {"code_book": code_book.lend()}),
+            "chunk_bytes": chunk_bytes, "code_book": self._book,
             "io_threads": io_threads_of(io_threads),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
             **link_options.native(), **options_of(security)}), link_options)
         self._codec = _codec_number(codec)
+        self._staging, self._staged = staging, {}  # by device
+        self._staged_lock = threading.Lock()
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
         self._lanes = lane_count(lanes)
@@ -108,7 +115,8 @@ class Sender(Endpoint):
 
         Args:
             ticket: the receiver's `Ticket.id`.
-            memory: the source; read until each push completes, never written.
+            memory: the source; read until each push completes, never written. In host memory, or
+                all on one GPU: then its pages are gathered, checked and coded there.
             carry: the part of `memory` that travels, as a spec with the same groups: the
                 destination rank's shard when tensor parallelism differs. All of it by default.
             source_rank, destination_rank: (rank, count) in the hand-off.
@@ -127,10 +135,36 @@ class Sender(Endpoint):
         native = self._open_checked()
         manifest = self._manifest(id_bytes(ticket, "ticket"), memory, carry, source_rank,
                                   destination_rank, metadata, lossy)
+        staged = None if memory.device is None else self._staged_for(memory.device, lossy)
         handle = native.open(self._choose_link(link), manifest.encode(), memory.native,
                              self._codec_number(codec), seconds(deadline_s, "deadline_s"),
                              priority_of(priority), self._roundings(lossy, manifest.spec))
-        return self._started(Transfer(self, handle, memory, manifest.spec))
+        if staged is None:
+            return self._started(Transfer(self, handle, memory, manifest.spec))
+        from kvwire.kernels.staged_handles import StagedTransfer
+        return self._started(StagedTransfer(self, handle, memory, manifest.spec, *staged))
+
+    def _staged_for(self, name: str, lossy: Lossy | None) -> tuple:
+        """Return the staging thread for a device, made when first needed, and the device."""
+        from kvwire.kernels.staged_sender import StagedSender
+        from kvwire.kernels.staging import Staging
+        if lossy is not None:
+            raise UnsupportedError(f"lossy takes host memory, and the arrays lie on {name}")
+        with self._staged_lock:
+            if name not in self._staged:
+                staging = self._staging or Staging()
+                device = staging.open(name)
+                made = StagedSender(staging, device, self._book)
+                self._staged[name] = made, device
+                weakref.finalize(self, made.close)
+            return self._staged[name]
+
+    def close(self, drain_s: float = 0.0) -> None:
+        super().close(drain_s)
+        with self._staged_lock:
+            staged = list(self._staged.values())
+        for each, _ in staged:
+            each.close()
 
     def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
               source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
@@ -143,6 +177,8 @@ class Sender(Endpoint):
         `offer_id` lets several ranks offer the parts of one hand-off under one name.
         """
         native = self._open_checked()
+        if isinstance(memory, CacheMemory):
+            memory.check_on_host("an offer")
         name = _native.random_id() if offer_id is None else id_bytes(offer_id, "offer_id")
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
                                   metadata, lossy)

@@ -18,6 +18,7 @@ from kvwire.kernels.copy_plan import CopyPlan
 
 SOURCES = Path(kvwire.kernels.__file__).parent / "cuda"
 NO_BAD_ENTRY = (1 << 63) - 1
+VERBS = ("unpack", "pack", "narrow")  # of kernels/cuda/host.cpp
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined",
          "-fno-sanitize-recover=all", "-shared", "-fPIC"]
 

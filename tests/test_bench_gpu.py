@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from standin_device import StandInDevice
+from triton_interpreter import torch
 
-from bench import gpu
+import kvwire
+from bench import gpu, gpu_peers, gpu_staging, splitzip
 from kvwire.kernels import backends
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +44,53 @@ def test_states_of_the_models_are_cases(model):
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu.main(["--backend", "cuda"]) == 2
     assert "cannot run here" in capsys.readouterr().err
+
+
+def test_staging_is_timed_and_verified():
+    device = StandInDevice()
+    staging = kvwire.Staging(device=device, ring_bytes=1 << 20, slice_bytes=256 << 10)
+    rows = gpu_staging.rows(device, 1, 16_384, staging)
+    assert [row["case"] for row in rows] == [
+        "loopback between host buffers", "staging to the host, raw", "staging end to end, raw",
+        "staging to the host, tiered", "staging end to end, tiered"]
+    for row in rows:
+        assert row["verified"] and row["gbps"] > 0 and row["bytes"] == 1 << 20
+    assert rows[1]["ratio"] == 1 and rows[3]["ratio"] > 1.2
+    device.close()
+
+
+def test_splitzip_is_lossless_and_escapes_cost_seven_bytes():
+    raw = gpu.content(8 * splitzip.CHUNK, gpu.DType.BF16).view(np.int16).copy()
+    raw[[5, 2000, 2001]] = 200 << 7, 0x7F80, -1  # exponents that no code is left for
+    codes, top = map(torch.from_numpy, splitzip.calibrated(raw.view(np.uint16)[2048:]))
+    coded = splitzip.encode(torch.from_numpy(raw), codes)
+    assert coded.values.numel() >= 3 and coded.positions[0] == 5
+    assert coded.bytes == 3 * raw.size // 2 + 7 * coded.values.numel()
+    decoded = torch.empty(raw.size, dtype=torch.int16)
+    splitzip.decode(coded, top, decoded)
+    assert (decoded.numpy() == raw).all()
+
+
+@pytest.mark.long
+def test_peers_are_verified(monkeypatch):
+    monkeypatch.setattr(gpu_peers, "ROUNDS", 1)
+    rows = gpu_peers.rows(torch, "cpu", 64 << 10, 16_384)
+    assert all(row["verified"] for row in rows) and len(rows) == 4
+
+
+@pytest.mark.parametrize("module", [gpu_staging, gpu_peers])
+@pytest.mark.skipif(not backends.obstacle("cuda"), reason="there is a GPU")
+def test_staging_and_peers_say_that_there_is_no_gpu(module, capsys):
+    assert module.main([]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("module", ["bench.gpu_staging", "bench.gpu_peers"])
+def test_staging_and_peers_on_the_gpu(module, tmp_path):
+    subprocess.run([sys.executable, "-m", module, "--mib", "16", "--json", tmp_path / "rows"],
+                   check=True, cwd=ROOT)
 
 
 @pytest.mark.gpu

@@ -68,8 +68,10 @@ def test_dlpack_read_only_and_other_devices():
     array = np.zeros(4, np.float32)
     array.flags.writeable = False
     assert Buffer.of(DLPackOnly(array)).read_only
-    with pytest.raises(UnsupportedError, match="device type 2, id 1"):
-        Buffer.of(DLPackOnly(array, device=(2, 1)))
+    assert Buffer.of(array).device is None
+    assert Buffer.of(DLPackOnly(array, device=(2, 1))).device == "cuda:1"
+    with pytest.raises(UnsupportedError, match="device type 7, id 1"):
+        Buffer.of(DLPackOnly(array, device=(7, 1)))
 
 
 def test_torch():

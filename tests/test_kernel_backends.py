@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from cuda_host import aligned, library
+from cuda_host import VERBS, aligned, library
 from test_plan import Side
 from test_tiered import kinds_of_bytes
 from triton_interpreter import torch  # noqa: F401
@@ -47,10 +47,9 @@ class HostDriver:
     def launch(self, kernel, grid, args):
         verb, _, word = kernel.removeprefix("kvwire_").partition("_")
         if word:
-            args = [verb == "pack", int(word), grid[0], *args]
+            args = [VERBS.index(verb), int(word), *args]
             function = self.library.kvwire_host_copy
         else:
-            args = [grid[0], *args]
             function = getattr(self.library, f"kvwire_host_{verb}")
         function.restype = None
         function(*map(ctypes.c_int64, args))
@@ -121,6 +120,23 @@ def test_a_flipped_literal_is_reported_by_chunk(backend):
     payloads = [Payload(good, 0, 0, len(raw)), Payload(bytes(bad), len(good), len(raw), len(raw))]
     assert backend.decode(payloads, coded, target)[0].tolist() == [False, True]
     assert backend.download(target)[:len(raw)].tobytes() == raw
+
+
+@pytest.mark.parametrize("head_dim", [16, 1])
+def test_bf16_is_packed_as_fp8(backend, head_dim):
+    spec = CacheSpec("m", (attention([0], kv_heads=1, head_dim=head_dim, block_tokens=4096),))
+    side = Side(spec, (0, 65_536 // head_dim), 1, writable=True)
+    bits = np.random.default_rng(1).permutation(65_536).astype(np.uint16)  # every bf16 there is
+    for array in side.arrays.values():
+        array[...] = np.resize(bits, array.shape)
+    copies = CopyPlan.of_items(spec, [Item(0, 0, 0, 0, 65_536 // head_dim)], side.memory)
+    raw = np.frombuffer(plan.gather(spec, [Item(0, 0, 0, 0, 65_536 // head_dim)],
+                                    side.memory.leaves), np.uint16)
+    segment = backend.empty(copies.bytes // 2)
+    backend.pack_e4m3(copies, segment)
+    values = torch.from_numpy(raw.astype(np.int32) << 16).view(torch.float32)
+    want = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(backend.download(segment), want)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"], indirect=True)

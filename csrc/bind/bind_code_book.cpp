@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "bind/bind_plan.hpp"
@@ -75,6 +76,35 @@ public:
                               header.raw_crc);
     }
 
+    // The parts of a chunk, each (raw_bytes, table bytes or None, position), and whether all tables
+    // were at hand. Those that were not are made of `raw`, all of the segment, unless it is empty:
+    // the memory is not read.
+    py::tuple parts(uint64_t offset, uint32_t bytes, const py::bytes& raw) {
+        const std::string_view held = raw;
+        const auto samples = [&](const SegmentCoding::Wanted& wanted,
+                                 const SegmentCoding::Add& add) {
+            for (const SampleRun& run : sample_runs(wanted.elements, wanted.wanted)) {
+                const uint64_t at = wanted.offset + run.start * wanted.width;
+                if (at + run.elements * wanted.width > held.size()) return;
+                add(run.start, reinterpret_cast<const uint8_t*>(held.data()) + at, run.elements);
+            }
+        };
+        std::vector<CodedPart> parts;
+        std::vector<CodeEntry*> entries;
+        bool at_hand;
+        {
+            const py::gil_scoped_release release;
+            at_hand = coding_.parts(samples, offset, bytes, nullptr, &parts, &entries);
+        }
+        py::list found;
+        for (const CodedPart& part : parts) {
+            const py::object table =
+                part.table ? py::object(to_python(Bytes(part.table->bytes()))) : py::none();
+            found.append(py::make_tuple(part.raw_bytes, table, part.position));
+        }
+        return py::make_tuple(found, at_hand);
+    }
+
     std::optional<double> calibrate() {
         const py::gil_scoped_release release;
         const std::optional<Calibration> made = coding_.calibrate(*placement_);
@@ -116,6 +146,10 @@ void register_code_book(py::module_& module) {
              py::arg("skipped_tokens") = SegmentCoding::SINK_TOKENS)
         .def("encode", &SegmentCoder::encode, py::arg("offset"), py::arg("bytes"),
              "(TIERED payload, raw_crc) of a chunk; None when it does not shrink.")
+        .def("parts", &SegmentCoder::parts, py::arg("offset"), py::arg("bytes"),
+             py::arg("raw") = py::bytes(),
+             "((raw_bytes, table or None, position) of the parts of a chunk, whether all tables\n"
+             "were at hand); those that were not are made of ``raw``, all of the segment.")
         .def("calibrate", &SegmentCoder::calibrate,
              "Makes the table of the only item anew. Bits of an exponent coded with it, None: no\n"
              "table can be made of these elements.");

@@ -2,9 +2,11 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "bind/bind_plan.hpp"
+#include "bind/bind_staging.hpp"
 #include "bind/convert.hpp"
 #include "codec/code_book.hpp"
 #include "codec/codec.hpp"
@@ -204,11 +206,14 @@ void bind_handles(py::module_& module) {
         .def("wait", &Handle::wait, py::arg("timeout_s"), NoGil());
     py::class_<TransferHandle, Handle, std::shared_ptr<TransferHandle>>(module, "TransferHandle")
         .def_property_readonly("id", [](const TransferHandle& h) { return to_python(h.id()); })
-        .def("push", [](TransferHandle& self, const py::object& items, int32_t priority) {
+        .def("push", [](TransferHandle& self, const py::object& items, int32_t priority,
+                        const std::optional<StagedTuple>& staged) {
             std::vector<Item> taken = items_from_python(items);
+            auto chunks = staged ? staged_from(*staged) : nullptr;
             const WithoutGil release;
-            return self.push(std::move(taken), priority);
-        }, py::arg("items"), py::arg("priority") = 0)
+            return self.push(std::move(taken), priority, std::move(chunks));
+        }, py::arg("items"), py::arg("priority") = 0, py::arg("staged") = py::none())
+        .def("terms", &TransferHandle::terms, py::arg("timeout_s"), NoGil())
         .def("finish", [](TransferHandle& self, const std::string& metadata, uint16_t count) {
             self.finish(bytes_from(metadata), count);
         }, py::arg("metadata"), py::arg("metadata_count"), NoGil())
@@ -256,7 +261,8 @@ std::shared_ptr<TicketHandle> bind_ticket(ReceiverEndpoint& self, const std::str
                                           uint16_t source_rank_count, uint16_t destination_rank,
                                           uint16_t destination_rank_count,
                                           const std::shared_ptr<MemoryMap>& memory,
-                                          double deadline_s) {
+                                          double deadline_s,
+                                          const std::shared_ptr<LandingZone>& zone) {
     Ticket::Options options;
     options.id = id_from(ticket_id);
     options.model = model;
@@ -266,6 +272,8 @@ std::shared_ptr<TicketHandle> bind_ticket(ReceiverEndpoint& self, const std::str
     options.source_rank_count = source_rank_count;
     options.destination_rank = destination_rank;
     options.destination_rank_count = destination_rank_count;
+    options.zone = zone;
+    if (zone) options.codecs = 1u << uint8_t(Codec::RAW) | 1u << uint8_t(Codec::TIERED);
     return self.bind(std::move(options), memory, deadline_s);
 }
 
@@ -279,7 +287,11 @@ void bind_receiver(py::module_& module) {
         .def("bind", &bind_ticket, py::arg("ticket_id"), py::arg("model"), py::arg("token_start"),
              py::arg("token_stop"), py::arg("source_ranks"), py::arg("source_rank_count"),
              py::arg("destination_rank"), py::arg("destination_rank_count"), py::arg("memory"),
-             py::arg("deadline_s"), NoGil())
+             py::arg("deadline_s"), py::arg("zone") = nullptr, NoGil())
+        .def("landed", [](ReceiverEndpoint& self, const LandingZone::Landed& landed,
+                          uint16_t verdict, uint32_t crc) {
+            self.landed(landed, ErrorCode(verdict), crc);
+        }, py::arg("landed"), py::arg("verdict"), py::arg("crc"), NoGil())
         .def("pull", [](ReceiverEndpoint& self, const std::string& link, const std::string& ticket,
                         const std::string& offer, uint64_t token_start, uint64_t token_stop,
                         uint16_t source_rank, uint16_t destination_rank,

@@ -13,6 +13,7 @@ void register_plan(pybind11::module_& module);
 void register_wire(pybind11::module_& module);
 void register_probes(pybind11::module_& module);
 void register_security(pybind11::module_& module);
+void register_staging(pybind11::module_& module);
 void register_transport(pybind11::module_& module);
 
 }  // namespace kvwire
@@ -30,5 +31,6 @@ PYBIND11_MODULE(_native, module) {
     kvwire::register_wire(module);
     kvwire::register_probes(module);
     kvwire::register_security(module);
+    kvwire::register_staging(module);
     kvwire::register_transport(module);
 }

@@ -356,6 +356,16 @@ uint32_t Placement::crc32c(uint64_t offset, uint64_t bytes, uint32_t crc) const 
     return sink.crc;
 }
 
+bool lacks_columns(const GroupDesc& group, const Item& item, const MemoryMap& memory) {
+    const TensorDesc& tensor = group.tensors[item.tensor];
+    for (const LeafMemory* leaf : match_leaves(group, item, memory))
+        for (const AxisDesc& axis : tensor.axes)
+            if (axis.axis == Axis::COLUMN &&
+                leaf->find(Axis::COLUMN)->full > axis.slices[0].full)
+                return true;
+    return false;
+}
+
 void zero_missing_columns(const GroupDesc& group, const Item& item, const MemoryMap& memory) {
     const std::vector<const LeafMemory*> leaves = match_leaves(group, item, memory);
     const TensorDesc& tensor = group.tensors[item.tensor];

@@ -105,6 +105,9 @@ private:
 // Zeroes the conv columns of `memory` that a peer with fewer columns does not carry.
 void zero_missing_columns(const GroupDesc& group, const Item& item, const MemoryMap& memory);
 
+// Whether there are any.
+bool lacks_columns(const GroupDesc& group, const Item& item, const MemoryMap& memory);
+
 // Describes how the leaves of `tensor` (in `layer`) disagree with `memory`, "" when they fit:
 // "group full_attention, layer 3, leaf k: dtype bf16 at the sender, fp16 here".
 std::string leaf_mismatch(const GroupDesc& group, const TensorDesc& tensor, uint32_t layer,

@@ -158,6 +158,7 @@ public:
             options.source_ranks.insert(rank);
         options.destination_rank = expected.destination_rank;
         options.destination_rank_count = expected.destination_rank_count;
+        options.zone = zone;
         ticket = std::make_shared<Ticket>(options, memory->map, *this);
         book_.add(ticket);
     }
@@ -184,6 +185,7 @@ public:
 
     Manifest manifest;
     std::unique_ptr<Memory> memory;
+    std::shared_ptr<LandingZone> zone;  // to be set before bind()
     std::shared_ptr<Ticket> ticket;
     std::map<uint32_t, Bytes> ready;
     bool ended = false;

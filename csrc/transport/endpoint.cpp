@@ -304,6 +304,14 @@ void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& 
     });
 }
 
+void ReceiverEndpoint::landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc) {
+    loops_->call([&] {
+        const auto links = links_;
+        for (const auto& [id, link] : links)
+            if (link->receive->landed(landed.header, verdict, crc)) return link->pump();
+    });
+}
+
 void ReceiverEndpoint::cancel(TicketHandle& handle, const Error& error) {
     handle.ticket_->fail(error);
     const auto links = links_;
@@ -396,18 +404,17 @@ Id SenderEndpoint::link_id_of(const TransferHandle& handle) {
     return link ? link->id : Id{};
 }
 
-void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items, int32_t priority) {
+void SenderEndpoint::push(TransferHandle& handle, std::vector<Item> items, int32_t priority,
+                          std::shared_ptr<const StagedSegment> staged) {
     SendTransfer& transfer = *handle.transfer_;
     if (transfer.ended) return;  // the end gave all pushes back
     const auto link = link_of(handle);
     if (!link) {  // offered, not pulled yet
-        transfer.pushes.push_back({});
-        transfer.pushes.back().items = std::move(items);
-        transfer.pushes.back().priority = priority;
+        transfer.pushes.push_back({std::move(items), priority, std::move(staged)});
         return;
     }
     link->send->set_now(Loops::now_ns());
-    link->send->push(transfer, std::move(items), priority);
+    link->send->push(transfer, std::move(items), priority, std::move(staged));
     link->pump();
 }
 

@@ -133,6 +133,9 @@ public:
                                        double deadline_s);
     void pull(const Id& link_id, const Id& ticket_id, const Pull& pull);
 
+    // What came of a chunk that landed in a zone; `crc` is that of its raw bytes, as written.
+    void landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc);
+
     void cancel(TicketHandle& handle, const Error& error);  // with the lock
     void ticket_ended(const Id& ticket_id);                 // with the lock
 
@@ -156,7 +159,8 @@ public:
     bool link_alive(const Id& link_id);
 
     // With the lock, for the handles.
-    void push(TransferHandle& handle, std::vector<Item> items, int32_t priority);
+    void push(TransferHandle& handle, std::vector<Item> items, int32_t priority,
+              std::shared_ptr<const StagedSegment> staged);
     void finish(TransferHandle& handle, Bytes metadata, uint16_t metadata_count);
     void fail(TransferHandle& handle, const Error& error);
     Id link_id_of(const TransferHandle& handle);  // zero: none yet, or no more

@@ -80,11 +80,12 @@ void TransferHandle::check(const Item& item) const {
                std::to_string(item.token_stop) + ") are not part of the transfer");
 }
 
-uint32_t TransferHandle::push(std::vector<Item> items, int32_t priority) {
+uint32_t TransferHandle::push(std::vector<Item> items, int32_t priority,
+                              std::shared_ptr<const StagedSegment> staged) {
     for (const Item& item : items) check(item);
     uint32_t number = 0;
     const bool running = loops_->call([&] {
-        if (add_push(&number)) endpoint_.push(*this, std::move(items), priority);
+        if (add_push(&number)) endpoint_.push(*this, std::move(items), priority, std::move(staged));
     });
     if (!running) add_push(&number);
     return number;
@@ -131,6 +132,13 @@ std::vector<TransferHandle::PushState> TransferHandle::push_states() const {
     return pushes_;
 }
 
+std::pair<uint32_t, uint32_t> TransferHandle::terms(double timeout_s) const {
+    wait_until(timeout_s, [this] { return progress_.granted || progress_.ended; });
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (progress_.ended) return {0, 0};
+    return terms_;
+}
+
 TransferHandle::Timing TransferHandle::timing() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return timing_;
@@ -145,6 +153,7 @@ Id TransferHandle::link() const {
 void TransferHandle::on_granted() {
     std::lock_guard<std::mutex> lock(mutex_);
     progress_.granted = true;
+    terms_ = {transfer_->chunk_bytes, transfer_->codecs};
     changed();
 }
 

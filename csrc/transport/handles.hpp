@@ -64,8 +64,13 @@ public:
 
     const Id& id() const { return transfer_->id; }
 
-    // Borrows the items' memory until the push completes. Returns the push's number.
-    uint32_t push(std::vector<Item> items, int32_t priority = 0);
+    // Borrows the items' memory, or that of the staged chunks, until the push completes. Returns
+    // the push's number.
+    uint32_t push(std::vector<Item> items, int32_t priority = 0,
+                  std::shared_ptr<const StagedSegment> staged = nullptr);
+    // What staged chunks must keep to: (chunk bytes, codecs by bit); waits for the grant. {0, 0}:
+    // not granted in time, or ended.
+    std::pair<uint32_t, uint32_t> terms(double timeout_s) const;
     void finish(Bytes metadata, uint16_t metadata_count);
     // When it returns no byte of the source will be read any more.
     void cancel();
@@ -98,6 +103,7 @@ private:
     const uint64_t token_start_, token_stop_;
     std::vector<PushState> pushes_;
     bool finished_ = false;
+    std::pair<uint32_t, uint32_t> terms_{0, 0};
     Timing timing_;
 };
 

@@ -43,8 +43,8 @@ void LaneWriter::chunk(const FrameHeader& header, const Source& source) {
     entry.source = source;
     entry.lender = source.owner;
     entry.head.resize(HEADER_BYTES);
-    const bool from_pages =
-        source.codec == Codec::RAW && !source.rounding && source.placement->suits_iovecs();
+    const bool from_pages = source.staged || (source.codec == Codec::RAW && !source.rounding &&
+                                              source.placement->suits_iovecs());
     if (!from_pages && !spare_.empty()) {
         entry.body = std::move(spare_.back());
         spare_.pop_back();
@@ -82,7 +82,12 @@ void LaneWriter::code(Entry& entry) {
     FrameHeader& header = entry.header;
     const Placement& placement = *entry.source.placement;
     const Source& source = entry.source;
-    if (source.rounding) {
+    if (const StagedChunk* const staged = source.staged) {
+        header.codec = uint8_t(staged->codec);
+        header.payload_bytes = staged->payload_bytes;
+        header.raw_crc = staged->raw_crc;
+        header.payload_crc = crc32c(0, staged->payload, staged->payload_bytes);
+    } else if (source.rounding) {
         if (!rounder_) rounder_ = std::make_unique<ChunkRounder>();
         rounder_->encode(placement, *source.rounding, source.tables, &header, &entry.body);
     } else if (!encoder_.encode(source.codec, placement, source.item_bytes, source.coding,
@@ -142,6 +147,11 @@ size_t LaneWriter::entry_iovecs(const Entry& entry, size_t at) {
     if (done == entry.payload_bytes) return at;
     if (!entry.body.empty()) {
         iov_[at++] = {const_cast<uint8_t*>(entry.body.data()) + done,
+                      size_t(entry.payload_bytes - done)};
+        return at;
+    }
+    if (!entry.zeros && entry.source.staged) {
+        iov_[at++] = {const_cast<uint8_t*>(entry.source.staged->payload) + done,
                       size_t(entry.payload_bytes - done)};
         return at;
     }

@@ -23,6 +23,7 @@
 #include "wire/control.hpp"
 #include "wire/frames.hpp"
 #include "wire/loans.hpp"
+#include "wire/staged.hpp"
 
 namespace kvwire {
 
@@ -42,6 +43,7 @@ public:
         const SegmentCoding* coding = nullptr;      // for Codec::TIERED
         SendTables* tables = nullptr;               // of the link, likewise
         const SegmentRounding* rounding = nullptr;  // where something is lossy: how it is coded
+        const StagedChunk* staged = nullptr;        // where a device has done it all
         bool timed = false;                         // find out how long coding takes
         bool sampled = false;                       // ... and what TIERED would make of it
     };

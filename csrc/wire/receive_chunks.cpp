@@ -6,12 +6,34 @@
 #include "wire/receive_link.hpp"
 
 namespace kvwire {
+namespace {
+
+constexpr size_t PART_HEADER_BYTES = 16, PART_CODED_BYTES_AT = 4, PART_TABLE_AT = 8;
+
+// The link's tables that the parts of a payload name, as far as their headers can be followed.
+std::map<uint32_t, std::shared_ptr<const CodeTable>> tables_named(const ReceiveTables& known,
+                                                                  const FrameHeader& header,
+                                                                  const uint8_t* payload) {
+    std::map<uint32_t, std::shared_ptr<const CodeTable>> found;
+    if (Codec(header.codec) != Codec::TIERED) return found;
+    for (size_t at = 0; at + PART_HEADER_BYTES <= header.payload_bytes;) {
+        const uint32_t index = load_le<uint32_t>(payload + at + PART_TABLE_AT);
+        if (auto table = index ? known.find(index) : nullptr) found[index] = std::move(table);
+        const uint32_t coded_bytes = load_le<uint32_t>(payload + at + PART_CODED_BYTES_AT);
+        if (coded_bytes < PART_HEADER_BYTES || coded_bytes > header.payload_bytes - at) break;
+        at += coded_bytes;
+    }
+    return found;
+}
+
+}  // namespace
 
 ChunkTarget* ReceiveLink::on_chunk(uint32_t lane_index, const FrameHeader& header) {
     lane_heard_ = lane_index;
     Lane& lane = lanes_.at(lane_index);
     lane.target.revoke();
     lane.target.header = header;
+    lane.room.reset();
     lane.transfer = nullptr;
     lane.segment = nullptr;
     Transfer* transfer = find(header.transfer_id);
@@ -57,6 +79,10 @@ void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& 
     Chunk& chunk = segment.work->chunks[index];
     if (chunk.state == Chunk::VERIFIED)
         return owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
+    if (chunk.state == Chunk::LANDED) {  // the verdict will be on what is there
+        chunk.attempt = std::max(chunk.attempt, uint16_t(header.attempt));
+        return;
+    }
     if (chunk.state == Chunk::LEASED) {
         if (header.attempt <= chunk.attempt) return;
         revoke_lease(lanes_.at(chunk.lane));
@@ -80,6 +106,11 @@ void ReceiveLink::grant_lease(uint32_t lane_index, Transfer& transfer, Work& seg
     segment.touched = true;
     const size_t raw_bytes = lane.target.header.raw_bytes;
     const Codec codec = Codec(lane.target.header.codec);
+    if (const auto& zone = transfer.ticket->options().zone) {  // it is decoded elsewhere
+        lane.room = LandingZone::take(zone, lane.target.header.payload_bytes);
+        lane.target.staging = lane.room.get();
+        return;
+    }
     lane.target.placement = &segment.placement;
     lane.target.item_bytes = segment.item_bytes;
     lane.target.tables = &tables_;
@@ -101,6 +132,7 @@ void ReceiveLink::revoke_lease(Lane& lane) {
         lane.segment->chunks[index].state = Chunk::MISSING;
     }
     lane.target.revoke();
+    lane.room.reset();
     lane.transfer = nullptr;
     lane.segment = nullptr;
 }
@@ -112,14 +144,46 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     Transfer& transfer = *lane.transfer;
     Work& work = *lane.segment;
     const FrameHeader header = lane.target.header;
-    const uint32_t index = uint32_t(header.raw_offset / work.announcement.chunk_bytes);
-    Chunk& chunk = work.chunks[index];
     const Landing landing = lane.target.land(payload_crc);
+    LandingZone::Room room = std::move(lane.room);
     lane.target.revoke();
     lane.transfer = nullptr;
     lane.segment = nullptr;
+    if (!room || landing.verdict != ErrorCode::OK)
+        return settle(lane_index, transfer, work, header, landing);
+    const uint32_t chunk_bytes = work.announcement.chunk_bytes;
+    work.chunks[size_t(header.raw_offset / chunk_bytes)].state = Chunk::LANDED;
+    if (!work.landing) work.landing = std::make_shared<const Placement>(work.placement);
+    const Ticket::Options& ticket = transfer.ticket->options();
+    auto tables = tables_named(tables_, header, room.get());
+    ticket.zone->push({ticket.id, header, chunk_bytes, work.landing, std::move(room),
+                       std::move(tables)});
+}
+
+bool ReceiveLink::landed(const FrameHeader& header, ErrorCode verdict, uint32_t crc) {
+    Transfer* const transfer = find(header.transfer_id);
+    if (!transfer) return false;
+    const auto segment = transfer->segments.find(header.segment_index);
+    if (segment == transfer->segments.end() || !segment->second.work) return false;
+    if (verdict == ErrorCode::OK && crc != header.raw_crc) verdict = ErrorCode::RAW_CORRUPT;
+    Work& work = *segment->second.work;
+    Chunk& chunk = work.chunks[size_t(header.raw_offset / work.announcement.chunk_bytes)];
+    if (chunk.state != Chunk::LANDED) return true;
+    if (lanes_.empty())
+        chunk.state = Chunk::MISSING;  // it will come again, on the lanes that are to come
+    else
+        settle(lane_to_answer(), *transfer, work, header, {verdict, crc});
+    return true;
+}
+
+// A chunk is in place, or must come again.
+void ReceiveLink::settle(uint32_t lane_index, Transfer& transfer, Work& work,
+                         const FrameHeader& header, const Landing& landing) {
+    const uint32_t index = uint32_t(header.raw_offset / work.announcement.chunk_bytes);
+    Chunk& chunk = work.chunks[index];
     if (landing.verdict != ErrorCode::OK)
-        return chunk_failed(lane, chunk, landing.verdict, landing.crc);
+        return chunk_failed(lanes_.at(lane_index).writer, header, chunk, landing.verdict,
+                            landing.crc);
     chunk.state = Chunk::VERIFIED;
     chunk.raw_crc = header.raw_crc;
     ++work.verified;
@@ -145,14 +209,14 @@ void ReceiveLink::on_chunk_times(uint32_t lane_index, uint64_t receive_ns, uint6
     if (meter_.take_report(now_ns_, &speeds)) send(FrameType::SPEEDS, Id{}, encode(speeds));
 }
 
-void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual) {
-    const FrameHeader& header = lane.target.header;
+void ReceiveLink::chunk_failed(LaneWriter& writer, const FrameHeader& header, Chunk& chunk,
+                               ErrorCode reason, uint32_t actual) {
     chunk.state = Chunk::MISSING;
     Transfer& transfer = *find(header.transfer_id);
     const uint32_t chunk_bytes =
         transfer.segments.at(header.segment_index).work->announcement.chunk_bytes;
     const RepairEntry entry{header.segment_index, uint32_t(header.raw_offset / chunk_bytes),
-                            header.attempt, reason,
+                            chunk.attempt, reason,
                             reason == ErrorCode::PAYLOAD_CORRUPT ? header.payload_crc
                                                                  : header.raw_crc,
                             actual};
@@ -164,7 +228,7 @@ void ReceiveLink::chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint3
                               " in " + std::to_string(chunk.failures) + " attempts; checksum " +
                               hex32(entry.expected) + " stated, " + hex32(actual) + " computed",
                           entry.expected, actual, header.raw_offset));
-    lane.writer.control(FrameType::REPAIR, transfer.id, 0,
+    writer.control(FrameType::REPAIR, transfer.id, 0,
                         encode(std::vector<RepairEntry>{entry}));
 }
 
@@ -301,13 +365,17 @@ void ReceiveLink::send_grant(const Transfer& transfer) {
 
 void ReceiveLink::send(FrameType type, const Id& transfer_id, const Bytes& payload) {
     if (lanes_.empty()) return;
+    lanes_.at(lane_to_answer()).writer.control(type, transfer_id, 0, payload);
+}
+
+// There is a lane.
+uint32_t ReceiveLink::lane_to_answer() {
     auto able = lanes_.find(lane_heard_);
     if (able == lanes_.end() || !liveness_.serves(lane_heard_))
         able = std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& entry) {
             return liveness_.serves(entry.first);
         });
-    LaneWriter& writer = (able == lanes_.end() ? lanes_.begin() : able)->second.writer;
-    writer.control(type, transfer_id, 0, payload);
+    return (able == lanes_.end() ? lanes_.begin() : able)->first;
 }
 
 void ReceiveLink::say_end(const Id& transfer_id) {

@@ -66,6 +66,9 @@ public:
     void on_chunk_end(uint32_t lane, uint32_t payload_crc) override;
     void on_chunk_times(uint32_t lane, uint64_t receive_ns, uint64_t digest_ns) override;
 
+    // What came of a chunk that landed in a zone. False: its transfer is not of this link, or over.
+    bool landed(const FrameHeader& header, ErrorCode verdict, uint32_t crc);
+
     // Writes the receipts gathered since the last call; once per burst of reads.
     void flush();
 
@@ -89,7 +92,7 @@ public:
 private:
     static constexpr uint64_t SEGMENT_STATE_BYTES = 96;  // a Segment and its place in the map
     struct Chunk {
-        enum State : uint8_t { MISSING, LEASED, VERIFIED };
+        enum State : uint8_t { MISSING, LEASED, LANDED, VERIFIED };  // LANDED: in a zone
         uint32_t raw_crc = 0;
         uint16_t attempt = 0;  // highest seen
         uint8_t failures = 0;
@@ -103,6 +106,7 @@ private:
         uint32_t item_bytes = 1;
         DType dtype{};  // of its first item
         Placement placement;
+        std::shared_ptr<const Placement> landing;  // the same, for those who decode in a zone
         std::vector<Chunk> chunks;
         uint32_t verified = 0;
         std::optional<SegmentEnd> end;
@@ -141,6 +145,7 @@ private:
         ChunkTarget target;
         Transfer* transfer = nullptr;  // of the lease; null: none
         Work* segment = nullptr;
+        LandingZone::Room room;  // of the lease, where its ticket has a zone
         std::unique_ptr<uint8_t[]> staging;
         size_t staging_bytes = 0;
         struct Receipt { Id transfer_id; ReceiptEntry entry; };
@@ -170,8 +175,12 @@ private:
     void place_chunk(uint32_t lane, Transfer& transfer, Segment& segment);
     void grant_lease(uint32_t lane, Transfer& transfer, Work& segment, Chunk& chunk);
     void revoke_lease(Lane& lane);
+    void settle(uint32_t lane, Transfer& transfer, Work& segment, const FrameHeader& header,
+                const Landing& landing);
     static void reserve_staging(Lane& lane, size_t bytes);
-    void chunk_failed(Lane& lane, Chunk& chunk, ErrorCode reason, uint32_t actual);
+    void chunk_failed(LaneWriter& writer, const FrameHeader& header, Chunk& chunk,
+                      ErrorCode reason, uint32_t actual);
+    uint32_t lane_to_answer();
 
     void owe(uint32_t lane, const Id& transfer_id, ReceiptEntry entry);
     void maybe_complete(uint32_t lane, Transfer& transfer, uint32_t segment_index,

@@ -125,14 +125,33 @@ void SendLink::send_chunk(uint32_t lane_index, SendTransfer& transfer,
     chunk.state = SendTransfer::Chunk::IN_FLIGHT;
     chunk.lane = uint8_t(lane_index);
     transfer.in_flight_bytes += header.raw_bytes;
-    const uint32_t permitted = permitted_codecs(transfer);
+    const StagedChunk* const staged =
+        segment.staged ? &segment.staged->chunks[chunk_index] : nullptr;
+    const uint32_t permitted = staged ? 1 : permitted_codecs(transfer);
     CodecChoice::Pick pick{Codec(permitted == 1 ? 0 : transfer.codec)};
-    if (transfer.codec == CODEC_AUTO && !segment.rounding)
+    if (transfer.codec == CODEC_AUTO && !segment.rounding && !staged)
         pick = choice_.next(segment.kind, permitted);
     lanes_.at(lane_index).writer.chunk(
         header, {&segment.placement, &segment, pick.codec, segment.item_bytes,
-                 segment.coding.get(), &tables_, segment.rounding.get(), pick.timed,
-                 pick.sampled});
+                 segment.coding.get(), &tables_, segment.rounding.get(), staged,
+                 pick.timed, pick.sampled});
+}
+
+// What a device made must be the segment that it is announced as.
+void SendLink::check_staged(const SendTransfer::Segment& segment) {
+    if (!segment.staged) return;
+    const SegmentAnnouncement& announced = segment.announcement;
+    const std::vector<StagedChunk>& chunks = segment.staged->chunks;
+    bool fits = segment.staged->chunk_bytes == announced.chunk_bytes &&
+                chunks.size() == announced.chunk_count();
+    for (uint32_t i = 0; fits && i < chunks.size(); ++i) {
+        const uint32_t raw_bytes = announced.chunk_raw_bytes(i);
+        fits = chunks[i].codec == Codec::RAW ? chunks[i].payload_bytes == raw_bytes
+                                             : chunks[i].payload_bytes < raw_bytes;
+    }
+    if (!fits)
+        throw Error(ErrorCode::INTERNAL, "staged chunks are not those of their segment",
+                    announced.chunk_count(), chunks.size());
 }
 
 uint32_t SendLink::agreed_codecs(const SendTransfer& transfer) const {
@@ -162,19 +181,34 @@ bool SendLink::take_checksum(uint32_t lane, const LaneWriter::Prepared& prepared
     const FrameHeader& header = prepared.header;
     auto& segment = *static_cast<SendTransfer::Segment*>(prepared.source.owner);
     SendTransfer& transfer = *find(header.transfer_id);
-    if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding)
+    if (transfer.codec == CODEC_AUTO && prepared.was_usual && !segment.rounding && !segment.staged)
         choice_.coded(segment.kind, prepared.source.codec, header.raw_bytes, header.payload_bytes,
                       prepared.coding_ns);
     if (prepared.tiered_bytes)
         choice_.predicted(segment.kind, header.raw_bytes, prepared.tiered_bytes);
     SendTransfer::Chunk& chunk =
         segment.chunks[size_t(header.raw_offset / segment.announcement.chunk_bytes)];
+    if (!staged_is_intact(transfer, segment, header)) return false;
     if (!source_is_unchanged(transfer, segment, chunk, header)) return false;
     transfer.observer.on_sent(header.payload_bytes, header.attempt != 0);
     if (is_known(segment) && segment.end_due && segment.next_unsent == segment.chunks.size())
         send_segment_end(lane, transfer, segment);
     wake(transfer);
     return true;
+}
+
+// Of a raw chunk the device's checksum is that of the payload; what a coded one lost on its way to
+// the host shows when it is decoded.
+bool SendLink::staged_is_intact(SendTransfer& transfer, const SendTransfer::Segment& segment,
+                                const FrameHeader& header) {
+    if (!segment.staged || header.codec != 0 || header.payload_crc == header.raw_crc) return true;
+    fail(transfer, Error(ErrorCode::RAW_CORRUPT,
+                         "segment " + std::to_string(header.segment_index) +
+                             ": what came from the device is not what it read; checksum " +
+                             hex32(header.raw_crc) + " there, " + hex32(header.payload_crc) +
+                             " here",
+                         header.raw_crc, header.payload_crc, header.raw_offset));
+    return false;
 }
 
 bool SendLink::source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,

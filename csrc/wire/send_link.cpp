@@ -211,11 +211,9 @@ void SendLink::start_offer(std::shared_ptr<SendTransfer> transfer, const Id& tic
     open(std::move(transfer));
 }
 
-void SendLink::push(SendTransfer& transfer, std::vector<Item> items, int32_t priority) {
-    SendTransfer::Push push;
-    push.items = std::move(items);
-    push.priority = priority;
-    transfer.pushes.push_back(std::move(push));
+void SendLink::push(SendTransfer& transfer, std::vector<Item> items, int32_t priority,
+                    std::shared_ptr<const StagedSegment> staged) {
+    transfer.pushes.push_back({std::move(items), priority, std::move(staged)});
     if (transfer.grant && !transfer.ended) announce_pushes(transfer);
 }
 
@@ -230,6 +228,10 @@ void SendLink::on_grant(SendTransfer& transfer, ByteSpan payload) {
     const Grant grant = decode_grant(payload);
     if (transfer.grant) return;
     transfer.grant = grant;
+    const uint64_t chunk_bytes = std::min<uint64_t>(
+        {options_.chunk_bytes, grant.chunk_bytes_max, payload_bytes_max_, grant.window_bytes});
+    transfer.chunk_bytes = uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
+    transfer.codecs = permitted_codecs(transfer);
     transfer.observer.on_granted();
     announce_pushes(transfer);
 }
@@ -284,14 +286,11 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     segment->item_bytes =
         item_bytes(transfer.manifest.groups[first.group].tensors[first.tensor].dtype);
     announcement.raw_bytes = segment->placement.bytes();
-    const uint64_t chunk_bytes =
-        std::min<uint64_t>({options_.chunk_bytes, transfer.grant->chunk_bytes_max,
-                            payload_bytes_max_, transfer.grant->window_bytes});
-    announcement.chunk_bytes =
-        uint32_t(chunk_bytes - chunk_bytes % limits::chunk_bytes_min);
+    announcement.chunk_bytes = transfer.chunk_bytes;
     announcement.items = std::move(items);
     segment->kind = main_kind(transfer.manifest, announcement.items);
-    if (permitted_codecs(transfer) >> uint8_t(Codec::TIERED) & 1) {
+    segment->staged = transfer.pushes[push].staged;
+    if (!segment->staged && permitted_codecs(transfer) >> uint8_t(Codec::TIERED) & 1) {
         const Manifest& manifest = transfer.manifest;
         const auto coding =
             std::make_shared<SegmentCoding>(options_.code_book, announcement.chunk_bytes);
@@ -310,6 +309,7 @@ void SendLink::add_segment(SendTransfer& transfer, uint32_t push, std::vector<It
     }
     segment->announcement_payload = encode(announcement);
     segment->chunks.resize(announcement.chunk_count());
+    check_staged(*segment);
     transfer.to_dispatch.emplace(-int64_t(segment->priority), segment->index);
     transfer.pushed_bytes += announcement.raw_bytes;
     if (open_bytes_ == 0) busy_since_ns_ = now_ns_;

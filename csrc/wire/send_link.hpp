@@ -19,6 +19,7 @@
 #include "wire/manifest.hpp"
 #include "wire/turns.hpp"
 #include "wire/segment_rounding.hpp"
+#include "wire/staged.hpp"
 
 namespace kvwire {
 
@@ -76,6 +77,7 @@ public:
         TensorKind kind;  // of most of its bytes
         std::shared_ptr<const SegmentCoding> coding;      // null: without the tiered code
         std::shared_ptr<const SegmentRounding> rounding;  // null: nothing in it is lossy
+        std::shared_ptr<const StagedSegment> staged;      // null: to be read from the pages
         std::vector<Chunk> chunks;
         uint32_t next_unsent = 0;
         uint32_t crcs_known = 0;
@@ -89,6 +91,7 @@ public:
     struct Push {
         std::vector<Item> items;
         int32_t priority = 0;
+        std::shared_ptr<const StagedSegment> staged;
         uint32_t open_segments = 0;
         bool complete = false;
     };
@@ -103,6 +106,8 @@ public:
     uint64_t serial = 0;                   // in the order of opening on the link
 
     std::optional<Grant> grant;
+    uint32_t chunk_bytes = 0;              // of its segments; known with the grant
+    uint32_t codecs = 1;                   // bit n: codec n may be used; likewise
     std::vector<Push> pushes;
     size_t pushes_announced = 0;           // how many have become segments
     std::vector<std::unique_ptr<Segment>> segments;
@@ -142,7 +147,9 @@ public:
 
     void open(std::shared_ptr<SendTransfer> transfer);
     // Pushes are numbered from 0 in the order of the calls. They go by priority, then by number.
-    void push(SendTransfer& transfer, std::vector<Item> items, int32_t priority = 0);
+    // `staged`: the chunks, as a device made them; then the items are one segment's at most.
+    void push(SendTransfer& transfer, std::vector<Item> items, int32_t priority = 0,
+              std::shared_ptr<const StagedSegment> staged = nullptr);
     static void finish(SendTransfer& transfer, Bytes metadata, uint16_t metadata_count);
     void fail(SendTransfer& transfer, const Error& error, bool tell_peer = true);
     void fail_all(const Error& error) override;
@@ -208,11 +215,14 @@ private:
     bool dispatch(uint32_t lane, SendTransfer& transfer);
     bool dispatch_chunk(uint32_t lane, SendTransfer& transfer);
     void announce(uint32_t lane, const SendTransfer& transfer, SendTransfer::Segment& segment);
+    static void check_staged(const SendTransfer::Segment& segment);
     void send_chunk(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment,
                     uint32_t chunk_index);
     bool take_checksum(uint32_t lane, const LaneWriter::Prepared& chunk);
     uint32_t agreed_codecs(const SendTransfer& transfer) const;     // bit n: codec n
     uint32_t permitted_codecs(const SendTransfer& transfer) const;  // of those, lossless
+    bool staged_is_intact(SendTransfer& transfer, const SendTransfer::Segment& segment,
+                          const FrameHeader& header);
     bool source_is_unchanged(SendTransfer& transfer, SendTransfer::Segment& segment,
                              SendTransfer::Chunk& chunk, const FrameHeader& header);
     void send_segment_end(uint32_t lane, SendTransfer& transfer, SendTransfer::Segment& segment);

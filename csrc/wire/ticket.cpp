@@ -208,7 +208,13 @@ uint32_t Ticket::claim(const Manifest& manifest, const Item& item, Placement& pl
         return 0;
     }
     placement.append(group, item, *memory_);
-    zero_missing_columns(group, item, *memory_);
+    if (!options_.zone)
+        zero_missing_columns(group, item, *memory_);
+    else if (lacks_columns(group, item, *memory_))
+        throw Error(ErrorCode::SPEC_MISMATCH,
+                    "layer " + std::to_string(item.layer) + ": the sender has fewer convolution "
+                    "columns than the destination, which is in a device's memory: give it a "
+                    "destination of as many columns, or one in host memory");
     return claimed;
 }
 

@@ -12,6 +12,7 @@
 
 #include "base/error.hpp"
 #include "plan/placement.hpp"
+#include "wire/landing_zone.hpp"
 #include "wire/manifest.hpp"
 
 namespace kvwire {
@@ -54,6 +55,7 @@ public:
         uint16_t source_rank_count = 1;
         uint16_t destination_rank = 0, destination_rank_count = 1;
         uint32_t codecs = ~0u;
+        std::shared_ptr<LandingZone> zone;  // set: the memory is a device's
     };
 
     // All that `memory` covers must arrive.

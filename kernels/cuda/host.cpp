@@ -5,26 +5,35 @@ using namespace kvwire;
 
 namespace {
 
+enum Verb { UNPACK, PACK, NARROW };
+
 template <class Word>
-void copy_all(bool pack, int64_t tiles, const Leg* legs, const int64_t* tile_starts,
+void copy_all(int verb, int64_t tiles, const Leg* legs, const int64_t* tile_starts,
               int64_t leg_count, const int64_t* block_ids, uint8_t* segment, int64_t* bad_entry,
               int rows, int words) {
     HostCta cta;
     uint8_t* addresses[2048];
-    for (int64_t tile = 0; tile < tiles; ++tile)
-        if (pack)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        if constexpr (sizeof(Word) == 2 || sizeof(Word) == 8)
+            if (verb == NARROW) {
+                copy_tile<Word, true, ToE4m3>(cta, tile, legs, tile_starts, leg_count, block_ids,
+                                              segment, bad_entry, rows, words, addresses);
+                continue;
+            }
+        if (verb == PACK)
             copy_tile<Word, true>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
                                   bad_entry, rows, words, addresses);
         else
             copy_tile<Word, false>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
                                    bad_entry, rows, words, addresses);
+    }
 }
 
 }  // namespace
 
 extern "C" {
 
-void kvwire_host_copy(int pack, int word_bytes, int64_t tiles, const Leg* legs,
+void kvwire_host_copy(int verb, int word_bytes, int64_t tiles, const Leg* legs,
                       const int64_t* tile_starts, int64_t leg_count, const int64_t* block_ids,
                       uint8_t* segment, int64_t* bad_entry, int rows, int words) {
     const auto copy = word_bytes == 16  ? copy_all<Word16>
@@ -32,7 +41,7 @@ void kvwire_host_copy(int pack, int word_bytes, int64_t tiles, const Leg* legs,
                       : word_bytes == 4 ? copy_all<uint32_t>
                       : word_bytes == 2 ? copy_all<uint16_t>
                                         : copy_all<uint8_t>;
-    copy(pack, tiles, legs, tile_starts, leg_count, block_ids, segment, bad_entry, rows, words);
+    copy(verb, tiles, legs, tile_starts, leg_count, block_ids, segment, bad_entry, rows, words);
 }
 
 void kvwire_host_encode(int64_t chunk_count, uint8_t* bytes, const Leg* legs, int64_t leg_count,

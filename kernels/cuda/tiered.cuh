@@ -201,8 +201,28 @@ KVWIRE_DEVICE int64_t encode_part(Cta& cta, const Segment& segment, int64_t raw_
     return stop;
 }
 
-// Codes one chunk into its slot: raw where the code does not make it shorter. `*coded_bytes`: what
-// lies there. With `crc_tables` the sum of the raw bytes' remainders is added to `*crc`.
+// A chunk without parts: its bytes to `out` as they are, each read once. Begins with a sync().
+template <class Cta>
+KVWIRE_DEVICE uint32_t copy_raw(Cta& cta, const Segment& segment, const ChunkRow& chunk,
+                                const CrcTables* crc_tables, uint8_t* out, StripMemory& memory) {
+    uint32_t remainder = 0;
+    for (int64_t done = 0; done < chunk.raw_bytes; done += STRIP_BYTES_MAX) {
+        const int64_t left = chunk.raw_bytes - done;
+        const int bytes = int(left < STRIP_BYTES_MAX ? left : STRIP_BYTES_MAX);
+        cta.sync();
+        move_range<true>(cta, segment, chunk.raw_offset + done, bytes, memory.raw);
+        cta.sync();
+        if (crc_tables)
+            remainder ^= crc_remainder(cta, *crc_tables, memory.raw, bytes, left - bytes,
+                                       memory.lanes);
+        copy_bytes(cta, out + done, memory.raw, bytes);
+    }
+    return remainder;
+}
+
+// Codes one chunk into its slot: raw where the code does not make it shorter, or where it has no
+// parts. `*coded_bytes`: what lies there. With `crc_tables` the sum of the raw bytes' remainders is
+// added to `*crc`.
 template <class Cta>
 KVWIRE_DEVICE void encode_chunk(Cta& cta, const Segment& segment, const ChunkRow& chunk,
                                 const PartRow* parts, const uint8_t* blob,
@@ -212,6 +232,10 @@ KVWIRE_DEVICE void encode_chunk(Cta& cta, const Segment& segment, const ChunkRow
     int64_t raw_offset = chunk.raw_offset, at = 0;
     const int64_t stop = chunk.raw_offset + chunk.raw_bytes;
     uint32_t remainder = 0;
+    if (chunk.part_count == 0) {
+        remainder = copy_raw(cta, segment, chunk, crc_tables, slot.out, memory);
+        at = chunk.raw_bytes;
+    }
     for (int64_t number = 0; number < chunk.part_count; ++number) {
         const PartRow& part = parts[chunk.first_part + number];
         at = encode_part(cta, segment, raw_offset, stop, part, blob, crc_tables, &remainder, at,

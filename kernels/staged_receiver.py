@@ -1,0 +1,274 @@
+"""The staging thread of a `Receiver`: payloads that have landed to the pages of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvwire import _native
+from kvwire.codec import Codec
+from kvwire.errors import InternalError, KvwireError
+from kvwire.kernels import crc_math
+from kvwire.kernels.code_plan import SLOT_ALIGNMENT, Payload, ReadPlan, table_of_bytes
+from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.stages import DecodeStage
+from kvwire.kernels.staging import Arena, Staging
+
+__all__ = ["StagedReceiver", "Target"]
+
+STAGES = 2
+ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones land in memory that is not pinned
+COPIES_KEPT = 16  # plans of segments, for each ticket
+POLL_S = 0.05
+
+
+@dataclass(eq=False)
+class Target:
+    """One ticket for device memory. `error`: what staging failed it with."""
+
+    ready: object   # event after which the pages may be written
+    memory: object  # kept for as long as they may be; None: they are not any more
+    native: object = None  # once it is bound
+    error: KvwireError | None = None
+    writing: int = 0
+    copies: dict = field(default_factory=dict)  # (transfer, segment) -> CopyPlan
+
+    def ended(self) -> bool:
+        return self.native is not None and self.native.progress()[4]
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Payloads of one segment in one stage."""
+
+    target: Target
+    stage: DecodeStage
+    landed: list
+
+
+class StagedReceiver:
+    """Decodes what lands, chunk by chunk, and tells the receiver what came of it.
+
+    Args:
+        verdict: verdict(landed, error code, raw CRC32C).
+        chunk_bytes_max: the largest payload.
+
+    Raises LimitError where the device, or page-locked memory, has no room.
+    """
+
+    def __init__(self, staging: Staging, device, verdict: Callable, chunk_bytes_max: int):
+        device.attach()
+        self._device, self._verdict = device, verdict
+        self._stream = device.stream()
+        self._constants = Arena(device)
+        tables, = self._constants.lay([crc_math.cuda_tables()], self._stream)
+        blocks = device.blocks_max(staging.sm_share)
+        coded_bytes = max(staging.slice_bytes, chunk_bytes_max)
+        self._stages = [DecodeStage(device, tables, blocks, coded_bytes) for _ in range(STAGES)]
+        rooms = staging.ring_bytes // ROOM_BYTES
+        self._pinned = device.pinned(rooms * ROOM_BYTES)
+        self.room_count = rooms
+        self.zone = _native.LandingZone(
+            [self._pinned.ctypes.data + at * ROOM_BYTES for at in range(rooms)], ROOM_BYTES)
+        self.changed = threading.Condition()
+        self._targets: dict[bytes, Target] = {}
+        self._under_way: deque[_Batch] = deque()
+        self._next_landed: object | None = None
+        self._closed, self._broken = False, None
+        self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
+        self._thread.start()
+
+    def add(self, name: bytes, memory, ready) -> Target:
+        """Return what stands for a ticket that is about to be bound; it is forgotten when that has
+        ended. Raises what has broken the device."""
+        if self._broken:
+            raise self._broken
+        target = Target(ready, memory)
+        with self.changed:
+            self._targets = {known: each for known, each in self._targets.items()
+                             if each.writing or not each.ended()} | {name: target}
+        return target
+
+    def bound(self, target: Target, native) -> None:
+        """Say what `add` was for; None: it could not be bound."""
+        with self.changed:
+            target.native = native
+            if native is None:
+                self._targets = {name: each for name, each in self._targets.items()
+                                 if each is not target}
+            self.changed.notify_all()
+        if self._broken and native is not None:
+            self._fail(target, self._broken)
+
+    def wait_idle(self, target: Target) -> None:
+        """Wait until the device writes no page of a ticket that has ended."""
+        with self.changed:
+            self.changed.wait_for(lambda: target.writing == 0)
+            target.memory = None
+
+    def close(self) -> None:
+        """Stop. All tickets have ended, or end with it."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+        self.zone.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            self._device.attach()
+            while not self._closed:
+                landed = self._take(0.0 if self._under_way else POLL_S)
+                if landed is not None:
+                    self._begin(landed)
+                if self._under_way and (landed is None or len(self._under_way) == STAGES):
+                    self._settle_oldest()
+        except BaseException as error:  # the device's: none of its tickets can go on
+            self._break_down(error)
+        finally:
+            for batch in self._under_way:
+                self._give_up(batch)
+            self._under_way.clear()
+            if self._next_landed is not None:
+                self._next_landed.release()
+
+    def _take(self, timeout_s: float):
+        landed, self._next_landed = self._next_landed, None
+        return landed if landed is not None else self.zone.pop(timeout_s)
+
+    def _target_of(self, landed) -> Target | None:
+        """Return the ticket that a payload is for; None: it has ended."""
+        with self.changed:
+            target = self._targets.get(landed.ticket_id)
+            # A ticket can be filled before bound() has told us of it.
+            self.changed.wait_for(lambda: target is None or target.native or self._closed)
+            if target is None or self._closed or target.ended():
+                return None
+            target.writing += 1
+            return target
+
+    def _begin(self, landed) -> None:
+        """Enqueue a payload, and those of its segment that have landed after it."""
+        target = self._target_of(landed)
+        if target is None:
+            landed.release()
+            return
+        busy = {batch.stage for batch in self._under_way}
+        stage = next(stage for stage in self._stages if stage not in busy)
+        batch = _Batch(target, stage, [landed])
+        room = stage.coded_bytes - _padded(landed.payload_bytes)
+        while (more := self._take(0.0)) is not None:
+            if _segment(more) != _segment(landed) or _padded(more.payload_bytes) > room:
+                self._next_landed = more
+                break
+            room -= _padded(more.payload_bytes)
+            batch.landed.append(more)
+        try:
+            self._enqueue(batch)
+        except KvwireError as error:
+            self._not_written(target)
+            for each in batch.landed:
+                each.release()
+            if isinstance(error, InternalError):
+                raise
+            self._fail(target, error)
+
+    def _enqueue(self, batch: _Batch) -> None:
+        target, key = batch.target, _segment(batch.landed[0])
+        if key not in target.copies:
+            if len(target.copies) == COPIES_KEPT:
+                target.copies.clear()
+            target.copies[key] = CopyPlan.of_placements([batch.landed[0].placement])
+        tables = _tables_of(batch.landed)
+        try:
+            payloads = _payloads(batch.landed)
+            plan = ReadPlan.of_payloads(payloads, tables)
+        except KvwireError:
+            self._sort_out(batch, tables)
+            if not batch.landed:
+                return self._not_written(target)
+            payloads = _payloads(batch.landed)
+            plan = ReadPlan.of_payloads(payloads, tables)
+        self._device.wait_for(self._stream, target.ready)
+        batch.stage.enqueue(target.copies[key], payloads, plan, self._stream)
+        self._under_way.append(batch)
+
+    def _sort_out(self, batch: _Batch, tables: Callable) -> None:
+        """Give their verdict to payloads whose headers are wrong, and take them out."""
+        kept = []
+        for landed in batch.landed:
+            try:
+                ReadPlan.of_payloads(_payloads([landed]), tables)
+            except KvwireError as error:
+                self._verdict(landed, int(error.code), 0)
+                landed.release()
+            else:
+                kept.append(landed)
+        batch.landed = kept
+
+    def _settle_oldest(self) -> None:
+        batch = self._under_way[0]
+        results = batch.stage.results()
+        self._under_way.popleft()
+        self._not_written(batch.target)
+        for landed, (code, crc) in zip(batch.landed, results):
+            self._verdict(landed, code, crc)
+            landed.release()
+
+    def _not_written(self, target: Target) -> None:
+        with self.changed:
+            target.writing -= 1
+            self.changed.notify_all()
+
+    def _fail(self, target: Target, error: BaseException) -> None:
+        target.error = target.error or error
+        target.native.cancel()
+
+    def _give_up(self, batch: _Batch) -> None:
+        try:
+            batch.stage.wait()
+        except Exception:  # the error that is on its way says it
+            pass
+        self._not_written(batch.target)
+        for landed in batch.landed:
+            landed.release()
+
+    def _break_down(self, error: BaseException) -> None:
+        with self.changed:
+            self._broken = error
+            targets = list(self._targets.values())
+        for target in targets:
+            if not target.ended():
+                self._fail(target, error)
+        self.zone.close()
+
+
+def _segment(landed) -> tuple[bytes, int]:
+    return landed.transfer_id, landed.segment_index
+
+
+def _padded(count: int) -> int:
+    return count + -count % SLOT_ALIGNMENT
+
+
+def _payloads(landed: list) -> list[Payload]:
+    """Return the payloads as they will lie in a stage, one after another."""
+    payloads, at = [], 0
+    for each in landed:
+        room = (ctypes.c_uint8 * each.payload_bytes).from_address(each.address)
+        payloads.append(Payload(memoryview(room).cast("B"), at, each.raw_offset, each.raw_bytes,
+                                each.codec == Codec.RAW))
+        at += _padded(each.payload_bytes)
+    return payloads
+
+
+def _tables_of(landed: list) -> Callable:
+    """Return the look-up of the link's tables that payloads name."""
+    tables = {index: data for each in landed for index, data in each.tables.items()}
+    return lambda index: table_of_bytes(tables[index]) if index in tables else None

@@ -1,0 +1,433 @@
+"""The staging thread of a `Sender`: slices of device memory to chunks that the wire can take."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvwire import _native, plan
+from kvwire.codec import Codec
+from kvwire.control import Item
+from kvwire.errors import (
+    ErrorCode, InternalError, KvwireError, TransferCancelled, UnsupportedError, UsageError,
+)
+from kvwire.kernels import crc_math
+from kvwire.kernels.code_plan import CodePlan, table_of_bytes
+from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.stages import EncodeStage
+from kvwire.kernels.staging import Arena, PinnedRing, Slot, Staging, check_fits
+from kvwire.layout import CacheSpec
+from kvwire.tiered import Part
+
+__all__ = ["Source", "StagedSender", "slices_of"]
+
+STAGES = 3  # slices under way: one is made, one is copied, one waits for room
+GRANT_POLL_S, RECLAIM_POLL_S = 0.002, 0.02
+
+
+@dataclass(eq=False)
+class Source:
+    """One transfer out of device memory. `error`: what staging failed it with."""
+
+    native: object
+    memory: object
+    spec: CacheSpec
+    groups: list = field(init=False)
+    error: KvwireError | None = None
+    metadata: tuple[bytes, int] | None = None  # of the end, once finish() was called
+    to_hand: int = 0                           # slices that the native side does not have yet
+    reading: int = 0                           # slices whose pages the device may be reading
+    terms: tuple[int, int] = (0, 0)            # chunk bytes, codecs by bit; (0, 0): no grant yet
+    plain: set = field(default_factory=set)    # (layer, group, tensor) of which no table is made
+
+    def __post_init__(self) -> None:
+        self.groups = plan.to_native(self.spec)
+
+    def ended(self) -> bool:
+        return self.native.progress()[4]
+
+    def granted(self) -> bool:
+        if not self.terms[0]:
+            self.terms = self.native.terms(0.0)
+        return self.terms[0] > 0
+
+
+@dataclass(eq=False)
+class StagedSlices:
+    """What became of one push: how many slices are not handed on, and the native pushes."""
+
+    to_hand: int
+    numbers: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Slice:
+    source: Source
+    items: list[Item]
+    ready: object
+    priority: int
+    push: StagedSlices
+    stage: EncodeStage | None = None
+    slot: Slot | None = None
+    chunks: list = field(default_factory=list)
+    copied: object = None
+
+
+def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Iterator[list[Item]]:
+    """Yield the items of a push in portions of at most `slice_bytes`; blocks stay whole where they
+    fit.
+
+    Raises LimitError: a token's row, or a state, is larger.
+    """
+    def tensor(item):
+        return spec.groups[item.group_index].tensors[item.tensor_index]
+
+    states, taken = [], 0
+    for item in (item for item in items if not tensor(item).has_tokens):
+        count = tensor(item).row_bytes
+        check_fits(f"layer {item.layer}, tensor {tensor(item).name}", count, slice_bytes)
+        if taken + count > slice_bytes:
+            yield states
+            states, taken = [], 0
+        states, taken = [*states, item], taken + count
+    if states:
+        yield states
+    tokened = [item for item in items if tensor(item).has_tokens]
+    for (group, _, start, stop), same in itertools.groupby(
+            tokened, lambda item: (item.group_index, item.layer, item.token_start,
+                                   item.token_stop)):
+        same = list(same)
+        row_bytes = sum(tensor(item).row_bytes for item in same)
+        check_fits(f"a token of group {group}", row_bytes, slice_bytes)
+        step, block = slice_bytes // row_bytes, spec.groups[group].block_tokens or 1
+        while start < stop:
+            end = min(start + step, stop)
+            if end < stop and end - end % block > start:
+                end -= end % block
+            yield [Item(item.group_index, item.tensor_index, item.layer, start, end)
+                   for item in same]
+            start = end
+
+
+class StagedSender:
+    """Queues slices by priority, and brings each to pinned memory and to its native transfer.
+
+    Raises LimitError where the device, or page-locked memory, has no room.
+    """
+
+    def __init__(self, staging: Staging, device, code_book):
+        device.attach()
+        self._device, self._staging, self._book = device, staging, code_book
+        self._compute, self._copy = device.stream(), device.stream()
+        self._constants = Arena(device)
+        tables, = self._constants.lay([crc_math.cuda_tables()], self._compute)
+        blocks = device.blocks_max(staging.sm_share)
+        self._stages = [EncodeStage(device, tables, blocks, staging.slice_bytes)
+                        for _ in range(STAGES)]
+        self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
+                               staging.slice_bytes)
+        self.changed = threading.Condition()
+        self._waiting: list[tuple[int, int, _Slice]] = []
+        self._serial = itertools.count()
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()  # they hold the arrays
+        self._lent: deque[tuple[object, int, Slot]] = deque()  # transfer, push, slot
+        self._made: deque[_Slice] = deque()
+        self._copying: deque[_Slice] = deque()
+        self._closed, self._broken = False, None
+        self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
+        self._thread.start()
+
+    def add(self, native, memory, spec: CacheSpec) -> Source:
+        """Return what stands for a transfer here."""
+        source = Source(native, memory, spec)
+        with self.changed:
+            self._sources.add(source)
+        if self._broken:
+            self._fail(source, self._broken)
+        return source
+
+    def push(self, source: Source, items: Sequence[Item], ready, priority: int) -> StagedSlices:
+        """Queue the items; `ready`: event after which their pages are final."""
+        portions = list(slices_of(source.spec, items, self._staging.slice_bytes))
+        push = StagedSlices(len(portions))
+        with self.changed:
+            if source.metadata is not None:
+                raise UsageError("push after finish: the transfer's end has been announced")
+            if self._closed or self._broken:  # the transfer has ended, or is about to
+                push.to_hand = 0
+                return push
+            source.to_hand += len(portions)
+            for items in portions:
+                heapq.heappush(self._waiting, (-priority, next(self._serial), _Slice(
+                    source, items, ready, priority, push)))
+            self.changed.notify_all()
+        return push
+
+    def finish(self, source: Source, metadata: tuple[bytes, int]) -> None:
+        """Announce the end once all that was pushed has been handed on."""
+        with self.changed:
+            if source.metadata is not None:
+                raise UsageError("finish was called before")
+            source.metadata = metadata
+            hand_now = source.to_hand == 0
+        if hand_now:
+            source.native.finish(*metadata)
+
+    def wait_idle(self, source: Source) -> None:
+        """Wait until the device reads no page of a transfer that has ended."""
+        with self.changed:
+            self.changed.wait_for(lambda: source.reading == 0)
+
+    def close(self) -> None:
+        """Stop. All transfers have ended, or end with it; slots are back when it returns."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            self._device.attach()
+            while (slice_ := self._next()) is not None or not self._closed:
+                self._step(slice_)
+        except BaseException as error:  # the device's: none of its transfers can go on
+            self._break_down(error)
+        finally:
+            for slice_ in (*self._made, *self._copying):
+                self._give_up(slice_)
+            self._made.clear()
+            self._copying.clear()
+            self._drop_waiting()
+            for native, number, slot in self._lent:
+                native.cancel()
+                slot.release()
+            self._lent.clear()
+
+    def _step(self, slice_: _Slice | None) -> None:
+        if slice_ is not None and self._begin(slice_):
+            self._made.append(slice_)
+        if self._made and (slice_ is None or len(self._made) > 1):
+            self._copy_oldest()
+        while self._copying and (self._copying[0].copied.done()
+                                 or slice_ is None and not self._made
+                                 or len(self._made) + len(self._copying) >= STAGES):
+            self._hand_oldest()
+        self._reclaim()
+
+    def _next(self) -> _Slice | None:
+        """Return the first slice that may be sent; None: nothing now, or closed. Waits where
+        nothing is under way."""
+        with self.changed:
+            while not self._closed:
+                slice_ = self._first_granted()
+                if slice_ is not None:
+                    return slice_
+                if self._made or self._copying:
+                    return None
+                self._reclaim()
+                self.changed.wait(GRANT_POLL_S if self._waiting else
+                                  RECLAIM_POLL_S if self._lent else None)
+        return None
+
+    def _first_granted(self) -> _Slice | None:
+        passed, found = [], None
+        while self._waiting and found is None:
+            entry = heapq.heappop(self._waiting)
+            if entry[2].source.ended():
+                self._handed(entry[2])
+            elif entry[2].source.granted():
+                found = entry[2]
+            else:
+                passed.append(entry)
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
+        return found
+
+    def _begin(self, slice_: _Slice) -> bool:
+        """Enqueue the making of a slice; False: its transfer is over, or failed with it."""
+        source = slice_.source
+        with self.changed:
+            if source.ended():
+                self._handed(slice_)
+                return False
+            source.reading += 1
+        busy = {each.stage for each in (*self._made, *self._copying)}
+        slice_.stage = next(stage for stage in self._stages if stage not in busy)
+        try:
+            copies = CopyPlan.of_items(source.spec, slice_.items, source.memory,
+                                       source.memory.block_counts)
+            self._device.wait_for(self._compute, slice_.ready)
+            slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
+        except KvwireError as error:
+            self._not_read(source)
+            self._done_with(slice_)
+            if isinstance(error, InternalError):
+                raise
+            self._fail(source, error)
+            return False
+        return True
+
+    def _codes(self, slice_: _Slice, copies: CopyPlan) -> CodePlan:
+        chunk_bytes, codecs = slice_.source.terms
+        ranges = [(at, min(chunk_bytes, copies.bytes - at))
+                  for at in range(0, copies.bytes, chunk_bytes)]
+        if not codecs >> Codec.TIERED & 1:
+            return CodePlan.of_chunks(ranges)
+        source, raw = slice_.source, b""
+        coder = _native.SegmentCoder(self._book, source.spec.model, source.groups,
+                                     plan.native_items(slice_.items), copies.placements[0],
+                                     chunk_bytes)
+        names = {(item.layer, item.group_index, item.tensor_index) for item in slice_.items}
+        chunks = []
+        for at, count in ranges:
+            parts, at_hand = coder.parts(at, count)
+            if not at_hand and not raw and not names <= source.plain:
+                raw = self._raw(slice_.stage, copies)
+                parts, at_hand = coder.parts(at, count, raw)
+                if not at_hand and all(table is None for _, table, _ in parts):
+                    source.plain |= names
+            chunks.append((at, [Part(size, table_of_bytes(table) if table else None, position)
+                                for size, table, position in parts]))
+        try:
+            return CodePlan.of_chunks(chunks, with_strips=False)
+        except UnsupportedError:  # bases that repeat too late
+            return CodePlan.of_chunks(ranges)
+
+    def _raw(self, stage: EncodeStage, copies: CopyPlan) -> bytes:
+        """Return a slice as it is, once for each tensor: what its code tables are made of."""
+        stage.enqueue(copies, CodePlan.of_chunks([(0, copies.bytes)]), self._compute)
+        (address, count, _), = stage.results()
+        raw = np.empty(count, np.uint8)
+        self._device.to_host(raw, address, self._copy)
+        self._device.record(self._copy).wait()
+        return raw.tobytes()
+
+    def _copy_oldest(self) -> None:
+        """Enqueue the copy of what is made: payloads side by side, neighbours in one copy."""
+        slice_ = self._made[0]
+        source = slice_.source
+        slice_.slot = self._slot()
+        try:
+            made = slice_.stage.results()
+        except UsageError as error:  # of this transfer's block ids
+            made, source.error = [], source.error or error
+        self._made.popleft()
+        self._not_read(source)
+        if not made:
+            self._fail(source, source.error)
+            slice_.slot.release()
+            self._done_with(slice_)
+            return
+        room, at, raw_chunk = slice_.slot.room, 0, source.terms[0]
+        left = slice_.stage.raw_bytes
+        runs: list[list[int]] = []  # address, bytes, where to
+        for address, count, crc in made:
+            raw = count == min(raw_chunk, left)
+            left -= min(raw_chunk, left)
+            slice_.chunks.append((room.ctypes.data + at, count, crc,
+                                  int(Codec.RAW if raw else Codec.TIERED)))
+            if runs and runs[-1][0] + runs[-1][1] == address:
+                runs[-1][1] += count
+            else:
+                runs.append([address, count, at])
+            at += count
+        for address, count, where in runs:
+            self._device.to_host(room[where:where + count], address, self._copy)
+        slice_.copied = self._device.record(self._copy)
+        self._copying.append(slice_)
+
+    def _slot(self) -> Slot:
+        while (slot := self.ring.try_acquire()) is None:
+            if self._closed:
+                raise TransferCancelled("the sender was closed", code=ErrorCode.CANCELLED)
+            if self._copying:
+                self._hand_oldest()
+            elif self._lent:
+                native, number, _ = self._lent[0]
+                native.wait_push(number, RECLAIM_POLL_S)
+            self._reclaim()
+        return slot
+
+    def _hand_oldest(self) -> None:
+        slice_ = self._copying[0]
+        slice_.copied.wait()
+        self._copying.popleft()
+        source = slice_.source
+        try:
+            number = source.native.push(plan.native_items(slice_.items), slice_.priority,
+                                        (source.terms[0], slice_.chunks))
+        except KvwireError as error:
+            slice_.slot.release()
+            self._fail(source, error)
+        else:
+            self._lent.append((source.native, number, slice_.slot))
+            slice_.push.numbers.append(number)
+        self._done_with(slice_)
+
+    def _reclaim(self) -> None:
+        """Take back the slots of pushes that have completed."""
+        for _ in range(len(self._lent)):
+            native, number, slot = self._lent.popleft()
+            if native.wait_push(number, 0.0):
+                slot.release()
+            else:
+                self._lent.append((native, number, slot))
+
+    def _not_read(self, source: Source) -> None:
+        with self.changed:
+            source.reading -= 1
+            self.changed.notify_all()
+
+    def _done_with(self, slice_: _Slice) -> None:
+        with self.changed:
+            self._handed(slice_)
+
+    def _handed(self, slice_: _Slice) -> None:
+        """Count it; with the lock."""
+        source = slice_.source
+        source.to_hand -= 1
+        slice_.push.to_hand -= 1
+        self.changed.notify_all()
+        if source.to_hand == 0 and source.metadata is not None and not source.ended():
+            source.native.finish(*source.metadata)
+
+    def _fail(self, source: Source, error: BaseException) -> None:
+        source.error = source.error or error
+        source.native.cancel()
+
+    def _give_up(self, slice_: _Slice) -> None:
+        """Of what was under way: wait for the device, which may have been lost."""
+        for wait in (slice_.stage.wait, getattr(slice_.copied, "wait", lambda: None)):
+            try:
+                wait()
+            except Exception:  # the error that is on its way says it
+                pass
+        if slice_.copied is None:
+            self._not_read(slice_.source)
+        if slice_.slot is not None:
+            slice_.slot.release()
+        self._done_with(slice_)
+
+    def _drop_waiting(self) -> None:
+        with self.changed:
+            dropped, self._waiting = self._waiting, []
+            for _, _, slice_ in dropped:
+                self._handed(slice_)
+
+    def _break_down(self, error: BaseException) -> None:
+        with self.changed:
+            self._broken = error
+            sources = list(self._sources)
+        for source in sources:
+            if not source.ended():
+                self._fail(source, error)
