@@ -196,7 +196,7 @@ class SsdTier:
 
     def _read_run(self, run: _Run, memory: CacheMemory, start: int, stop: int) -> None:
         try:
-            with FileReader.open(run.path) as reader:
+            with FileReader.open(run.path, direct=True) as reader:
                 self._check(run, reader.contents)
                 reader.read_into(memory, None, (min(start, memory.tokens[0]), stop))
         except (KvwireError, OSError):
