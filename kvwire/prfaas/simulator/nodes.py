@@ -335,7 +335,7 @@ class DecodeNodes:
         return waiting + [request for active in self._active for request in active.values()]
 
     def _begin(self, request: Request) -> None:
-        node = max(range(self.node_count), key=self._free.__getitem__)
+        node = self._free.index(max(self._free))
         self._free[node] -= 1
         self._free_sum -= 1
         request.stage, request.stage_since_s = Stage.DECODE, self._queue.now_s

@@ -152,16 +152,17 @@ class _Routed:
     def attach(self, simulation: Simulation) -> None:
         """See `Policy`."""
         self._simulation = simulation
-        self._clusters = [(nodes, self._nodes(nodes)) for nodes in
-                          (simulation.remote, simulation.local) if nodes is not None]
-        self._views = {nodes.name: views for nodes, views in self._clusters}
-        self._numbers = {view.name: number for _, views in self._clusters
+        self._remote, self._local = clusters = [
+            None if nodes is None else (nodes, self._nodes(nodes))
+            for nodes in (simulation.remote, simulation.local)]
+        views_of = {nodes.name: views for nodes, views in filter(None, clusters)}
+        self._numbers = {view.name: number for views in views_of.values()
                          for number, view in enumerate(views)}
         caches = {"prfaas": simulation.remote_cache, "pd": simulation.local_cache}
         index = ClusterIndex(
-            {name: [view.name for view in views] for name, views in self._views.items()},
+            {name: [view.name for view in views] for name, views in views_of.items()},
             {name: cache for name, cache in caches.items()
-             if cache is not None and name in self._views})
+             if cache is not None and name in views_of})
         self._router = Router(index, simulation.trace.block_tokens,
                               simulation.deployment.prfaas.profile,
                               simulation.deployment.local.profile, rule=self._rule,
@@ -175,7 +176,7 @@ class _Routed:
     def choose(self, request: Request) -> Choice | None:
         """See `Policy`."""
         simulation = self._simulation
-        remote, local = self._up("prfaas"), self._up("pd")
+        remote, local = _up(self._remote), _up(self._local)
         view = self._view(remote, local)
         if not local and not (remote and view.remote_up):
             return None
@@ -186,15 +187,6 @@ class _Routed:
         return Choice(is_remote, self._numbers[decision.node], codec,
                       decision.cached_tokens if decision.fetch_tokens else 0,
                       decision.prefill_s, decision)
-
-    def _up(self, name: str) -> list[_Node]:
-        """Return the nodes that are known to be up, their queues as they are now."""
-        for nodes, views in self._clusters:
-            if nodes.name == name:
-                if nodes.tell_queues(views):
-                    return views
-                return [view for view in views if view.queue_s < math.inf]
-        return []
 
     def _goodput_gbps(self) -> tuple[float, float]:
         """Return what the link carried since the last call, and how long ago that was."""
@@ -208,10 +200,20 @@ class _Routed:
     def _queue_means_s(self) -> tuple[float, float]:
         """Return how long a new request would wait, in the mean over the nodes of each cluster."""
         means = []
-        for name in ("prfaas", "pd"):
-            waits = [node.queue_s for node in self._up(name)]
+        for cluster in (self._remote, self._local):
+            waits = [node.queue_s for node in _up(cluster)]
             means.append(sum(waits) / len(waits) if waits else 0.0)
         return means[0], means[1]
+
+
+def _up(cluster: tuple[PrefillNodes, list[_Node]] | None) -> list[_Node]:
+    """Return the nodes that are known to be up, their queues as they are now."""
+    if cluster is None:
+        return []
+    nodes, views = cluster
+    if nodes.tell_queues(views):
+        return views
+    return [view for view in views if view.queue_s < math.inf]
 
 
 class Published(_Routed):
@@ -303,7 +305,7 @@ class Kvwire(_Routed):
         simulation = self._simulation
         view = self._controller.view(simulation.queue.now_s, remote, local)
         gone = not (simulation.remote_up and simulation.link_up)  # known before the next tick
-        return replace(view, remote_up=False) if gone else view
+        return view._replace(remote_up=False) if gone else view
 
     def _noted(self, decision: RouteDecision) -> None:
         self._controller.note(self._simulation.queue.now_s, decision)

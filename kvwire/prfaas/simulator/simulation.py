@@ -240,20 +240,18 @@ class Simulation:
         pieces = pieces_of(now_s, now_s + service_s)[:-1]
         fresh = request.tokens - max(request.cached_tokens, request.held_tokens)
         if fresh > 0:
-            self._expect_piece(request, request.transfer, fresh, pieces, 0)
-
-    def _expect_piece(self, request: Request, transfer: Transfer, fresh: int,
-                      pieces: list[tuple[float, float]], number: int) -> None:
-        if number < len(pieces):
-            self.queue.at(pieces[number][0], self._piece,
-                          (request, transfer, fresh, pieces, number))
+            self.queue.at(pieces[0][0], self._piece,
+                          (request, request.transfer, fresh, pieces, 0))
 
     def _piece(self, piece: tuple) -> None:
         request, transfer, fresh, pieces, number = piece
         if transfer.cancelled:
             return
         self._send_kv(request, fresh * pieces[number][1])
-        self._expect_piece(request, transfer, fresh, pieces, number + 1)
+        number += 1
+        if number < len(pieces):
+            self.queue.at(pieces[number][0], self._piece,
+                          (request, transfer, fresh, pieces, number))
 
     def _send_kv(self, request: Request, tokens: float) -> None:
         count = self.profile.kv_bytes_per_token * tokens / request.choice.codec.kv_ratio
