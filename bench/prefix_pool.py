@@ -6,7 +6,8 @@
          (with room, and with what has to go first) and an eviction, per block and per call; and a
          match in the embedded index.
 - trace: what LRU and the cost-aware policy save on a trace of requests in the format of
-         Mooncake's (JSON lines, `input_length` and `hash_ids` of 512 tokens).
+         Mooncake's (JSON lines, `input_length` and `hash_ids` of 512 tokens), in memory and, by
+         `SsdTier`'s accounts without its files, on SSD ("ssd trace").
 - ssd:   runs of a real geometry through `SsdTier`, against plain writes and reads of as many bytes
          in the same folder and round, through the page cache and past it (O_DIRECT, two pieces at
          once): the share is of the faster. Nothing is left of the page cache before reads.
@@ -52,6 +53,7 @@ MODELS = {  # bytes per token, bytes of states
     "attention only": (122_880, 0),
 }
 TRACE_CAPACITIES_GB = (100, 300, 1000)
+SSD_CAPACITIES_GB = (300, 1000, 3000)
 
 
 def prefill_s(cached: int, total: int) -> float:
@@ -149,6 +151,49 @@ def trace_rows(path: Path) -> Iterator[dict]:
                 yield {"case": "trace", "model": model, "capacity_gb": capacity_gb,
                        "policy": label, "token_hit_ratio": round(tokens / all_tokens, 4),
                        "prefill_s_saved": round(seconds, 1), "prefill_s_all": round(all_s, 1)}
+
+
+def ssd_trace_rows(path: Path) -> Iterator[dict]:
+    """Yield what files alone save on the trace, which an SSD that reads at once would give."""
+    prompts = list(_prompts(path))
+    all_tokens = sum(tokens for _, tokens in prompts)
+    for model, sizes in MODELS.items():
+        geometry = BlockGeometry.of_sizes(TRACE_TOKENS, *sizes)
+        for capacity_gb in SSD_CAPACITIES_GB:
+            for label, policy in policies().items():
+                with tempfile.TemporaryDirectory() as folder:
+                    tier = _SsdAccounts(folder, bytes(8), geometry, int(capacity_gb * 1e9),
+                                        policy=policy)
+                    tokens, seconds = _replay_ssd(tier, prompts)
+                    tier.close()
+                progress(f"ssd trace: {model}, {capacity_gb} GB, {label}")
+                yield {"case": "ssd trace", "model": model, "capacity_gb": capacity_gb,
+                       "policy": label, "token_hit_ratio": round(tokens / all_tokens, 4),
+                       "prefill_s_saved": round(seconds, 1)}
+
+
+class _SsdAccounts(SsdTier):
+    """An `SsdTier` whose files have sizes, and nothing else."""
+
+    def _save(self, run, memory):
+        blocks = len(run.hashes) + run.state * self.geometry.state_blocks
+        return blocks * self.geometry.block_bytes
+
+    def _read_run(self, run, memory, start, stop):
+        pass
+
+
+def _replay_ssd(tier: SsdTier, prompts: list[tuple[list[bytes], int]]) -> tuple[int, float]:
+    tokens, seconds = 0, 0.0
+    for hashes, _ in prompts:
+        held = tier.match(hashes, b"")
+        if held.usable_tokens:
+            tokens += held.usable_tokens
+            seconds += prefill_s(0, held.usable_tokens)
+            tier.read(hashes[:held.usable_tokens // TRACE_TOKENS], b"", 0, lambda *run: None)
+        ends = {held.kv_blocks, len(hashes)} - {0} if tier.geometry.state_blocks else ()
+        tier.write(hashes, b"", sorted(ends), lambda *run: None)
+    return tokens, seconds
 
 
 def _replay(pool: PrefixPool, prompts: list[tuple[list[bytes], int]]) -> tuple[int, float]:
@@ -334,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "pool" in cases:
         rows += pool_rows(options.blocks, options.samples)
     if "trace" in cases and options.trace is not None:
-        rows += trace_rows(options.trace)
+        rows += [*trace_rows(options.trace), *ssd_trace_rows(options.trace)]
     if "ssd" in cases:
         rows += ssd_rows(options.folder, options.rounds, options.run_blocks, options.pause)
     for row in rows:
