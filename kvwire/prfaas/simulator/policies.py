@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvwire.prfaas.codecs import EXACT_OPTIONS, RAW, TIERED, CodecOption
 from kvwire.prfaas.controller import Controller, ControllerSettings, LinkSignals, QueueSignals
-from kvwire.prfaas.conversion import LengthWindow, Planner, StageSignals
+from kvwire.prfaas.conversion import (
+    ConversionSettings, LengthWindow, Planner, Revision, StageSignals,
+)
 from kvwire.prfaas.profiles import GBPS, ModelProfile
 from kvwire.prfaas.router import RouteDecision, Router, RouteRequest, Rule, Target
 from kvwire.prfaas.simulator.caches import ClusterIndex
@@ -281,20 +283,29 @@ class Kvwire(_Routed):
         deployment, plan: solved with the lossless ratios (`wire_of`).
         sooner_s: see `Router`.
         revise_s: how often the planner looks at the lengths that were seen.
+        conversion: when it changes a node's role, if the simulation lets it.
     """
 
     def __init__(self, deployment: Deployment, plan: Plan, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = EXACT_OPTIONS,
                  settings: ControllerSettings = SETTINGS, sooner_s: float = SOONER_S,
-                 revise_s: float = 600.0):
+                 revise_s: float = 600.0, conversion: ConversionSettings = ConversionSettings()):
         super().__init__("kvwire", rule, options, sooner_s)
         self.interval_s = settings.period_s
         self._controller = Controller(deployment, plan, settings)
-        split = replace(deployment, local=replace(deployment.local,
-                                                  prefill_nodes=plan.prefill_nodes))
-        self._planner = Planner(split, plan, window=LengthWindow(1024))
+        self._deployment, self._plan, self._conversion = deployment, plan, conversion
         self._revise_s = revise_s
         self._revised_s = 0.0
+        self._worked = 0.0, 0.0
+        self._converting: Revision | None = None
+
+    def attach(self, simulation: Simulation) -> None:
+        """See `Policy`."""
+        super().attach(simulation)
+        fixed = None if simulation.conversion_s is not None else self._plan.prefill_nodes
+        split = replace(self._deployment, local=replace(self._deployment.local,
+                                                        prefill_nodes=fixed))
+        self._planner = Planner(split, self._plan, self._conversion, window=LengthWindow(1024))
 
     @staticmethod
     def wire_of(deployment: Deployment, codec: CodecOption = TIERED) -> Deployment:
@@ -324,8 +335,31 @@ class Kvwire(_Routed):
             simulation.queue.now_s,
             LinkSignals(gbps, simulation.link.queued_bytes, up=up),
             QueueSignals(*self._queue_means_s()))
+        if self._converting is not None and not simulation.converting:
+            self._controller.replan(self._converting.deployment, self._converting.plan)
+            self._converting = None
         if simulation.queue.now_s - self._revised_s >= self._revise_s:
-            self._revised_s = simulation.queue.now_s
-            revision = self._planner.revise(simulation.queue.now_s, StageSignals(0.0, 0.0))
-            if revision is not None:
-                self._controller.replan(revision.deployment, revision.plan)
+            self._revise()
+
+    def _revise(self) -> None:
+        simulation, now_s = self._simulation, self._simulation.queue.now_s
+        if self._converting is not None:
+            return
+        revision = self._planner.revise(now_s, self._stages(now_s - self._revised_s))
+        self._revised_s = now_s
+        if revision is not None and revision.convert and simulation.convert(revision.convert):
+            self._converting = revision  # its threshold holds once the node is there
+        elif revision is not None:
+            self._controller.replan(revision.deployment, revision.plan)
+
+    def _stages(self, passed_s: float) -> StageSignals:
+        """Return how busy the local stages were since the last look."""
+        simulation = self._simulation
+        if simulation.conversion_s is None:
+            return StageSignals(0.0, 0.0)
+        before, decode = self._worked, simulation.decode
+        self._worked = simulation.local.worked_s(), decode.worked_s()
+        prefill_s, decode_s = (now - was for now, was in zip(self._worked, before))
+        nodes = max(1, simulation.prefill_nodes)
+        slots = decode.slots * max(1, self._deployment.local.nodes - simulation.prefill_nodes)
+        return StageSignals(prefill_s / passed_s / nodes, decode_s / passed_s / slots)
