@@ -90,12 +90,19 @@ class DirectWriter:
 def read_ahead(file: int, extents: Iterable[Extent], *, direct: bool) -> Iterator[memoryview]:
     """Yield the bytes of each extent of an open file, or as many as it has of it.
 
+    A single one is read at once, through the page cache.
+
     Args:
         extents: of `PIECE_BYTES` at most, or they are read in more memory.
         direct: past the page cache, for what will not be read again soon.
 
     A view is good until the next one is asked for. Close the generator if it is not exhausted.
     """
+    extents = list(extents)
+    if len(extents) < 2:  # nothing to read ahead
+        for offset, count in extents:
+            yield memoryview(os.pread(file, count, offset))
+        return
     fd = _opened_again(file) if direct else os.dup(file)
     threads = ThreadPoolExecutor(_THREADS, "kvwire file reader")
     try:
