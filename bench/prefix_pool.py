@@ -6,15 +6,18 @@
          (with room, and with what has to go first) and an eviction, per block and per call; and a
          match in the embedded index.
 - trace: what LRU and the cost-aware policy save on a trace of requests in the format of
-         Mooncake's (JSON lines, `input_length` and `hash_ids` of 512 tokens).
+         Mooncake's (JSON lines, `input_length` and `hash_ids` of 512 tokens), in memory and, by
+         `SsdTier`'s accounts without its files, on SSD ("ssd trace").
 - ssd:   runs of a real geometry through `SsdTier`, against plain writes and reads of as many bytes
-         in the same folder and round; nothing is left of the page cache before reads.
+         in the same folder and round, through the page cache and past it (O_DIRECT, two pieces at
+         once): the share is of the faster. Nothing is left of the page cache before reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import random
 import statistics
@@ -23,6 +26,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +43,7 @@ from kvwire.prfaas.pool.ssd_tier import SsdTier
 POOL_BLOCKS = 1_000_000
 CHAIN_BLOCKS = 24        # 12K tokens in blocks of 512, the mean of Mooncake's trace
 TRACE_TOKENS = 512
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 4 << 20
 
 # Seconds of prefill by tokens: arXiv 2604.15039, Table 5, from a floor at 0.
 PREFILL_POINTS = ((0, 0.41), (1024, 0.44), (8192, 0.72), (32_000, 1.84), (130_000, 7.40))
@@ -49,6 +53,7 @@ MODELS = {  # bytes per token, bytes of states
     "attention only": (122_880, 0),
 }
 TRACE_CAPACITIES_GB = (100, 300, 1000)
+SSD_CAPACITIES_GB = (300, 1000, 3000)
 
 
 def prefill_s(cached: int, total: int) -> float:
@@ -148,6 +153,49 @@ def trace_rows(path: Path) -> Iterator[dict]:
                        "prefill_s_saved": round(seconds, 1), "prefill_s_all": round(all_s, 1)}
 
 
+def ssd_trace_rows(path: Path) -> Iterator[dict]:
+    """Yield what files alone save on the trace, which an SSD that reads at once would give."""
+    prompts = list(_prompts(path))
+    all_tokens = sum(tokens for _, tokens in prompts)
+    for model, sizes in MODELS.items():
+        geometry = BlockGeometry.of_sizes(TRACE_TOKENS, *sizes)
+        for capacity_gb in SSD_CAPACITIES_GB:
+            for label, policy in policies().items():
+                with tempfile.TemporaryDirectory() as folder:
+                    tier = _SsdAccounts(folder, bytes(8), geometry, int(capacity_gb * 1e9),
+                                        policy=policy)
+                    tokens, seconds = _replay_ssd(tier, prompts)
+                    tier.close()
+                progress(f"ssd trace: {model}, {capacity_gb} GB, {label}")
+                yield {"case": "ssd trace", "model": model, "capacity_gb": capacity_gb,
+                       "policy": label, "token_hit_ratio": round(tokens / all_tokens, 4),
+                       "prefill_s_saved": round(seconds, 1)}
+
+
+class _SsdAccounts(SsdTier):
+    """An `SsdTier` whose files have sizes, and nothing else."""
+
+    def _save(self, run, memory):
+        blocks = len(run.hashes) + run.state * self.geometry.state_blocks
+        return blocks * self.geometry.block_bytes
+
+    def _read_run(self, run, memory, start, stop):
+        pass
+
+
+def _replay_ssd(tier: SsdTier, prompts: list[tuple[list[bytes], int]]) -> tuple[int, float]:
+    tokens, seconds = 0, 0.0
+    for hashes, _ in prompts:
+        held = tier.match(hashes, b"")
+        if held.usable_tokens:
+            tokens += held.usable_tokens
+            seconds += prefill_s(0, held.usable_tokens)
+            tier.read(hashes[:held.usable_tokens // TRACE_TOKENS], b"", 0, lambda *run: None)
+        ends = {held.kv_blocks, len(hashes)} - {0} if tier.geometry.state_blocks else ()
+        tier.write(hashes, b"", sorted(ends), lambda *run: None)
+    return tokens, seconds
+
+
 def _replay(pool: PrefixPool, prompts: list[tuple[list[bytes], int]]) -> tuple[int, float]:
     tokens, seconds = 0, 0.0
     for hashes, _ in prompts:
@@ -183,26 +231,38 @@ def ssd_rows(folder: str | None, rounds: int, run_blocks: int, pause_s: float) -
         piece[...] = rng.integers(0, 256, piece.size, np.uint8)
     slots = list(range(run_blocks + geometry.state_blocks))
     targets = [slot + len(slots) for slot in slots]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for number in range(rounds + 1):  # the first is a warm-up
-            seconds, run_bytes = _ssd_round(Path(place), host, slots, targets, run_blocks, number,
-                                            pause_s)
+            taken, run_bytes = _ssd_round(Path(place), host, slots, targets, run_blocks, number,
+                                          pause_s)
             progress(f"ssd: round {number} of {rounds}")
-            for name, value in seconds.items() if number else ():
-                found.setdefault(name, []).append(run_bytes / value / 1e9)
+            for name, seconds in taken.items() if number else ():
+                found.setdefault(name, []).append(seconds)
     for way in ("write", "read"):
-        disk, tier = (statistics.median(found[f"{way} {who}"]) for who in ("disk", "tier"))
-        shares = [b / a for a, b in zip(found[f"{way} disk"], found[f"{way} tier"])]
         yield {"case": "ssd", "operation": way, "run_bytes": run_bytes, "rounds": rounds,
-               "disk_gbps": round(disk, 3), "tier_gbps": round(tier, 3),
-               "share": round(statistics.median(shares), 3), "verified": True}
+               **_ssd_row(way, found, run_bytes / 1e9), "verified": True}
+
+
+def _ssd_row(way: str, found: dict[str, list[tuple[float, float]]], run_gb: float) -> dict:
+    """Compare the tier with the plain way that is the faster one in the median."""
+    wall_s = {name.removeprefix(f"{way} "): [wall for wall, _ in taken]
+              for name, taken in found.items() if name.startswith(way)}
+    tier_s = wall_s.pop("tier")
+    best = min(wall_s, key=lambda name: statistics.median(wall_s[name]))
+    rates = {f"disk_{name}_gbps": round(run_gb / statistics.median(taken), 3)
+             for name, taken in wall_s.items()}
+    cpu_s = statistics.median(cpu for _, cpu in found[f"{way} tier"])
+    return {**rates, "disk": best, "tier_gbps": round(run_gb / statistics.median(tier_s), 3),
+            "share": round(statistics.median(plain / tier for plain, tier
+                                             in zip(wall_s[best], tier_s)), 3),
+            "tier_cpu_s_per_gb": round(cpu_s / run_gb, 3)}
 
 
 def _ssd_round(place: Path, host: HostTier, slots: list[int], targets: list[int], blocks: int,
-               number: int, pause_s: float) -> tuple[dict[str, float], int]:
-    """Return the seconds of each way, and the bytes that each moved."""
-    geometry, seconds = host.geometry, {}
+               number: int, pause_s: float) -> tuple[dict[str, tuple[float, float]], int]:
+    """Return the seconds, and CPU seconds, of each way, and the bytes that each moved."""
+    geometry, taken = host.geometry, {}
     stop = blocks * geometry.block_tokens
     # The same folders in all rounds: a virtual disk takes blocks faster that it has seen before.
     tier = SsdTier(place / "tier", host.spec.fingerprint(), geometry, 1 << 40)
@@ -210,7 +270,9 @@ def _ssd_round(place: Path, host: HostTier, slots: list[int], targets: list[int]
     source = host.memory(slots[:blocks], (0, stop), slots[blocks:])
     target = host.memory(targets[:blocks], (0, stop), targets[blocks:], writable=True)
     data = memoryview(host._memory)[:source.bytes]
-    plain = place / "plain"
+    into = memoryview(mmap.mmap(-1, source.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    into[:] = data  # its pages are there, as the tier's are
+    plain = {name: place / name for name in ("buffered", "direct")}
 
     def tier_write() -> None:
         tier.write(hashes, b"t", (blocks,), lambda low, high, state: source)
@@ -218,22 +280,24 @@ def _ssd_round(place: Path, host: HostTier, slots: list[int], targets: list[int]
     def tier_read() -> None:
         tier.read(hashes, b"t", 0, lambda low, high, state: target)
 
-    writes = {"write disk": lambda: _write_plain(plain, data), "write tier": tier_write}
-    into = memoryview(bytearray(len(data)))
-    reads = {"read disk": lambda: _read_plain(plain, into), "read tier": tier_read}
+    writes = {"write buffered": lambda: _write_buffered(plain["buffered"], data),
+              "write direct": lambda: _write_direct(plain["direct"], data),
+              "write tier": tier_write}
+    reads = {"read buffered": lambda: _read_buffered(plain["buffered"], into),
+             "read direct": lambda: _read_direct(plain["direct"], into), "read tier": tier_read}
     for steps in (writes, reads):
         order = list(steps.items())
-        for name, step in order if number % 2 else order[::-1]:
+        for name, step in order[number % 3:] + order[:number % 3]:
             _forget_pages(place)
             time.sleep(pause_s)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             step()
-            seconds[name] = time.perf_counter() - start
+            taken[name] = time.perf_counter() - start, time.process_time() - cpu
     _check_same(host, slots, targets, blocks)
     tier.close()
-    for path in [plain, *place.rglob("*.kvc")]:
+    for path in [*plain.values(), *place.rglob("*.kvc")]:
         path.unlink()
-    return seconds, source.bytes
+    return taken, source.bytes
 
 
 def _check_same(host: HostTier, slots: list[int], targets: list[int], blocks: int) -> None:
@@ -247,20 +311,41 @@ def _check_same(host: HostTier, slots: list[int], targets: list[int], blocks: in
         array[targets[:blocks]] = 0
 
 
-def _write_plain(path: Path, data: memoryview) -> None:
-    """Write as fast as the disk takes it: it begins with each piece, as kvwire's files do."""
+def _write_buffered(path: Path, data: memoryview) -> None:
     with open(path, "wb", buffering=0) as file:
         for at in range(0, len(data), _PIECE_BYTES):
             file.write(data[at:at + _PIECE_BYTES])
-            os.posix_fadvise(file.fileno(), at, _PIECE_BYTES, os.POSIX_FADV_DONTNEED)
         os.fsync(file.fileno())
 
 
-def _read_plain(path: Path, into: memoryview) -> None:
+def _write_direct(path: Path, data: memoryview) -> None:
+    _direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, data,
+            lambda fd, piece, at: os.pwrite(fd, piece, at))
+
+
+def _read_buffered(path: Path, into: memoryview) -> None:
     with open(path, "rb", buffering=0) as file:
         at = 0
         while at < len(into):
             at += file.readinto(into[at:at + _PIECE_BYTES])
+
+
+def _read_direct(path: Path, into: memoryview) -> None:
+    _direct(path, os.O_RDONLY, into, lambda fd, piece, at: os.preadv(fd, [piece], at))
+
+
+def _direct(path: Path, flags: int, data: memoryview,
+            step: Callable[[int, memoryview, int], int]) -> None:
+    """Move whole pages past the page cache, two pieces at once."""
+    fd = os.open(path, flags | os.O_DIRECT)
+    pages = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
+    with ThreadPoolExecutor(2) as threads:
+        moved = threads.map(lambda at: step(fd, data[at:min(at + _PIECE_BYTES, pages)], at),
+                            range(0, pages, _PIECE_BYTES))
+        if sum(moved) != pages:
+            raise SystemExit(f"{path}: the disk did not take or give {pages} bytes")
+    os.fsync(fd)
+    os.close(fd)
 
 
 def _forget_pages(place: Path) -> None:
@@ -294,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "pool" in cases:
         rows += pool_rows(options.blocks, options.samples)
     if "trace" in cases and options.trace is not None:
-        rows += trace_rows(options.trace)
+        rows += [*trace_rows(options.trace), *ssd_trace_rows(options.trace)]
     if "ssd" in cases:
         rows += ssd_rows(options.folder, options.rounds, options.run_blocks, options.pause)
     for row in rows:

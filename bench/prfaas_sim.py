@@ -4,7 +4,8 @@
     python -m bench.prfaas_sim --speed          # seconds and memory of large simulations
 
 The closed form checked, the times to first token of table 6, the four policies on a trace, kvwire's
-against the published one at several bandwidths, and what happens when something breaks.
+against the published one at several bandwidths, nodes that change their roles, and what happens
+when something breaks.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from kvwire.prfaas.throughput import Link
 
 __all__ = ["main", "table_6_ttft"]
 
-PARTS = ("closed-form", "table-6", "policies", "faults", "beyond-cold", "beyond-agentic",
-         "beyond-conversation")
+PARTS = ("closed-form", "table-6", "policies", "conversion", "faults", "beyond-cold",
+         "beyond-agentic", "beyond-conversation")
 LINKS_GBPS = {"cold": (100, 25, 10, 7, 5), "agentic": (100, 25, 10), "conversation": (100, 10)}
 COUNT = 6000
 COLD_COUNT = 10_000  # long enough that a queue that grows is seen to
 CASE_COUNT = 20_000
+CONVERSION_HOURS = 4.0
+REQUESTS_PER_HOUR = 15_000
 SPEED = {"published, no pools": (1_000_000, 60), "kvwire, no pools": (1_000_000, 60),
          "published, pools": (100_000, 120), "kvwire, pools": (100_000, 120)}
 """Requests, and the seconds that they may take."""
@@ -122,7 +125,8 @@ def simulated(options: argparse.Namespace) -> list[Row]:
     case, rows = fit_case_study(), []
     parts: dict[str, Callable[..., Iterable[Row]]] = {
         "closed-form": _closed_form, "table-6": _table_6, "policies": _policies,
-        "faults": _faults} | {f"beyond-{name}": _beyond(name) for name in LINKS_GBPS}
+        "conversion": _conversion, "faults": _faults} | {
+            f"beyond-{name}": _beyond(name) for name in LINKS_GBPS}
     for part in options.parts:
         for row in parts[part](case, trace, options):
             rows.append(row)
@@ -192,6 +196,14 @@ def _beyond(name: str) -> Callable[..., Iterator[Row]]:
               f"{name}: requests/s with P90 TTFT within {traffic.ttft_p90_max_s:g} s",
               [f"{gbps} Gbit/s" for gbps in LINKS_GBPS[name]], rates)
     return part
+
+
+def _conversion(case: CaseStudy, trace: Trace | None, options: argparse.Namespace
+                ) -> Iterator[Row]:
+    progress("conversion")
+    hours = (CONVERSION_HOURS if options.requests is None
+             else options.requests / REQUESTS_PER_HOUR)
+    return cases.conversion(case, hours, options.seed)
 
 
 def _faults(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from kvwire.prfaas.simulator.traces import Trace
 from kvwire.prfaas.throughput import Deployment, Link, Plan, evaluate, solve
 
 __all__ = ["FAULTS", "Traffic", "agentic", "beyond", "closed_form", "cold", "conversation",
-           "faults", "four_policies", "table_6"]
+           "conversion", "faults", "four_policies", "table_6"]
 
 TTFT_PAPER_S = {"PrfaaS-PD": (2.22, 3.51), "homogeneous PD": (4.44, 9.73),
                 "naive heterogeneous PD": (1.74, 3.51)}
@@ -257,6 +257,54 @@ def four_policies(case: CaseStudy, traffic: Traffic, link: Link,
         keep[name] = times_to_first_token(simulation)
         yield {"part": "policies", "traffic": traffic.name, "link_gbps": link.gbps,
                **summarise(simulation).as_json(), "policy": name}
+
+
+# ---- conversion
+
+def conversion(case: CaseStudy, hours: float, seed: int, conversion_s: float = 120.0
+               ) -> Iterator[Row]:
+    """Yield what becomes of requests whose prompts get four times shorter after a quarter of the
+    time, with the split that was right before, and with nodes that change their roles."""
+    given = replace(case.remote_prefill, link=Link(100.0))
+    coded = Kvwire.wire_of(given)
+    lengths = given.lengths
+    shorter = replace(coded, lengths=replace(lengths, mu=lengths.mu - math.log(4)))
+    plan, best = solve(coded), solve(shorter)
+    stays = solve(replace(shorter, local=replace(shorter.local,
+                                                 prefill_nodes=plan.prefill_nodes)))
+    trace, changes_s = _two_phases(hours * 3600, (
+        (coded, 0.8 * plan.lambda_max_rps), (shorter, 0.9 * best.lambda_max_rps)), seed)
+    for name, time_s in (("fixed", None), ("converting", conversion_s)):
+        simulation = Simulation(trace, given, plan.prefill_nodes, Kvwire(coded, plan),
+                                conversion_s=time_s)
+        simulation.run()
+        times_s = times_to_first_token(simulation)
+        last = trace.arrival_s >= trace.arrival_s[-1] - 0.25 * (trace.arrival_s[-1] - changes_s)
+        yield {"part": "conversion", "roles": name, "requests": len(trace),
+               "changes_s": round(changes_s), "prefill_nodes_before": plan.prefill_nodes,
+               "prefill_nodes_best": best.prefill_nodes,
+               "lambda_max_rps": _short(stays.lambda_max_rps),
+               "lambda_max_best_rps": _short(best.lambda_max_rps),
+               "conversion_s": conversion_s,
+               "conversions": [[round(begin_s), round(end_s), step]
+                               for begin_s, end_s, step in simulation.conversions],
+               "ttft_p90_before_s": _p90(times_s[trace.arrival_s < changes_s]),
+               "ttft_p90_s": _p90(times_s[last]), "leaks": simulation.leaks()}
+
+
+def _two_phases(duration_s: float, phases: Sequence[tuple[Deployment, float]], seed: int
+                ) -> tuple[Trace, float]:
+    """Return a trace of requests as a deployment expects them, at a rate, for a quarter of the
+    time, and of others then; and when that is."""
+    parts, begins_s = [], [0.0]
+    for (given, rate_rps), share in zip(phases, (0.25, 0.75)):
+        part = generator.cold_trace(given.lengths, int(rate_rps * share * duration_s), rate_rps,
+                                    seed + len(parts), round(given.output_tokens))
+        parts.append(replace(part, arrival_s=part.arrival_s + begins_s[-1]))
+        begins_s.append(float(parts[-1].arrival_s[-1]))
+    joined = (np.concatenate([getattr(part, field) for part in parts])
+              for field in ("arrival_s", "input_tokens", "output_tokens"))
+    return Trace(*joined), begins_s[1]
 
 
 # ---- faults

@@ -90,7 +90,29 @@ def _parser() -> argparse.ArgumentParser:
                       help="what limits it, against the threshold (needs matplotlib)")
     plan.add_argument("--json", metavar="FILE", type=Path, help="the plan, for programs")
     plan.set_defaults(run=_plan)
+    _add_simulate(commands)
     return parser
+
+
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    simulate = commands.add_parser("simulate", help="play requests through a deployment")
+    simulate.add_argument("file", metavar="FILE.toml", type=Path, help="as `kvwire plan` reads it")
+    simulate.add_argument("--trace", metavar="FILE", type=Path, help="requests as JSON lines, in "
+                          "the format of Mooncake's traces (by default prompts of the file's "
+                          "lengths, that share nothing)")
+    simulate.add_argument("--requests", type=int, default=10_000, metavar="N",
+                          help="at most (default 10,000)")
+    simulate.add_argument("--rate", type=float, metavar="REQUESTS/S", help="mean rate of arrival "
+                          "(by default the trace's, or 0.8 of what the plan sustains)")
+    simulate.add_argument("--pool-gb", type=float, default=0.0, metavar="GB", help="prefix pool "
+                          "of each cluster (default 0: none)")
+    simulate.add_argument("--conversion-s", type=float, metavar="SECONDS", help="let kvwire's "
+                          "policy convert local nodes, which takes so long")
+    simulate.add_argument("--seed", type=int, default=1)
+    simulate.add_argument("--plot", metavar="FILE.png", type=Path,
+                          help="times to first token (needs matplotlib)")
+    simulate.add_argument("--json", metavar="FILE", type=Path, help="all figures, for programs")
+    simulate.set_defaults(run=_simulate)
 
 
 def _lanes(text: str) -> int:
@@ -183,6 +205,54 @@ def _plan(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plots.plot_plan(described, plan, options.plot)
     return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import json
+
+    from kvwire.prfaas import deployment
+    from kvwire.prfaas.simulator import comparison, plots, traces
+    for name in ("pool_gb", "conversion_s"):
+        if not 0 <= (getattr(options, name) or 0) < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
+                             "a number of at least 0")
+    described = deployment.load(options.file)
+    trace = None if options.trace is None else traces.read_trace(options.trace)
+    if options.plot is not None:
+        plots.require_matplotlib()
+    described, trace = comparison.requests_of(described, trace, count=options.requests,
+                                              rate_rps=options.rate, seed=options.seed)
+    progress = _Progress(len(trace))
+    outcomes = dict(comparison.compare(described, trace, pool_bytes=options.pool_gb * 1e9,
+                                       conversion_s=options.conversion_s, progress=progress))
+    progress.end()
+    print(f"{described.name}: {len(trace):,} requests in {trace.duration_s:,.0f} s\n")
+    print(comparison.text(outcomes))
+    if options.json is not None:
+        rows = {name: outcome.summary.as_json() | {"conversions": outcome.conversions}
+                for name, outcome in outcomes.items()}
+        options.json.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", "utf-8")
+    if options.plot is not None:
+        plots.plot_ttft(described.name, {name: outcome.times_s
+                                         for name, outcome in outcomes.items()}, options.plot)
+    return 0
+
+
+class _Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, count: int):
+        self._count, self._shown = count, sys.stderr.isatty()
+
+    def __call__(self, name: str, index: int) -> None:
+        if self._shown:
+            done = 30 * index // self._count
+            sys.stderr.write(f"\r{name:<10} [{'#' * done:<30}] {index:,} of {self._count:,}")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
 
 
 if __name__ == "__main__":

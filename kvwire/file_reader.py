@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from kvwire import _native, plan
 from kvwire.checksum import crc32c, segment_digest, transfer_digest
 from kvwire.codec import Codec, decode_chunk
 from kvwire.control import Commit, End, Index, Item, Segment
+from kvwire.direct_io import PIECE_BYTES, read_ahead
 from kvwire.errors import ErrorCode, FormatError
 from kvwire.layout import Axis, CacheSpec, TensorSpec
 from kvwire.manifest import Manifest
@@ -24,6 +26,7 @@ from kvwire.wire import GREETING, HEADER, FrameHeader, FrameType, Greeting, Role
 __all__ = ["COMMIT_FRAME_BYTES", "CacheFile", "FileReader", "check_held"]
 
 COMMIT_FRAME_BYTES = 96
+_GAP_BYTES_MAX = 64 << 10  # that is rather read than skipped
 TokenRange = tuple[int, int]
 
 
@@ -58,8 +61,8 @@ class _Range(NamedTuple):
 class FileReader:
     """An open cache file whose commit, manifest, end, index and announcements are verified."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, file: BinaryIO, *, direct: bool = False):
+        self._file, self._direct = file, direct
         self._file_bytes = os.fstat(file.fileno()).st_size
         commit = self._commit()
         self._greeting = Greeting.decode(self._read(0, GREETING.bytes), Role.FILE)
@@ -83,9 +86,10 @@ class FileReader:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | os.PathLike) -> Iterator[FileReader]:
+    def open(cls, path: str | os.PathLike, *, direct: bool = False) -> Iterator[FileReader]:
+        """Open a file; `direct`: its chunks are read past the page cache."""
         with open(path, "rb") as file:
-            yield cls(file)
+            yield cls(file, direct=direct)
 
     def _commit(self) -> Commit:
         try:
@@ -106,13 +110,13 @@ class FileReader:
                  actual=len(data), offset=offset)
         return data
 
-    def _frame(self, offset: int, kind: FrameType, segment_index: int = 0, payload_bytes: int = 0
-               ) -> tuple[FrameHeader, bytes]:
-        """Return a frame that must be of one kind; `payload_bytes`: read as many at once."""
+    def _frame(self, offset: int, kind: FrameType, segment_index: int = 0,
+               data: memoryview | None = None) -> tuple[FrameHeader, bytes]:
+        """Return a frame that must be of one kind; `data`: what was read of it already, or more."""
         if not 0 <= offset <= self._file_bytes - HEADER.bytes:
             _index_corrupt(f"{kind.name} lies outside the file", self._file_bytes, offset)
-        ahead = min(HEADER.bytes + payload_bytes, self._file_bytes - offset)
-        data = self._read(offset, ahead)
+        if data is None or len(data) < HEADER.bytes:
+            data = self._read(offset, HEADER.bytes)
         header = FrameHeader.decode(data)
         if header.type != kind or header.segment_index != segment_index:
             _index_corrupt(f"there is no {kind.name} of segment {segment_index} at {offset}",
@@ -123,7 +127,7 @@ class FileReader:
         payload = data[HEADER.bytes:HEADER.bytes + header.payload_bytes]
         missing = header.payload_bytes - len(payload)
         if missing:
-            payload += self._read(offset + ahead, missing)
+            payload = bytes(payload) + self._read(offset + HEADER.bytes + len(payload), missing)
         crc = crc32c(payload)
         if crc != header.payload_crc:
             code = (ErrorCode.PAYLOAD_CORRUPT if kind == FrameType.CHUNK
@@ -201,25 +205,59 @@ class FileReader:
                 target = ranges[-1].target + ranges[-1].count if ranges else 0
                 items.append(part)
                 _append_ranges(ranges, self.tensor(item), item, part, offset, target)
-        for number, (items, ranges) in plans.items():
-            self._read_segment(number, items, ranges, memory)
+        chunks = {number: self._chunks(number, ranges) for number, (_, ranges) in plans.items()}
+        with closing(self._frames(chunks)) as frames:
+            for number, (items, ranges) in plans.items():
+                self._read_segment(number, items, ranges, zip(chunks[number], frames), memory)
+
+    def _chunks(self, number: int, ranges: list[_Range]) -> list[int]:
+        """Return the chunks of a segment that hold bytes of `ranges`."""
+        size = self._segments[number].chunk_bytes
+        return sorted({chunk for source, _, count in ranges if count
+                       for chunk in range(source // size, (source + count - 1) // size + 1)})
+
+    def _frames(self, chunks: Mapping[int, list[int]]) -> Iterator[memoryview]:
+        """Yield the frame of each chunk, or what can be read of it at once, good until the next
+        one; chunks near each other are read together, ahead of who takes them."""
+        together: list[list[tuple[int, int]]] = []
+        for offset, count in (self._extent(number, chunk) for number, numbers in chunks.items()
+                              for chunk in numbers):
+            if together and (offset + count - together[-1][0][0] <= PIECE_BYTES
+                             and 0 <= offset - sum(together[-1][-1]) <= _GAP_BYTES_MAX):
+                together[-1].append((offset, count))
+            else:
+                together.append([(offset, count)])
+        extents = [(group[0][0], sum(group[-1]) - group[0][0]) for group in together]
+        with closing(read_ahead(self._file.fileno(), extents, direct=self._direct)) as ahead:
+            for group, data in zip(together, ahead):
+                for offset, count in group:
+                    at = offset - group[0][0]
+                    yield data[at:at + count]
+
+    def _extent(self, number: int, chunk: int) -> tuple[int, int]:
+        """Return the offset of a chunk's frame, and its bytes, or more if it is coded."""
+        offsets = self._index[number].chunk_offsets
+        offset = min(offsets[chunk], self._file_bytes)
+        count = HEADER.bytes + self._segments[number].chunk_raw_bytes(chunk)
+        if chunk + 1 < len(offsets) and offsets[chunk + 1] > offset:
+            count = min(count, offsets[chunk + 1] - offset)
+        return offset, min(count, self._file_bytes - offset)
 
     def _read_segment(self, number: int, items: list[Item], ranges: list[_Range],
-                      memory: CacheMemory) -> None:
+                      frames: Iterable[tuple[int, memoryview]], memory: CacheMemory) -> None:
         spec, announced, index = self._manifest.spec, self._segments[number], self._index[number]
         placement = plan.place(spec, items, memory)
         plan.zero_missing_columns(spec, items, memory)
         item_bytes = self.tensor(announced.items[0]).dtype.item_bytes
-        records, size, first = [], announced.chunk_bytes, 0
-        for chunk, at in enumerate(range(0, announced.raw_bytes, size)):
-            while first < len(ranges) and ranges[first].source + ranges[first].count <= at:
-                first += 1
+        records, first = [], 0
+        for chunk, frame in frames:
+            at = chunk * announced.chunk_bytes
             stop = at + announced.chunk_raw_bytes(chunk)
-            if first == len(ranges) or ranges[first].source >= stop:
-                continue
-            raw, raw_crc = self._chunk(number, chunk, item_bytes)
+            raw, raw_crc = self._chunk(number, chunk, item_bytes, frame)
             records.append((at, stop - at, raw_crc))
-            for source, target, count in ranges[first:]:
+            while ranges[first].source + ranges[first].count <= at:
+                first += 1
+            for source, target, count in islice(ranges, first, None):
                 if source >= stop:
                     break
                 low, high = max(source, at), min(source + count, stop)
@@ -228,18 +266,19 @@ class FileReader:
             fail(ErrorCode.DIGEST_MISMATCH, f"segment {number}: the digest differs",
                  expected=index.digest, actual=segment_digest(records))
 
-    def _chunk(self, number: int, chunk: int, item_bytes: int) -> tuple[bytes, int]:
+    def _chunk(self, number: int, chunk: int, item_bytes: int, frame: memoryview
+               ) -> tuple[bytes, int]:
         announced = self._segments[number]
         offset, raw_bytes = self._index[number].chunk_offsets[chunk], announced.chunk_raw_bytes(
             chunk)
-        header, payload = self._frame(offset, FrameType.CHUNK, number, raw_bytes)
+        header, payload = self._frame(offset, FrameType.CHUNK, number, frame)
         place = header.raw_offset, header.raw_bytes
         if place != (chunk * announced.chunk_bytes, raw_bytes):
             _index_corrupt(f"chunk {chunk} of segment {number} is not at {offset}",
                            chunk * announced.chunk_bytes, header.raw_offset)
         header.check_agreed(self._greeting.codecs & self._manifest.codecs)
         if header.codec == Codec.TIERED:
-            raw = _native.tiered_decode(payload, raw_bytes)
+            raw = _native.tiered_decode(bytes(payload), raw_bytes)
         else:
             raw = decode_chunk(header.codec, payload, raw_bytes, item_bytes)
         if header.codec != Codec.RAW and crc32c(raw) != header.raw_crc:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from kvwire import _native, checksum, plan
 from kvwire.checksum import crc32c, segment_digest, transfer_digest
 from kvwire.codec import Codec, encode_chunk
 from kvwire.control import Commit, End, Index, Item, Segment, SegmentEnd, SegmentIndex
+from kvwire.direct_io import DirectWriter
 from kvwire.errors import UsageError
 from kvwire.file_reader import COMMIT_FRAME_BYTES, CacheFile, FileReader, TokenRange, check_held
 from kvwire.layout import Axis, CacheSpec, DType, TensorSpec
@@ -29,7 +29,6 @@ __all__ = ["CacheFile", "inspect", "load", "save"]
 checksum.use(_native.crc32c)
 
 _CHUNK_BYTES = 1 << 20
-_BEHIND_BYTES = 64 << 20
 _TOKENS_ALL = (0, 1 << 32)
 _NUMPY_DTYPES = {DType.FP32: "float32", DType.FP16: "float16", DType.BF16: "uint16",
                  DType.E4M3: "uint8", DType.E5M2: "uint8", DType.INT8: "int8",
@@ -111,15 +110,14 @@ def _token_range(tokens: int | TokenRange) -> TokenRange:
 
 
 @contextmanager
-def _replaced(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def _replaced(path: str | os.PathLike) -> Iterator[DirectWriter]:
     """Yield a file that takes the place of `path` at the end, durably, or not at all."""
     path = os.path.abspath(os.fspath(path))
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        with io.BufferedWriter(_WriteBehind(temporary, "xb")) as file:
+        with DirectWriter(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
@@ -132,28 +130,15 @@ def _replaced(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-class _WriteBehind(io.FileIO):
-    """A file whose bytes go to the disk while more are made, so that fsync waits for few."""
-
-    def __init__(self, path: str, mode: str):
-        super().__init__(path, mode)
-        self._begun = self._written = 0
-
-    def write(self, data: bytes) -> int:
-        count = super().write(data)
-        self._written += count
-        if self._written - self._begun >= _BEHIND_BYTES and hasattr(os, "posix_fadvise"):
-            # Linux begins to write what is told to be of no more use, and does not wait for it.
-            os.posix_fadvise(self.fileno(), self._begun, self._written - self._begun,
-                             os.POSIX_FADV_DONTNEED)
-            self._begun = self._written
-        return count
+class _Output(Protocol):
+    def write(self, data: bytes) -> object:
+        """Append a copy of `data`."""
 
 
 class FileWriter:
     """Writes the frames of one file and remembers where they lie."""
 
-    def __init__(self, file: BinaryIO, file_id: bytes):
+    def __init__(self, file: _Output, file_id: bytes):
         self._file, self._file_id, self._offset = file, file_id, 0
         self._book = None
 
@@ -161,6 +146,7 @@ class FileWriter:
               transfer_id: bytes, chunk_bytes: int = _CHUNK_BYTES, calibrated: bool = True) -> None:
         """`calibrated`: TIERED chunks get the best tables, else plain ones, by the reference."""
         self._transfer_id, self._codec, self._chunk_bytes = transfer_id, codec, chunk_bytes
+        self._raw = memoryview(bytearray(min(chunk_bytes, max(1, memory.bytes))))
         if codec == Codec.TIERED and calibrated:
             self._book = _native.CodeBook()
         codecs = 1 << Codec.RAW | 1 << codec
@@ -209,12 +195,15 @@ class FileWriter:
 
     def _coded(self, placement: object, coder: object, at: int, count: int, dtype: DType
                ) -> tuple[Codec, bytes, int]:
-        """Return codec, payload and raw checksum of a chunk."""
+        """Return codec, payload and raw checksum of a chunk; good until the next one."""
         coded = coder.encode(at, count) if coder else None
         if coded:
             return Codec.TIERED, *coded
-        raw = placement.gather(at, count)
-        return *encode_chunk(Codec.RAW if coder else self._codec, raw, dtype), crc32c(raw)
+        raw = self._raw[:count]
+        raw_crc = placement.gather_into(at, raw)
+        if coder or self._codec == Codec.RAW:
+            return Codec.RAW, raw, raw_crc
+        return *encode_chunk(self._codec, raw, dtype), raw_crc
 
     def _frame(self, kind: FrameType, payload: bytes, **fields: int) -> None:
         self._put(encode_frame(kind, self._transfer_id, payload, **fields))

@@ -212,6 +212,8 @@ def test_native_planner_equals_the_definition_and_moves_every_leaf(pair, seed, r
     cut = rng.randint(0, len(data))
     assert reading.gather(0, cut) + reading.gather(cut, len(data) - cut) == data
     assert reading.crc32c(cut, len(data) - cut) == crc32c_plain(data[cut:])
+    part = bytearray(len(data) - cut)
+    assert reading.gather_into(cut, part) == crc32c_plain(data[cut:]) and part == data[cut:]
 
     writing = plan.place(sent, items, target.memory)
     places = check_extents(writing, sent, items, target.memory, rng)
@@ -221,7 +223,7 @@ def test_native_planner_equals_the_definition_and_moves_every_leaf(pair, seed, r
     expected = target.snapshot()
     target.restore(before)
     writing.scatter(0, data[:cut])
-    writing.scatter(cut, data[cut:])
+    writing.scatter(cut, memoryview(data)[cut:])
     for raw, want, old in zip(target.storage, expected, before):
         np.testing.assert_array_equal(raw, want)
         base = raw.ctypes.data

@@ -299,9 +299,10 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from prefix_pool_world import TENANT, put
 from test_prefix_pool_store import hashes_of, new_store
-from kvwire import files
+from kvwire import direct_io
 
 left = {steps}
+direct_io.PIECE_BYTES = {piece_bytes}
 
 def step(function):
     # One operation on the file system; before the last of them the process dies.
@@ -313,8 +314,8 @@ def step(function):
         return function(*arguments, **options)
     return counted
 
-write_some = step(files._WriteBehind.write)
-files._WriteBehind.write = lambda self, data: write_some(self, data[:700])
+write_some = step(os.pwrite)
+os.pwrite = lambda fd, data, at: write_some(fd, data[:{write_bytes}], at)
 os.fsync, os.replace, os.unlink = step(os.fsync), step(os.replace), step(os.unlink)
 with new_store({folder!r}, capacity_blocks=200, ssd_bytes=300_000) as store:
     for seed in range(100_000):
@@ -343,14 +344,17 @@ def check_what_a_dead_writer_left(folder):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("when", ["before an operation", "at any time"])
-def test_killed_at_any_point_nothing_half_written_is_served(tmp_path, when, kills):
+@pytest.mark.parametrize(("piece_bytes", "write_bytes"), [(4 << 20, 700), (8192, 4096)],
+                         ids=["at the end", "in pieces"])
+def test_killed_at_any_point_nothing_half_written_is_served(tmp_path, piece_bytes, write_bytes,
+                                                            when, kills):
     rng, served = random.Random(kills), 0
     for _ in range(kills):
         by_itself = when == "before an operation"
-        code = WRITER.format(tests=str(TESTS), folder=str(tmp_path),
-                             steps=rng.randint(1, 200) if by_itself else 0)
+        code = WRITER.format(tests=str(TESTS), folder=str(tmp_path), piece_bytes=piece_bytes,
+                             write_bytes=write_bytes, steps=rng.randint(1, 200) if by_itself else 0)
         writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         if not by_itself:
             writer.stdout.readline()

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvwire.errors import InternalError, UsageError
+from kvwire.prfaas.conversion import ConversionSettings
 from kvwire.prfaas.lengths import TruncatedLognormal
 from kvwire.prfaas.profiles import ModelProfile
 from kvwire.prfaas.simulator import generator
 from kvwire.prfaas.simulator.caches import ClusterCache
 from kvwire.prfaas.simulator.events import EventQueue
+from kvwire.prfaas.simulator.faults import Fault, FaultKind, plan_faults
 from kvwire.prfaas.simulator.links import FluidLink, Transfer, pieces_of
 from kvwire.prfaas.simulator.nodes import Stage
 from kvwire.prfaas.simulator.policies import Kvwire, OneSided, Published
@@ -311,3 +313,88 @@ def test_a_trace_with_nothing_to_look_at_is_refused():
 
 def test_stages_end_where_nothing_is_held():
     assert max(Stage) is Stage.FAILED
+
+
+# ---- nodes that change their roles
+
+class Converting(OneSided):
+    """All local; every ten seconds one node changes its role, to and fro."""
+
+    def __init__(self, steps):
+        super().__init__(remote=False)
+        self.interval_s, self._steps, self.begun = 10.0, list(steps), []
+
+    def attach(self, simulation):
+        super().attach(simulation)
+        self._simulation = simulation
+
+    def tick(self):
+        if self._steps:
+            self.begun.append(self._simulation.convert(self._steps.pop(0)))
+
+
+LOCAL = replace(DEPLOYMENT, prfaas=None, link=None)
+
+
+def test_a_node_drains_changes_and_serves_in_its_new_role():
+    trace = requests(np.arange(200) * 0.5, [20_000] * 200, 400)
+    policy = Converting([1, 1, -1])
+    simulation = simulate(trace, policy, LOCAL, 3, conversion_s=7.0)
+    assert policy.begun[0] and len(simulation.conversions) == sum(policy.begun) >= 2
+    for begin_s, end_s, _ in simulation.conversions:
+        assert end_s - begin_s >= 7.0
+    assert sum(step for _, _, step in simulation.conversions) == simulation.prefill_nodes - 3
+    assert sum(simulation.local.open) == simulation.prefill_nodes
+    assert sum(simulation.decode.open) == 8 - simulation.prefill_nodes
+    assert not simulation.records.failed and not np.isnan(simulation.records.done_s).any()
+
+
+def test_what_a_draining_node_has_is_finished_first():
+    """A prefill of 20 s and a decode of 10 s hold their nodes; a second change waits for none."""
+    trace = requests([0.0, 0.0, 40.0], [150_000, 150_000, 1000], 400)
+    policy = Converting([-1, -1])
+    deployment = replace(LOCAL, local=replace(LOCAL.local, nodes=3))
+    simulation = simulate(trace, policy, deployment, 2, conversion_s=5.0)
+    (begin_s, end_s, step), = simulation.conversions
+    assert policy.begun == [True, False] and (begin_s, step) == (10.0, -1)
+    prefill_s = LOCAL.local.profile.prefill_s(150_000)
+    assert end_s == pytest.approx(max(prefill_s, 10.0) + 5.0)
+
+
+def test_roles_stay_without_a_time_to_change_them_and_where_one_node_is_left():
+    trace = requests(np.arange(50) * 1.0, [1000] * 50)
+    fixed = Converting([1, -1])
+    simulate(trace, fixed, LOCAL, 3)
+    assert fixed.begun == [False, False]
+    last = Converting([1, -1])
+    simulate(trace, last, replace(LOCAL, local=replace(LOCAL.local, nodes=2)), 1, conversion_s=1.0)
+    assert last.begun == [False, False]
+
+
+@pytest.mark.parametrize("kind", [FaultKind.PREFILL, FaultKind.DECODE])
+def test_a_node_that_restarts_while_it_drains_changes_all_the_same(kind):
+    trace = requests(np.arange(200) * 0.5, [20_000] * 200, 400)
+    simulation = Simulation(trace, LOCAL, 3, Converting([-1 if kind is FaultKind.PREFILL else 1]),
+                            conversion_s=5.0)
+    faults = [Fault(kind, 11.0, 30.0, node) for node in range(8)]
+    plan_faults(simulation, faults)
+    simulation.run()
+    assert simulation.leaks() == [] and len(simulation.conversions) == 1
+    assert not simulation.records.failed
+
+
+def test_the_planner_converts_when_requests_change():
+    """Prompts become short, so that decode is short of nodes: one changes and the wait ends."""
+    short = replace(DEPLOYMENT, lengths=TruncatedLognormal(8.0, 1.0, 128, 131_072))
+    trace = generator.cold_trace(short.lengths, 8000, 4.3, 1, 1024)
+    planned, quick = solve(DEPLOYMENT), ConversionSettings(cooldown_s=300.0)
+    times_s = {}
+    for conversion_s in (None, 20.0):
+        policy = Kvwire(DEPLOYMENT, planned, revise_s=60.0, conversion=quick)
+        simulation = simulate(trace, policy, DEPLOYMENT, planned.prefill_nodes,
+                              conversion_s=conversion_s)
+        times_s[conversion_s] = times_to_first_token(simulation)[-2000:]
+        summary = summarise(simulation)
+        assert 0 < summary.decode_utilisation < 1.001 and 0 < summary.prefill_utilisation < 1
+    assert {step for _, _, step in simulation.conversions} == {-1}
+    assert np.percentile(times_s[20.0], 90) < 0.2 * np.percentile(times_s[None], 90)

@@ -29,8 +29,8 @@ CPP_ARROWS = {
 
 # A module or folder of kvwire.prfaas may import the others that stand before it here.
 PRFAAS_ORDER = ["toml_table", "lengths", "profiles", "codecs", "throughput", "pool", "view",
-                "router", "health", "controller", "conversion", "deployment", "plan_report",
-                "plots", "simulator"]
+                "router", "rebalance", "health", "controller", "conversion", "deployment",
+                "plan_report", "plots", "simulator"]
 
 
 def too_big(path, text):

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bind/buffer_view.hpp"
 #include "checksum/crc32c.hpp"
 
 namespace py = pybind11;
@@ -14,24 +15,6 @@ namespace {
 
 // Below this, giving the GIL away costs more than the sum.
 constexpr size_t kReleaseGilBytesMin = 64 * 1024;
-
-class BufferView {
-public:
-    explicit BufferView(const py::object& source) {
-        if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_C_CONTIGUOUS) != 0) {
-            throw py::error_already_set();
-        }
-    }
-    ~BufferView() { PyBuffer_Release(&view_); }
-    BufferView(const BufferView&) = delete;
-    BufferView& operator=(const BufferView&) = delete;
-
-    const void* data() const { return view_.buf; }
-    size_t size() const { return static_cast<size_t>(view_.len); }
-
-private:
-    Py_buffer view_;
-};
 
 uint32_t sum(Crc32cFunction function, const py::object& data, uint32_t crc) {
     const BufferView view(data);

@@ -8,10 +8,10 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <tuple>
 
 #include "base/error.hpp"
+#include "bind/buffer_view.hpp"
 
 namespace py = pybind11;
 
@@ -164,10 +164,16 @@ py::list pieces(const Placement& placement) {
     return found;
 }
 
-void scatter(const Placement& placement, uint64_t offset, const py::bytes& data) {
-    const std::string_view in = data;
+uint32_t gather_into(const Placement& placement, uint64_t offset, const py::object& out) {
+    const BufferView view(out, BufferView::Access::WRITE);
     const py::gil_scoped_release release;
-    placement.scatter(offset, in.size(), reinterpret_cast<const uint8_t*>(in.data()));
+    return placement.gather_crc32c(offset, view.size(), static_cast<uint8_t*>(view.data()));
+}
+
+void scatter(const Placement& placement, uint64_t offset, const py::object& data) {
+    const BufferView view(data);
+    const py::gil_scoped_release release;
+    placement.scatter(offset, view.size(), static_cast<const uint8_t*>(view.data()));
 }
 
 }  // namespace
@@ -218,6 +224,8 @@ void register_plan(py::module_& module) {
              "(counts, table steps, block ids or None, legs) of each piece in wire order; a leg is "
              "(address, strides, block stride, table start, run bytes), address 0: skipped.")
         .def("gather", &gather, py::arg("offset"), py::arg("bytes"))
+        .def("gather_into", &gather_into, py::arg("offset"), py::arg("out"),
+             "Fill a buffer, and return the CRC32C of what it then holds.")
         .def("scatter", &scatter, py::arg("offset"), py::arg("data"))
         .def("crc32c", &Placement::crc32c, py::arg("offset"), py::arg("bytes"),
              py::arg("crc") = 0, py::call_guard<py::gil_scoped_release>());

@@ -13,6 +13,7 @@ namespace kvwire {
 namespace {
 
 constexpr uint8_t ZEROS[4096] = {};
+constexpr uint64_t GATHER_PART_BYTES = 128 << 10;  // stays in a core's own cache
 
 // The runs of one leg along the innermost level.
 struct Row {
@@ -331,6 +332,19 @@ size_t Placement::iovecs(uint64_t offset, uint64_t bytes, iovec* iov, size_t iov
 void Placement::gather(uint64_t offset, uint64_t bytes, uint8_t* out) const {
     CopySink<true> sink{out};
     walk(offset, bytes, sink);
+}
+
+uint32_t Placement::gather_crc32c(uint64_t offset, uint64_t bytes, uint8_t* out) const {
+    uint32_t crc = 0;
+    while (bytes > 0) {
+        const uint64_t part = std::min<uint64_t>(bytes, GATHER_PART_BYTES);
+        gather(offset, part, out);
+        crc = kvwire::crc32c(crc, out, part);
+        offset += part;
+        out += part;
+        bytes -= part;
+    }
+    return crc;
 }
 
 void Placement::scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) const {

@@ -80,6 +80,8 @@ public:
                   uint64_t* covered) const;
 
     void gather(uint64_t offset, uint64_t bytes, uint8_t* out) const;      // skipped bytes become 0
+    // Also returns the CRC32C of what `out` then holds, taken while it is in the cache.
+    uint32_t gather_crc32c(uint64_t offset, uint64_t bytes, uint8_t* out) const;
     void scatter(uint64_t offset, uint64_t bytes, const uint8_t* in) const;
     // Of `crc` and the bytes in place.
     uint32_t crc32c(uint64_t offset, uint64_t bytes, uint32_t crc = 0) const;

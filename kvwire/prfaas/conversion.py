@@ -67,22 +67,27 @@ class LengthWindow:
         if count_max < 1:
             raise UsageError(f"count_max is {count_max}; it must be at least 1")
         self._lock = threading.Lock()
-        self._rows = np.zeros((count_max, 2))
+        self._count_max = count_max
+        self._rows: list[tuple[float, float]] = []
         self._seen = 0
 
     def __len__(self) -> int:
-        return min(self._seen, len(self._rows))
+        return len(self._rows)
 
     def add(self, uncached_tokens: float, cached_tokens: float = 0) -> None:
         """Take one request in; the oldest goes when the window is full."""
+        row = uncached_tokens, cached_tokens
         with self._lock:
-            self._rows[self._seen % len(self._rows)] = uncached_tokens, cached_tokens
+            if self._seen < self._count_max:
+                self._rows.append(row)
+            else:
+                self._rows[self._seen % self._count_max] = row
             self._seen += 1
 
     def distribution(self) -> Empirical:
         """Return the lengths as they are now; raises UsageError while there are none."""
         with self._lock:
-            rows = self._rows[:len(self)].copy()
+            rows = np.array(self._rows, float).reshape(-1, 2)
         return Empirical(rows[:, 0], rows[:, 1])
 
 

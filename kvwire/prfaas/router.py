@@ -316,6 +316,8 @@ class Router:
     def _node(self, side: _Side, profile: ModelProfile,
               tokens: int) -> tuple[NodeView, int, float]:
         """Return the node that would be done first, its usable prefix and its prefill time."""
+        if not side.cached_node:
+            return side.first[0], 0, profile.prefill_s(tokens)
         best, best_s = None, math.inf
         for usable_blocks, node in side.first.items():
             cached = min(usable_blocks * self._block_tokens, tokens - 1)

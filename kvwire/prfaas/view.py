@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = ["ClusterView", "HeldBlocks", "NodeView", "PrefixIndex"]
 
@@ -47,8 +47,7 @@ class NodeView:
     queue_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class ClusterView:
+class ClusterView(NamedTuple):
     """Both clusters at one moment. The gateway makes a new one whenever it learns something.
 
     Attributes:

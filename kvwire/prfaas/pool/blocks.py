@@ -83,6 +83,16 @@ class Entry:
     def __init__(self):
         self.references, self.used, self.uses, self.queued = 0, 0.0, 0, 0
 
+    @property
+    def evictable(self) -> bool:
+        """Nothing needs it now."""
+        raise NotImplementedError
+
+    def worth(self, geometry: BlockGeometry) -> tuple[int, int, int] | None:
+        """Return whose prefill it saves, from block to block, and the blocks of memory that go
+        with it; None: without what is gone it saves nothing."""
+        raise NotImplementedError
+
 
 class Block(Entry):
     """One full block of KV. Its ancestors outlive it, so that what is held is always a prefix.
@@ -105,6 +115,9 @@ class Block(Entry):
     def evictable(self) -> bool:
         return not (self.references or self.children or self.state)
 
+    def worth(self, geometry: BlockGeometry) -> tuple[int, int, int] | None:
+        return None if geometry.state_blocks else (self.depth - 1, self.depth, 1)
+
 
 class Checkpoint(Entry):
     """The states after the last token of a block."""
@@ -118,3 +131,21 @@ class Checkpoint(Entry):
     @property
     def evictable(self) -> bool:
         return not self.references
+
+    def worth(self, geometry: BlockGeometry) -> tuple[int, int, int] | None:
+        start, run = self._back_to_checkpoint()
+        return start, self.block.depth, geometry.state_blocks + run
+
+    def _back_to_checkpoint(self) -> tuple[int, int]:
+        """Return the depth of the nearest checkpoint before this one, and the blocks of KV that
+        would be worth nothing without this one."""
+        run, block = 0, self.block
+        alone = not (block.children or block.references)
+        at: Block | None = block
+        while at is not None:
+            run += alone
+            at = at.parent
+            if at is None or at.state is not None:
+                break
+            alone = alone and at.children == 1 and not at.references
+        return (0 if at is None else at.depth), run

@@ -1,4 +1,4 @@
-"""Which entry of a full pool goes first.
+"""Which entry of a full pool, or of the SSD tier, goes first.
 
 The pool keeps what can go in a queue of rising priority, and takes the lowest. Only the ends of the
 tree can go: checkpoints, and blocks of KV that have neither a follower nor a checkpoint. A parent
@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from kvwire.errors import UsageError
-from kvwire.prfaas.pool.blocks import Block, BlockGeometry, Checkpoint, Entry
+from kvwire.prfaas.pool.blocks import BlockGeometry, Entry
 
-__all__ = ["CostAware", "EvictionPolicy", "Lru"]
+__all__ = ["CostAware", "EvictionPolicy", "EvictionQueue", "Lru"]
 
 _SECONDS_MIN = 1e-9
 _VALUE_MIN = 1e-6
 _BONUS_MIN = math.log(_VALUE_MIN)
 _IDLE_WEIGHT = 0.01
 _LENGTHS_MAX = 1 << 16
+_QUEUE_SLACK = 1024
 
 
 class EvictionPolicy(Protocol):
@@ -90,15 +92,11 @@ class CostAware:
         entry.uses += 1
 
     def priority(self, entry: Entry, geometry: BlockGeometry) -> float:
+        worth = entry.worth(geometry)
+        if worth is None:
+            return -math.inf
+        start, stop, blocks = worth
         tokens = geometry.block_tokens
-        if isinstance(entry, Block):
-            if geometry.state_blocks:
-                return -math.inf
-            stop, start, blocks = entry.depth, entry.depth - 1, 1
-        else:
-            stop = entry.block.depth
-            start, run = _back_to_checkpoint(entry.block)
-            blocks = geometry.state_blocks + run
         # Against the prompt's first block, so that drifts of the horizon move all alike.
         seconds = self._recompute_s(start * tokens, stop * tokens)
         value = entry.uses * seconds / blocks / max(self._recompute_s(0, tokens), _SECONDS_MIN)
@@ -106,20 +104,54 @@ class CostAware:
         return entry.used + self._horizon * self._idle * bonus
 
     def evicted(self, entry: Entry, geometry: BlockGeometry) -> None:
-        if isinstance(entry, Checkpoint) or not geometry.state_blocks:
+        if entry.worth(geometry) is not None:
             self._idle += _IDLE_WEIGHT * (self._now - entry.used - self._idle)
 
 
-def _back_to_checkpoint(block: Block) -> tuple[int, int]:
-    """Return the depth of the nearest checkpoint before that of `block`, and the blocks of KV
-    that would be worth nothing without it."""
-    run = 0
-    alone = not (block.children or block.references)
-    at: Block | None = block
-    while at is not None:
-        run += alone
-        at = at.parent
-        if at is None or at.state is not None:
-            break
-        alone = alone and at.children == 1 and not at.references
-    return (0 if at is None else at.depth), run
+class EvictionQueue:
+    """What can go, in the order of a policy. An entry's place may be old: it is looked at again
+    before the entry goes."""
+
+    def __init__(self, policy: EvictionPolicy, geometry: BlockGeometry):
+        self.policy = policy
+        self._geometry = geometry
+        self._places: list[tuple[float, int, Entry]] = []
+        self._places_max = _QUEUE_SLACK
+        self._sequence = 0
+
+    def __len__(self) -> int:
+        """Places, old ones included."""
+        return len(self._places)
+
+    def offer(self, entry: Entry) -> None:
+        """Give an entry its place, if it can go; its older places count no more."""
+        if entry.evictable:
+            self._place(entry, self.policy.priority(entry, self._geometry))
+
+    def pop(self) -> Entry | None:
+        """Take out the entry that goes first, of which the policy learns; None: none can go."""
+        places = self._places
+        while places:
+            priority, sequence, entry = heappop(places)
+            if entry.queued != sequence:
+                continue
+            entry.queued = 0
+            if not entry.evictable:
+                continue
+            now = self.policy.priority(entry, self._geometry)
+            if now > priority and places and now > places[0][0]:
+                self._place(entry, now)
+                continue
+            self.policy.evicted(entry, self._geometry)
+            return entry
+        return None
+
+    def _place(self, entry: Entry, priority: float) -> None:
+        self._sequence += 1
+        entry.queued = self._sequence
+        heappush(self._places, (priority, self._sequence, entry))
+        if len(self._places) > self._places_max:
+            live = [place for place in self._places if place[2].queued == place[1]]
+            heapify(live)
+            self._places[:] = live
+            self._places_max = 2 * len(live) + _QUEUE_SLACK

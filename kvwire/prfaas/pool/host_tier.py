@@ -68,7 +68,8 @@ class HostTier:
         self._states, state_blocks = self._place_states(block_bytes, block_tokens)
         self.geometry = BlockGeometry(block_tokens, block_bytes, state_blocks)
         self.capacity_blocks = capacity_blocks
-        self._memory = mmap.mmap(-1, capacity_blocks * block_bytes)
+        self._memory = mmap.mmap(-1, capacity_blocks * block_bytes,
+                                 flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._arrays = {key: self._page_array(key, offset) for key, offset in self._pages.items()}

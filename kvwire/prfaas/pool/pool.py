@@ -17,17 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Protocol
 
 from kvwire.errors import InternalError, UsageError
 from kvwire.prfaas.pool.blocks import Block, BlockGeometry, Chain, Checkpoint, Entry, Match
-from kvwire.prfaas.pool.eviction import EvictionPolicy, Lru
+from kvwire.prfaas.pool.eviction import EvictionPolicy, EvictionQueue, Lru
 from kvwire.prfaas.pool.leases import Hold, Lease, Reservation, TransferBlocks
 
 __all__ = ["PoolObserver", "PoolStats", "PrefixPool"]
-
-_QUEUE_SLACK = 1024
 
 
 class PoolObserver(Protocol):
@@ -96,9 +94,8 @@ class PrefixPool:
         self._slots: list[int] = []       # given back
         self._slots_used = 0              # of those below, some are given back
         self._free = capacity_blocks
-        self._queue: list[tuple[float, int, Entry]] = []
-        self._queue_max = _QUEUE_SLACK
-        self._sequence = 0
+        self._queue = EvictionQueue(self._policy, geometry)
+        self._sequence = 0  # of holds with a deadline
         self._overdue: list[tuple[float, int, Hold]] = []
         self._holds = self._checkpoints = self._reserved = self._transferring = 0
         self._evicted_kv = self._evicted_checkpoints = self._expired = 0
@@ -244,7 +241,7 @@ class PrefixPool:
             for entry in (*new_states, tail):
                 if entry is not None and entry is not lease.state and entry is not lease.tail:
                     self._policy.used(entry)
-                    self._queue_if_evictable(entry)
+                    self._queue.offer(entry)
             return lease
 
     def _check_chain(self, reservation: Reservation) -> None:
@@ -367,7 +364,7 @@ class PrefixPool:
     def _unreference(self, entry: Entry | None) -> None:
         if entry is not None:
             entry.references -= 1
-            self._queue_if_evictable(entry)
+            self._queue.offer(entry)
 
     # ---- room
 
@@ -390,41 +387,11 @@ class PrefixPool:
         if self._free < blocks and self._overdue:
             self.expire()
         while self._free < blocks:
-            if not self._evict_one():
+            entry = self._queue.pop()
+            if entry is None:
                 return False
-        return True
-
-    def _evict_one(self) -> bool:
-        queue = self._queue
-        while queue:
-            priority, sequence, entry = heappop(queue)
-            if entry.queued != sequence:
-                continue
-            entry.queued = 0
-            if not entry.evictable:
-                continue
-            now = self._policy.priority(entry, self.geometry)
-            if now > priority and queue and now > queue[0][0]:
-                self._enqueue(entry, now)
-                continue
-            self._policy.evicted(entry, self.geometry)
             self._remove(entry)
-            return True
-        return False
-
-    def _queue_if_evictable(self, entry: Entry) -> None:
-        if entry.evictable:
-            self._enqueue(entry, self._policy.priority(entry, self.geometry))
-
-    def _enqueue(self, entry: Entry, priority: float) -> None:
-        self._sequence += 1
-        entry.queued = self._sequence
-        heappush(self._queue, (priority, self._sequence, entry))
-        if len(self._queue) > self._queue_max:
-            live = [item for item in self._queue if item[2].queued == item[1]]
-            heapify(live)
-            self._queue[:] = live
-            self._queue_max = 2 * len(live) + _QUEUE_SLACK
+        return True
 
     def _remove(self, entry: Entry) -> None:
         if isinstance(entry, Checkpoint):
@@ -433,7 +400,7 @@ class PrefixPool:
             self._checkpoints -= 1
             self._evicted_checkpoints += 1
             self._give(entry.slots)
-            self._queue_if_evictable(block)
+            self._queue.offer(block)
         else:
             block, parent = entry, entry.parent
             if self._index.pop(block.hash, None) is not block:
@@ -444,7 +411,7 @@ class PrefixPool:
                 parent.children -= 1
                 parent.used = max(parent.used, block.used)
                 parent.uses += block.uses
-                self._queue_if_evictable(parent)
+                self._queue.offer(parent)
         if self._observer is not None:
             self._observer.withdrawn(block.chain, block.hash, isinstance(entry, Checkpoint))
 

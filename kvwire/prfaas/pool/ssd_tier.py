@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from kvwire import files
 from kvwire.errors import ErrorCode, FormatError, KvwireError, UsageError
 from kvwire.file_reader import CacheFile, FileReader
 from kvwire.memory import CacheMemory
-from kvwire.prfaas.pool.blocks import BlockGeometry, Chain, Match
+from kvwire.prfaas.pool.blocks import BlockGeometry, Chain, Entry, Match
+from kvwire.prfaas.pool.eviction import EvictionPolicy, EvictionQueue, Lru
 from kvwire.prfaas.pool.hashes import HASH_BYTES
 
 __all__ = ["SsdStats", "SsdTier"]
@@ -38,8 +38,11 @@ MemoryOf = Callable[[int, int, bool], CacheMemory]
 
 
 @dataclass(eq=False)
-class _Run:
-    """A file. It follows the block `parent` of another run, or begins a prefix (b"")."""
+class _Run(Entry):
+    """A file. It follows the block `parent` of another run, or begins a prefix (b"").
+
+    `saves_from`: the depth of the nearest checkpoint before its own, when it was written.
+    """
 
     path: Path
     tenant_key: bytes
@@ -50,7 +53,26 @@ class _Run:
     file_bytes: int
     before: _Run | None = None
     children: set[_Run] = field(default_factory=set)
-    pins: int = 0
+    saves_from: int = 0
+
+    def __post_init__(self):
+        super().__init__()
+
+    @property
+    def evictable(self) -> bool:
+        return not (self.references or self.children)
+
+    def worth(self, geometry: BlockGeometry) -> tuple[int, int, int] | None:
+        """A run goes with those before it that only it makes useful; see `Entry.worth`."""
+        if not geometry.state_blocks:
+            return self.start, self.stop, len(self.hashes)
+        if not self.state:
+            return None
+        blocks, at = len(self.hashes), self.before
+        while at is not None and not at.state and len(at.children) == 1:
+            blocks += len(at.hashes)
+            at = at.before
+        return self.saves_from, self.stop, blocks + geometry.state_blocks
 
     @property
     def stop(self) -> int:
@@ -103,9 +125,8 @@ class SsdTier:
         codec: of the files: "raw", "lz4" or "tiered".
         on_gone: called with (chain, hashes of blocks, hash of a checkpoint or None) for each run
             that has gone, without any lock.
-
-    Runs are evicted by least recent use, those that none follows first. After a restart the time
-    of writing stands for the last use.
+        policy: which run goes first, of those that none follows; `Lru` by default. After a restart
+            the time of writing stands for the last use.
 
     Threads: every method may be called from any thread. Files are read and written without the
     lock.
@@ -115,6 +136,7 @@ class SsdTier:
 
     def __init__(self, folder: str | os.PathLike, memory_spec_fingerprint: bytes,
                  geometry: BlockGeometry, capacity_bytes: int, *, codec: str = "raw",
+                 policy: EvictionPolicy | None = None,
                  on_gone: Callable[[Chain, Sequence[bytes], bytes | None], object] | None = None):
         if capacity_bytes < 0:
             raise UsageError(f"capacity_bytes is {capacity_bytes}; it must not be negative")
@@ -127,7 +149,8 @@ class SsdTier:
         self._lock, self._write_lock = threading.RLock(), threading.Lock()
         self._blocks: dict[bytes, tuple[_Run, int]] = {}  # and the block's depth
         self._states: dict[bytes, _Run] = {}
-        self._runs: OrderedDict[_Run, None] = OrderedDict()  # least recently used first
+        self._runs: set[_Run] = set()
+        self._queue = EvictionQueue(policy if policy is not None else Lru(), geometry)
         self._file_bytes = 0
         self._written = self._evicted = self._damaged = self._full = 0
         self._recover()
@@ -162,7 +185,7 @@ class SsdTier:
         with self._lock:
             parts = self._parts(hashes, tenant_key, start, state)
             for run, _, _, _ in parts:
-                run.pins += 1
+                run.references += 1
             self._use(parts[-1][0] if parts else None)
         try:
             for run, low, high, with_state in parts:
@@ -171,7 +194,7 @@ class SsdTier:
         finally:
             with self._lock:
                 for run, _, _, _ in parts:
-                    run.pins -= 1
+                    self._unreference(run)
 
     def _parts(self, hashes: Sequence[bytes], tenant_key: bytes, start: int, state: bool
                ) -> list[tuple[_Run, int, int, bool]]:
@@ -196,7 +219,7 @@ class SsdTier:
 
     def _read_run(self, run: _Run, memory: CacheMemory, start: int, stop: int) -> None:
         try:
-            with FileReader.open(run.path) as reader:
+            with FileReader.open(run.path, direct=True) as reader:
                 self._check(run, reader.contents)
                 reader.read_into(memory, None, (min(start, memory.tokens[0]), stop))
         except (KvwireError, OSError):
@@ -269,24 +292,28 @@ class SsdTier:
                 return False  # evicted since it was looked for
             run.before = before[0] if before else None
             if run.before is not None:
-                run.before.pins += 1
+                run.before.references += 1
             room = self._make_room(units * self.geometry.block_bytes)
         try:
             if room:
                 memory = memory_of(run.start, run.stop, run.state)
-                run.path.parent.mkdir(exist_ok=True)
-                files.save(run.path, memory, codec=self._codec, metadata=run.metadata())
-                run.file_bytes = run.path.stat().st_size
+                run.file_bytes = self._save(run, memory)
         finally:
             with self._lock:
                 if run.before is not None:
-                    run.before.pins -= 1
+                    self._unreference(run.before)
         if not room:
             self._full += 1
             return False
         with self._changing():
             self._written += 1
             return self._adopt(run)
+
+    def _save(self, run: _Run, memory: CacheMemory) -> int:
+        """Return the bytes of the file."""
+        run.path.parent.mkdir(exist_ok=True)
+        files.save(run.path, memory, codec=self._codec, metadata=run.metadata())
+        return run.path.stat().st_size
 
     def _adopt(self, run: _Run) -> bool:
         """Make a file known; False, and it is removed, when what it follows has gone meanwhile."""
@@ -299,10 +326,13 @@ class SsdTier:
             self._blocks[name] = run, depth
         if run.state:
             self._states[run.end_hash] = run
-        self._runs[run] = None
+            run.saves_from = self._checkpoint_before(run)
+        self._runs.add(run)
         self._file_bytes += run.file_bytes
         self._use(run)
+        run.references += 1  # what makes it worth its place may be written next
         self._make_room(0)  # metadata and frames have bytes, too
+        self._unreference(run)
         return True
 
     def _path(self, end_hash: bytes, start: int, stop: int, state: bool) -> Path:
@@ -311,19 +341,37 @@ class SsdTier:
 
     # ---- evict
 
+    def _checkpoint_before(self, run: _Run) -> int:
+        """Return the depth of the last checkpoint before a run's own, 0 for none."""
+        depth, at = run.stop, run
+        while at is not None:
+            for name in reversed(at.hashes[:depth - at.start]):
+                if name in self._states and depth < run.stop:
+                    return depth
+                depth -= 1
+            at = at.before
+        return 0
+
     def _use(self, run: _Run | None) -> None:
         """Mark a run as used, and those before it after it, so that they go later."""
+        last = run
         while run is not None:
-            if run in self._runs:
-                self._runs.move_to_end(run)
+            self._queue.policy.used(run)
             run = run.before
+        if last is not None:
+            self._queue.offer(last)
+
+    def _unreference(self, run: _Run) -> None:
+        run.references -= 1
+        if run in self._runs:
+            self._queue.offer(run)
 
     def _make_room(self, count: int) -> bool:
         while self._file_bytes + count > self.capacity_bytes:
-            oldest = next((run for run in self._runs if not run.children and not run.pins), None)
-            if oldest is None:
+            run = self._queue.pop()
+            if run is None:
                 return False
-            self._drop(oldest)
+            self._drop(run)
             self._evicted += 1
         return True
 
@@ -333,11 +381,13 @@ class SsdTier:
             self._drop(child)
         if run not in self._runs:
             return
-        del self._runs[run]
+        self._runs.remove(run)
+        run.queued = 0
         self._file_bytes -= run.file_bytes
         self._damaged += damaged
         if run.before is not None:
             run.before.children.discard(run)
+            self._queue.offer(run.before)
         for name in run.hashes:
             del self._blocks[name]
         if run.state:

@@ -89,6 +89,7 @@ class PrefixStore:
         block_tokens, capacity_blocks: of the host memory.
         ssd_folder, ssd_bytes: where prefixes are kept beyond it, and how many bytes; None: not.
         policy, observer: see `PrefixPool`.
+        ssd_policy: the same for the files; an object of its own.
         codec: of the files.
 
     `close` ends the writing thread; what waits is still written.
@@ -96,7 +97,8 @@ class PrefixStore:
 
     def __init__(self, spec: CacheSpec, *, block_tokens: int, capacity_blocks: int,
                  ssd_folder: str | None = None, ssd_bytes: int = 0, codec: str = "raw",
-                 policy: EvictionPolicy | None = None, observer: PoolObserver | None = None):
+                 policy: EvictionPolicy | None = None, ssd_policy: EvictionPolicy | None = None,
+                 observer: PoolObserver | None = None):
         self.tier = HostTier(spec, block_tokens, capacity_blocks)
         self.ssd: SsdTier | None = None
         self._observer = observer
@@ -107,7 +109,7 @@ class PrefixStore:
         self._writer: threading.Thread | None = None
         if ssd_folder is not None:
             self.ssd = SsdTier(ssd_folder, spec.fingerprint(), self.tier.geometry, ssd_bytes,
-                               codec=codec, on_gone=self._gone_from_ssd)
+                               codec=codec, policy=ssd_policy, on_gone=self._gone_from_ssd)
             self._writer = threading.Thread(target=self._write_spills, daemon=True,
                                             name="kvwire prefix writer")
             self._writer.start()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 from kvwire.errors import InternalError
 
@@ -36,14 +36,14 @@ class EventQueue:
         if not time_s >= self.now_s:
             raise InternalError(f"a call for {time_s} s was asked for at {self.now_s} s")
         self._order += 1
-        heapq.heappush(self._heap, (time_s, self._order, action, argument))
+        heappush(self._heap, (time_s, self._order, action, argument))
 
     def run(self, until_s: float = math.inf) -> None:
         """Make the calls up to and including `until_s`; the clock stops at the last one made."""
-        heap, pop = self._heap, heapq.heappop
+        heap = self._heap
         made = 0
         while heap and heap[0][0] <= until_s:
-            self.now_s, _, action, argument = pop(heap)
+            self.now_s, _, action, argument = heappop(heap)
             made += 1
             action(argument)
         self.call_count += made

@@ -8,9 +8,9 @@ All rates are alike, so one number, the bytes that a transfer active all the tim
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 from kvwire.errors import InternalError, UsageError
 from kvwire.prfaas.throughput import Link
@@ -151,7 +151,7 @@ class FluidLink:
 
     def _push(self, transfer: Transfer) -> None:
         self._order += 1
-        heapq.heappush(self._ends, (transfer.ends_at_level, self._order, transfer))
+        heappush(self._ends, (transfer.ends_at_level, self._order, transfer))
 
     def _leave(self, transfer: Transfer) -> None:
         transfer.active = False
@@ -166,17 +166,21 @@ class FluidLink:
         while ends:  # what is cancelled goes, what got more bytes moves
             level, _, transfer = ends[0]
             if not transfer.active:
-                heapq.heappop(ends)
+                heappop(ends)
             elif transfer.ends_at_level > level:
-                heapq.heappop(ends)
+                heappop(ends)
                 self._push(transfer)
             else:
                 break
         self._ticket += 1
-        capacity = self._capacity * self.speed
-        self._rate = min(capacity / self._active, self._transfer_max) if self._active else 0.0
-        if ends and self._rate:
-            left_s = max(0.0, ends[0][0] - self._level) / self._rate
+        if not self._active:
+            self._rate = 0.0
+            return
+        rate = self._capacity * self.speed / self._active
+        self._rate = rate = rate if rate < self._transfer_max else self._transfer_max
+        if rate:
+            left = ends[0][0] - self._level
+            left_s = left / rate if left > 0.0 else 0.0
             self._queue.at(self._queue.now_s + left_s, self._end, self._ticket)
 
     def _end(self, ticket: int) -> None:
@@ -184,9 +188,11 @@ class FluidLink:
             return
         self.advance()
         ends, done = self._ends, []
-        level = self._level = max(self._level, ends[0][0])  # rounding must leave no last grain
+        level = self._level
+        if level < ends[0][0]:  # rounding must leave no last grain
+            level = self._level = ends[0][0]
         while ends and ends[0][0] <= level:
-            _, _, transfer = heapq.heappop(ends)
+            _, _, transfer = heappop(ends)
             if not transfer.active:
                 continue
             if transfer.ends_at_level > level:

@@ -98,23 +98,29 @@ class PrefillNodes:
     """Prefill instances of one kind, each serving one request at a time.
 
     A request sent to a node waits in that node's queue; one sent to none is served by the first
-    node that is free. Own queues go first.
+    node that is free. Own queues go first. A closed node finishes its own queue and takes no more.
 
     Args:
         service_s: called when a request's prefill begins; returns how long it takes.
         finished: called when it ends.
+        open_count: the first of the nodes, which are open at first; all by default.
 
     Attributes:
         up: per node; a node that is down serves nothing.
+        open: per node; a closed one is draining, or does something else.
         busy_s: node seconds of the prefills that ended.
     """
 
     def __init__(self, queue: EventQueue, name: str, node_count: int,
-                 service_s: Callable[[Request], float], finished: Callable[[Request], None]):
+                 service_s: Callable[[Request], float], finished: Callable[[Request], None],
+                 open_count: int | None = None):
         self.name = name
         self.node_count = node_count
         self.up = [True] * node_count
-        self._down_count = 0
+        open_count = node_count if open_count is None else open_count
+        self.open = [node < open_count for node in range(node_count)]
+        self._drained: dict[int, Callable[[], None]] = {}
+        self._down_count = node_count - open_count  # and closed
         self.busy_s = 0.0
         self.queued_tokens = 0
         self.queued_count = 0
@@ -123,7 +129,7 @@ class PrefillNodes:
         self._finished = finished
         self._running: list[Request | None] = [None] * node_count
         self._until_s = [0.0] * node_count
-        self._idle = list(range(node_count))[::-1]
+        self._idle = list(range(open_count))[::-1]
         self._any: deque[tuple[Request, int]] = deque()
         self._own: list[deque[tuple[Request, int]]] = [deque() for _ in range(node_count)]
         self._own_s = [0.0] * node_count  # expected of those that wait for just this node
@@ -162,17 +168,38 @@ class PrefillNodes:
 
     def stop(self, node: int) -> None:
         """Take a node down; what runs or waits on it stays there until somebody withdraws it."""
-        self._down_count += self.up[node]
+        self._down_count += self.up[node] and self.open[node]
         self.up[node] = False
         if node in self._idle:
             self._idle.remove(node)
 
     def start(self, node: int) -> None:
         """Bring a node back."""
-        self._down_count -= not self.up[node]
+        self._down_count -= not self.up[node] and self.open[node]
         self.up[node] = True
         if self._running[node] is None and node not in self._idle:
             self._next(node)
+
+    def close(self, node: int, drained: Callable[[], None]) -> None:
+        """Give an open node no more requests; `drained` is called when it has none left."""
+        self._down_count += self.up[node]
+        self.open[node] = False
+        self._drained[node] = drained
+        if node in self._idle:
+            self._idle.remove(node)
+            self._next(node)
+
+    def reopen(self, node: int) -> None:
+        """Let a closed node that is drained serve again."""
+        self.open[node] = True
+        self._down_count -= self.up[node]
+        self._next(node)
+
+    def shortest(self) -> int:
+        """Return the open node with the shortest own queue."""
+        now_s = self._queue.now_s
+        return min((node for node in range(self.node_count) if self.open[node]),
+                   key=lambda node: self._own_s[node] + max(0.0, self._until_s[node] - now_s))
 
     def requests_of(self, node: int) -> list[Request]:
         """Return what runs on a node or waits for just this one."""
@@ -187,17 +214,18 @@ class PrefillNodes:
                           for request in self.requests_of(node)]
 
     def tell_queues(self, views: Sequence[QueueView]) -> bool:
-        """Set each node's `queue_s`, how long a new request would wait there; infinity: it is down.
+        """Set each node's `queue_s`, how long a new request would wait there; infinity: it takes
+        none.
 
-        Returns: whether all are up.
+        Returns: whether all are up and open.
         """
         now_s, until_s, own_s = self._queue.now_s, self._until_s, self._own_s
         for node, view in enumerate(views):
             left_s = until_s[node] - now_s
             view.queue_s = own_s[node] + left_s if left_s > 0 else own_s[node]
         if self._down_count:
-            for view, up in zip(views, self.up):
-                view.queue_s = view.queue_s if up else math.inf
+            for view, up, opened in zip(views, self.up, self.open):
+                view.queue_s = view.queue_s if up and opened else math.inf
         return not self._down_count
 
     def worked_s(self) -> float:
@@ -220,13 +248,17 @@ class PrefillNodes:
     def _next(self, node: int) -> None:
         """Serve the next request on a node that has none."""
         own, shared = self._own[node], self._any
-        while self.up[node] and (own or shared):
+        while self.up[node] and (own or (shared and self.open[node])):
             request, attempt = (own or shared).popleft()
             if _waits(request, attempt):
                 self._begin(request, node)
                 return
-        if self.up[node]:
+        if not self.up[node]:
+            return
+        if self.open[node]:
             self._idle.append(node)
+        elif node in self._drained:
+            self._drained.pop(node)()
 
     def _begin(self, request: Request, node: int) -> None:
         self._unqueue(request)
@@ -253,16 +285,24 @@ def _waits(request: Request, attempt: int) -> bool:
 class DecodeNodes:
     """Decode instances with batch slots; every slot makes a token each `token_s`.
 
+    A closed node goes on with what it decodes and takes no more.
+
     Args:
         started: called when a request got its slot; finished: when its last token is made.
+        open_count: the last of the nodes, which are open at first; all by default.
 
     Attributes:
         busy_s: slot seconds of the decodes that ended.
+        up, open: see `PrefillNodes`.
     """
 
     def __init__(self, queue: EventQueue, node_count: int, slots: int, token_s: float,
-                 started: Callable[[Request], None], finished: Callable[[Request], None]):
+                 started: Callable[[Request], None], finished: Callable[[Request], None],
+                 open_count: int | None = None):
         self.node_count = node_count
+        open_count = node_count if open_count is None else open_count
+        self.open = [node >= node_count - open_count for node in range(node_count)]
+        self._drained: dict[int, Callable[[], None]] = {}
         self.slots = slots
         self.token_s = token_s
         self.busy_s = 0.0
@@ -270,8 +310,8 @@ class DecodeNodes:
         self._queue = queue
         self._started = started
         self._finished = finished
-        self._free = [slots] * node_count
-        self._free_sum = slots * node_count
+        self._free = [slots * opened for opened in self.open]
+        self._free_sum = slots * open_count
         self._waiting: deque[tuple[Request, int]] = deque()
         self._waiting_count = 0
         self._active: list[dict[int, Request]] = [{} for _ in range(node_count)]
@@ -324,9 +364,35 @@ class DecodeNodes:
     def start(self, node: int) -> None:
         """Bring a node back, empty."""
         self.up[node] = True
-        self._free[node] = self.slots
-        self._free_sum += self.slots
-        self._serve()
+        self._offer(node)
+
+    def close(self, node: int, drained: Callable[[], None]) -> None:
+        """Give an open node no more requests; `drained` is called when it has none left."""
+        self.open[node] = False
+        self._free_sum -= self._free[node]
+        self._free[node] = 0
+        self._drained[node] = drained
+        self._tell_drained(node)
+
+    def reopen(self, node: int) -> None:
+        """Let a closed node that is drained serve again."""
+        self.open[node] = True
+        self._offer(node)
+
+    def emptiest(self) -> int:
+        """Return the open node with the fewest requests."""
+        return min((node for node in range(self.node_count) if self.open[node]),
+                   key=lambda node: len(self._active[node]))
+
+    def _offer(self, node: int) -> None:
+        if self.up[node] and self.open[node]:
+            self._free[node] = self.slots
+            self._free_sum += self.slots
+            self._serve()
+
+    def _tell_drained(self, node: int) -> None:
+        if not self._active[node] and node in self._drained:
+            self._drained.pop(node)()
 
     def requests(self) -> list[Request]:
         """Return all that decode or wait here."""
@@ -335,7 +401,7 @@ class DecodeNodes:
         return waiting + [request for active in self._active for request in active.values()]
 
     def _begin(self, request: Request) -> None:
-        node = max(range(self.node_count), key=self._free.__getitem__)
+        node = self._free.index(max(self._free))
         self._free[node] -= 1
         self._free_sum -= 1
         request.stage, request.stage_since_s = Stage.DECODE, self._queue.now_s
@@ -349,7 +415,9 @@ class DecodeNodes:
         node = request.node
         del self._active[node][request.index]
         request.stage = Stage.ARRIVED
-        if self.up[node]:
+        if not self.open[node]:
+            self._tell_drained(node)
+        elif self.up[node]:
             self._free[node] += 1
             self._free_sum += 1
 

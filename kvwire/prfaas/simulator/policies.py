@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvwire.prfaas.codecs import EXACT_OPTIONS, RAW, TIERED, CodecOption
 from kvwire.prfaas.controller import Controller, ControllerSettings, LinkSignals, QueueSignals
-from kvwire.prfaas.conversion import LengthWindow, Planner, StageSignals
+from kvwire.prfaas.conversion import (
+    ConversionSettings, LengthWindow, Planner, Revision, StageSignals,
+)
 from kvwire.prfaas.profiles import GBPS, ModelProfile
 from kvwire.prfaas.router import RouteDecision, Router, RouteRequest, Rule, Target
 from kvwire.prfaas.simulator.caches import ClusterIndex
@@ -152,16 +154,17 @@ class _Routed:
     def attach(self, simulation: Simulation) -> None:
         """See `Policy`."""
         self._simulation = simulation
-        self._clusters = [(nodes, self._nodes(nodes)) for nodes in
-                          (simulation.remote, simulation.local) if nodes is not None]
-        self._views = {nodes.name: views for nodes, views in self._clusters}
-        self._numbers = {view.name: number for _, views in self._clusters
+        self._remote, self._local = clusters = [
+            None if nodes is None else (nodes, self._nodes(nodes))
+            for nodes in (simulation.remote, simulation.local)]
+        views_of = {nodes.name: views for nodes, views in filter(None, clusters)}
+        self._numbers = {view.name: number for views in views_of.values()
                          for number, view in enumerate(views)}
         caches = {"prfaas": simulation.remote_cache, "pd": simulation.local_cache}
         index = ClusterIndex(
-            {name: [view.name for view in views] for name, views in self._views.items()},
+            {name: [view.name for view in views] for name, views in views_of.items()},
             {name: cache for name, cache in caches.items()
-             if cache is not None and name in self._views})
+             if cache is not None and name in views_of})
         self._router = Router(index, simulation.trace.block_tokens,
                               simulation.deployment.prfaas.profile,
                               simulation.deployment.local.profile, rule=self._rule,
@@ -175,7 +178,7 @@ class _Routed:
     def choose(self, request: Request) -> Choice | None:
         """See `Policy`."""
         simulation = self._simulation
-        remote, local = self._up("prfaas"), self._up("pd")
+        remote, local = _up(self._remote), _up(self._local)
         view = self._view(remote, local)
         if not local and not (remote and view.remote_up):
             return None
@@ -186,15 +189,6 @@ class _Routed:
         return Choice(is_remote, self._numbers[decision.node], codec,
                       decision.cached_tokens if decision.fetch_tokens else 0,
                       decision.prefill_s, decision)
-
-    def _up(self, name: str) -> list[_Node]:
-        """Return the nodes that are known to be up, their queues as they are now."""
-        for nodes, views in self._clusters:
-            if nodes.name == name:
-                if nodes.tell_queues(views):
-                    return views
-                return [view for view in views if view.queue_s < math.inf]
-        return []
 
     def _goodput_gbps(self) -> tuple[float, float]:
         """Return what the link carried since the last call, and how long ago that was."""
@@ -208,10 +202,20 @@ class _Routed:
     def _queue_means_s(self) -> tuple[float, float]:
         """Return how long a new request would wait, in the mean over the nodes of each cluster."""
         means = []
-        for name in ("prfaas", "pd"):
-            waits = [node.queue_s for node in self._up(name)]
+        for cluster in (self._remote, self._local):
+            waits = [node.queue_s for node in _up(cluster)]
             means.append(sum(waits) / len(waits) if waits else 0.0)
         return means[0], means[1]
+
+
+def _up(cluster: tuple[PrefillNodes, list[_Node]] | None) -> list[_Node]:
+    """Return the nodes that are known to be up, their queues as they are now."""
+    if cluster is None:
+        return []
+    nodes, views = cluster
+    if nodes.tell_queues(views):
+        return views
+    return [view for view in views if view.queue_s < math.inf]
 
 
 class Published(_Routed):
@@ -279,20 +283,29 @@ class Kvwire(_Routed):
         deployment, plan: solved with the lossless ratios (`wire_of`).
         sooner_s: see `Router`.
         revise_s: how often the planner looks at the lengths that were seen.
+        conversion: when it changes a node's role, if the simulation lets it.
     """
 
     def __init__(self, deployment: Deployment, plan: Plan, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = EXACT_OPTIONS,
                  settings: ControllerSettings = SETTINGS, sooner_s: float = SOONER_S,
-                 revise_s: float = 600.0):
+                 revise_s: float = 600.0, conversion: ConversionSettings = ConversionSettings()):
         super().__init__("kvwire", rule, options, sooner_s)
         self.interval_s = settings.period_s
         self._controller = Controller(deployment, plan, settings)
-        split = replace(deployment, local=replace(deployment.local,
-                                                  prefill_nodes=plan.prefill_nodes))
-        self._planner = Planner(split, plan, window=LengthWindow(1024))
+        self._deployment, self._plan, self._conversion = deployment, plan, conversion
         self._revise_s = revise_s
         self._revised_s = 0.0
+        self._worked = 0.0, 0.0
+        self._converting: Revision | None = None
+
+    def attach(self, simulation: Simulation) -> None:
+        """See `Policy`."""
+        super().attach(simulation)
+        fixed = None if simulation.conversion_s is not None else self._plan.prefill_nodes
+        split = replace(self._deployment, local=replace(self._deployment.local,
+                                                        prefill_nodes=fixed))
+        self._planner = Planner(split, self._plan, self._conversion, window=LengthWindow(1024))
 
     @staticmethod
     def wire_of(deployment: Deployment, codec: CodecOption = TIERED) -> Deployment:
@@ -303,7 +316,7 @@ class Kvwire(_Routed):
         simulation = self._simulation
         view = self._controller.view(simulation.queue.now_s, remote, local)
         gone = not (simulation.remote_up and simulation.link_up)  # known before the next tick
-        return replace(view, remote_up=False) if gone else view
+        return view._replace(remote_up=False) if gone else view
 
     def _noted(self, decision: RouteDecision) -> None:
         self._controller.note(self._simulation.queue.now_s, decision)
@@ -322,8 +335,31 @@ class Kvwire(_Routed):
             simulation.queue.now_s,
             LinkSignals(gbps, simulation.link.queued_bytes, up=up),
             QueueSignals(*self._queue_means_s()))
+        if self._converting is not None and not simulation.converting:
+            self._controller.replan(self._converting.deployment, self._converting.plan)
+            self._converting = None
         if simulation.queue.now_s - self._revised_s >= self._revise_s:
-            self._revised_s = simulation.queue.now_s
-            revision = self._planner.revise(simulation.queue.now_s, StageSignals(0.0, 0.0))
-            if revision is not None:
-                self._controller.replan(revision.deployment, revision.plan)
+            self._revise()
+
+    def _revise(self) -> None:
+        simulation, now_s = self._simulation, self._simulation.queue.now_s
+        if self._converting is not None:
+            return
+        revision = self._planner.revise(now_s, self._stages(now_s - self._revised_s))
+        self._revised_s = now_s
+        if revision is not None and revision.convert and simulation.convert(revision.convert):
+            self._converting = revision  # its threshold holds once the node is there
+        elif revision is not None:
+            self._controller.replan(revision.deployment, revision.plan)
+
+    def _stages(self, passed_s: float) -> StageSignals:
+        """Return how busy the local stages were since the last look."""
+        simulation = self._simulation
+        if simulation.conversion_s is None:
+            return StageSignals(0.0, 0.0)
+        before, decode = self._worked, simulation.decode
+        self._worked = simulation.local.worked_s(), decode.worked_s()
+        prefill_s, decode_s = (now - was for now, was in zip(self._worked, before))
+        nodes = max(1, simulation.prefill_nodes)
+        slots = decode.slots * max(1, self._deployment.local.nodes - simulation.prefill_nodes)
+        return StageSignals(prefill_s / passed_s / nodes, decode_s / passed_s / slots)

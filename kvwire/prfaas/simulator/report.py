@@ -87,6 +87,8 @@ def summarise(simulation: Simulation) -> Summary:
     done_by = [(after - before) / window_s for before, after in zip(begin[1:], end[1:])]
     egress_gbps = done_by[0] * GBPS
     link, decode = simulation.deployment.link, simulation.decode
+    nodes = simulation.deployment.local.nodes
+    prefill_nodes = _prefill_nodes(simulation, begin.time_s, end.time_s)
     return Summary(
         policy=simulation.policy.name, request_count=len(arrival_s),
         offered_rps=len(ttft_s) / window_s, first_token_rps=out.sum() / window_s,
@@ -97,8 +99,8 @@ def summarise(simulation: Simulation) -> Summary:
         egress_gbps=egress_gbps,
         link_utilisation=egress_gbps / link.goodput_gbps if link is not None else 0.0,
         remote_utilisation=_utilisation(done_by[1], simulation.remote),
-        prefill_utilisation=_utilisation(done_by[2], simulation.local),
-        decode_utilisation=done_by[3] / (decode.node_count * decode.slots),
+        prefill_utilisation=done_by[2] / max(1, prefill_nodes),
+        decode_utilisation=done_by[3] / ((nodes - prefill_nodes) * decode.slots),
         failed=dict(Counter(records.failed.values())))
 
 
@@ -110,6 +112,15 @@ def times_to_first_token(simulation: Simulation) -> np.ndarray:
 
 def _within(times_s: np.ndarray, begin_s: float, end_s: float) -> np.ndarray:
     return (times_s >= begin_s) & (times_s < end_s)
+
+
+def _prefill_nodes(simulation: Simulation, begin_s: float, end_s: float) -> float:
+    """Return the mean of local prefill nodes over a stretch of time."""
+    count = float(simulation.prefill_nodes)
+    for _, done_s, step in simulation.conversions:
+        before_s = min(max(done_s, begin_s), end_s) - begin_s
+        count -= step * before_s / (end_s - begin_s)
+    return count
 
 
 def _utilisation(busy: float, nodes: PrefillNodes | None) -> float:

@@ -73,6 +73,7 @@ class Simulation:
         remote_cache, local_cache: prefix pools, or None for none. Both or neither.
         deadline_s: a request without a first token this long after its arrival fails.
         detect_s: how long a dead cluster or a silent link goes unnoticed.
+        conversion_s: how long a drained local node takes to change its role; None: none does.
         lane_count, lane_gbps_max: of one transfer, see `FluidLink`.
         warm_up_share: of the requests; the others' arrivals are the window of `marks`.
 
@@ -80,12 +81,15 @@ class Simulation:
         remote, local: `PrefillNodes`, None where there are none.
         remote_up, link_up: what the router knows; late by `detect_s`.
         marks: what was done by the window's first arrival, and by its last.
+        prefill_nodes: local ones now; a node that changes its role counts as what it was.
+        conversions: (when it began, when it was done, 1 for decode to prefill or -1) of each.
     """
 
     def __init__(self, trace: Trace, deployment: Deployment, prefill_nodes: int, policy: Policy,
                  *, remote_cache: ClusterCache | None = None,
                  local_cache: ClusterCache | None = None, deadline_s: float = math.inf,
-                 detect_s: float = 2.0, warm_up_share: float = 0.2, lane_count: int = 8,
+                 detect_s: float = 2.0, warm_up_share: float = 0.2,
+                 conversion_s: float | None = None, lane_count: int = 8,
                  lane_gbps_max: float = math.inf):
         self.trace = trace
         self.deployment = deployment
@@ -97,15 +101,26 @@ class Simulation:
         self.remote_up = self.link_up = True
         local = deployment.local
         self.profile = local.profile
-        self.local = self._prefill("pd", prefill_nodes) if prefill_nodes else None
+        self.conversion_s, self.converting = conversion_s, False
+        self.conversions: list[tuple[float, float, int]] = []
+        self.prefill_nodes = prefill_nodes
+        decode_nodes = local.nodes - prefill_nodes
+        # Where roles change, a node has its number in both, and is closed in one.
+        changing = conversion_s is not None
+        self.local = None
+        if prefill_nodes or changing:
+            self.local = self._prefill("pd", local.nodes if changing else prefill_nodes,
+                                       prefill_nodes)
         self.remote = self.link = self.back_link = None
         if deployment.prfaas is not None:
-            self.remote = self._prefill("prfaas", deployment.prfaas.nodes)
+            self.remote = self._prefill("prfaas", deployment.prfaas.nodes,
+                                        deployment.prfaas.nodes)
             lanes = lane_count, lane_gbps_max
             self.link = FluidLink(self.queue, deployment.link, *lanes)
             self.back_link = FluidLink(self.queue, deployment.link, *lanes)
-        self.decode = DecodeNodes(self.queue, local.nodes - prefill_nodes, local.batch_max,
-                                  local.decode_step_s, self._decode_started, self._decode_ended)
+        self.decode = DecodeNodes(self.queue, local.nodes if changing else decode_nodes,
+                                  local.batch_max, local.decode_step_s, self._decode_started,
+                                  self._decode_ended, decode_nodes)
         self.live: dict[int, Request] = {}
         self.parked: list[Request] = []  # no place to go; tried again when something comes back
         self.records = _records(trace)
@@ -118,8 +133,9 @@ class Simulation:
         self.window_begin = int(warm_up_share * (len(trace) - 1))
         self.marks: list[Mark] = []
 
-    def _prefill(self, name: str, count: int) -> PrefillNodes:
-        return PrefillNodes(self.queue, name, count, self._service_s, self._prefill_ended)
+    def _prefill(self, name: str, count: int, open_count: int) -> PrefillNodes:
+        return PrefillNodes(self.queue, name, count, self._service_s, self._prefill_ended,
+                            open_count)
 
     def run(self, progress: Callable[[int], None] | None = None) -> Records:
         """Serve the whole trace; `progress` is told now and then how many requests came."""
@@ -240,20 +256,18 @@ class Simulation:
         pieces = pieces_of(now_s, now_s + service_s)[:-1]
         fresh = request.tokens - max(request.cached_tokens, request.held_tokens)
         if fresh > 0:
-            self._expect_piece(request, request.transfer, fresh, pieces, 0)
-
-    def _expect_piece(self, request: Request, transfer: Transfer, fresh: int,
-                      pieces: list[tuple[float, float]], number: int) -> None:
-        if number < len(pieces):
-            self.queue.at(pieces[number][0], self._piece,
-                          (request, transfer, fresh, pieces, number))
+            self.queue.at(pieces[0][0], self._piece,
+                          (request, request.transfer, fresh, pieces, 0))
 
     def _piece(self, piece: tuple) -> None:
         request, transfer, fresh, pieces, number = piece
         if transfer.cancelled:
             return
         self._send_kv(request, fresh * pieces[number][1])
-        self._expect_piece(request, transfer, fresh, pieces, number + 1)
+        number += 1
+        if number < len(pieces):
+            self.queue.at(pieces[number][0], self._piece,
+                          (request, transfer, fresh, pieces, number))
 
     def _send_kv(self, request: Request, tokens: float) -> None:
         count = self.profile.kv_bytes_per_token * tokens / request.choice.codec.kv_ratio
@@ -301,6 +315,37 @@ class Simulation:
         request.stage = Stage.DONE
         self.records.done_s[request.index] = self.queue.now_s
         self._forget(request)
+
+    # ---- roles
+
+    def convert(self, step: int) -> bool:
+        """Begin to change the role of one local node: it drains, then takes `conversion_s`.
+
+        Args:
+            step: 1 for decode to prefill, -1 for prefill to decode.
+
+        Returns: False, and nothing happens, when roles are fixed, a node is changing already, or
+            nobody would be left for its role.
+        """
+        source, target = (self.decode, self.local) if step > 0 else (self.local, self.decode)
+        least = 0 if step < 0 and self.remote is not None else 1
+        if self.conversion_s is None or self.converting or sum(source.open) <= least:
+            return False
+        node = source.emptiest() if step > 0 else source.shortest()
+        self.converting, begun_s = True, self.queue.now_s
+
+        def drained() -> None:
+            self.queue.at(self.queue.now_s + self.conversion_s, converted)
+
+        def converted(_: object) -> None:
+            self.converting = False
+            self.prefill_nodes += step
+            self.conversions.append((begun_s, self.queue.now_s, step))
+            target.reopen(node)
+            self.route_parked()
+
+        source.close(node, drained)
+        return True
 
     def _mark(self) -> Mark:
         delivered_bytes = 0.0
