@@ -30,9 +30,13 @@ test-long: build
 VLLM_VENV := .venv-vllm
 VLLM_TORCH ?= torch==2.13.0+cpu
 
+# e.g. make test-vllm VLLM_TESTS="vllm and long" for hundreds of requests under faults
+VLLM_TESTS ?= vllm and not long
+
 test-vllm: build $(VLLM_VENV)/packages.stamp
-	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -p no:cacheprovider -m "vllm and not gpu" \
-	    $(sort $(wildcard tests/test_vllm*.py))
+	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -p no:cacheprovider \
+	    -m "$(VLLM_TESTS) and not gpu" \
+	    $(sort $(wildcard tests/test_vllm*.py tests/test_bench_engine.py))
 
 # pip finds CUDA builds of the three packages that are removed again: they break transformers.
 $(VLLM_VENV)/packages.stamp: tests/requirements-vllm.txt

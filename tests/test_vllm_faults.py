@@ -6,6 +6,8 @@ requests are preempted.
 """
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +70,7 @@ def is_healthy(pair, seed):
 
 
 def slowed(pair):
-    return Proxy(f"127.0.0.1:{pair.decode_port}", bytes_per_s=SLOW)
+    return Proxy(pair.decode_addresses[0], bytes_per_s=SLOW)
 
 
 def is_under_way(proxy):
@@ -78,7 +80,7 @@ def is_under_way(proxy):
 @pytest.mark.parametrize("kind", ["flip", "cut"])
 def test_harm_on_the_wire_is_repaired(fail, kind):
     seed = 20 + (kind == "cut")
-    with Proxy(f"127.0.0.1:{fail.decode_port}", Fault(None, UP, 60_000, kind)) as proxy:
+    with Proxy(fail.decode_addresses[0], Fault(None, UP, 60_000, kind)) as proxy:
         fail.push(kind, prompt(301, seed), NEW_TOKENS, through=proxy.address)
         split = fail.decode.output(kind)
         assert proxy.fired
@@ -212,8 +214,8 @@ def test_no_token_is_wrong_in_a_storm(recompute):
     sizes = [60 + 7 * (number % 37) for number in range(count)]
     harm = Storm(flips=40, cuts=600)
     before, wrong, finished = handed_off(pair), [], 0
-    with Proxy(f"127.0.0.1:{pair.decode_port}", edit=harm) as to_decode, \
-            Proxy(f"127.0.0.1:{pair.prefill_port}", edit=harm) as to_prefill:
+    with Proxy(pair.decode_addresses[0], edit=harm) as to_decode, \
+            Proxy(pair.prefill_address, edit=harm) as to_prefill:
         for first in range(0, count, at_once):
             batch = range(first, first + at_once)
             for number in batch:
@@ -248,6 +250,33 @@ def ask(pair, number, tokens, to_decode, to_prefill):
         pair.decode.say(abort=name)
     elif kind == GIVEN_UP:
         pair.prefill.say(abort=name)
+
+
+@pytest.mark.long
+def test_a_line_that_loses_and_breaks(llama):
+    """1 Gbit/s, 20 ms, one segment in 500 lost; all connections are reset after every tenth."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from bench.build import BuildError
+    from bench.netlab import Link, LinkUnavailable
+    try:
+        link = Link(rate_gbit=1, rtt_ms=20, loss=0.002)
+    except (LinkUnavailable, BuildError) as error:
+        pytest.skip(str(error))
+    count = 60
+    with link, Pair(llama, policy="recompute", link=link, **ENGINES) as pair:
+        for number in range(count):
+            how = pair.push if number % 2 else pair.pull
+            how(f"line-{number}", prompt(301, number), NEW_TOKENS)
+            if number % 10 == 9:
+                link.cut()
+        split = [pair.decode.output(f"line-{number}") for number in range(count)]
+        for number, answer in enumerate(split):
+            assert answer["tokens"] == unsplit(pair, 301, number), number
+        assert all_is_given_back(pair.decode) and all_is_given_back(pair.prefill)
+        assert handed_off(pair) > count // 2
+        lost = {side: counts["lost"] for side, counts in link.stats().items()}
+        print(f"{handed_off(pair)} of {count} handed off, segments lost: {lost}")
+        assert sum(lost.values()) > 0
 
 
 # These two kill an engine of the pair they are given: the last for it.

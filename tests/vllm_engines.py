@@ -40,6 +40,7 @@ class Engine:
         ranks = settings.get("tensor_parallel_size", 1)
         if ranks > 1:
             settings |= {"distributed_executor_backend": "mp", "environment": {
+                "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
                 "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}}
         self._log = tempfile.NamedTemporaryFile("r")
         self._answers, self._kept = queue.SimpleQueue(), []
@@ -124,24 +125,33 @@ class Pair:
 
     Args:
         policy: kv_load_failure_policy of the decode engine.
+        link: a bench.netlab.Link to put between them; prefill is on its left.
         prefill, decode: settings of one of them; `both`: of both.
     """
 
-    def __init__(self, model, policy="fail", lease_s=60, prefill=None, decode=None, **both):
+    def __init__(self, model, policy="fail", lease_s=60, link=None, prefill=None, decode=None,
+                 **both):
         settings = {"model": str(model), "enable_prefix_caching": False,
                     "repetition_penalty": REPETITION_PENALTY, **both}
-        own = {"prefill": settings | (prefill or {}), "decode": settings | (decode or {})}
+        own = [settings | (prefill or {}), settings | (decode or {})]
+        hosts = ["127.0.0.1"] * 2
+        if link is not None:
+            hosts = link.address["left"], link.address["right"]
+            for values, side in zip(own, ("left", "right")):
+                values["namespace"] = link.namespace(side)
         self.prefill_ranks, self.decode_ranks = (
-            values.get("tensor_parallel_size", 1) for values in own.values())
+            values.get("tensor_parallel_size", 1) for values in own)
         port = free_ports(self.prefill_ranks + self.decode_ranks)
-        self.prefill_port, self.decode_port = port, port + self.prefill_ranks
-        self.prefill = Engine(**own["prefill"], transfer={
+        self.prefill_address = f"{hosts[0]}:{port}"
+        self.decode_addresses = [f"{hosts[1]}:{port + self.prefill_ranks + rank}"
+                                 for rank in range(self.decode_ranks)]
+        options = {"lease_s": lease_s, "allow_unauthenticated": link is not None}
+        self.prefill = Engine(**own[0], transfer={
             "kv_role": "kv_producer", "kv_connector_extra_config": {
-                "prefill_listen": f"127.0.0.1:{self.prefill_port}", "lease_s": lease_s}})
-        self.decode = Engine(**own["decode"], transfer={
+                "prefill_listen": self.prefill_address, **options}})
+        self.decode = Engine(**own[1], transfer={
             "kv_role": "kv_consumer", "kv_load_failure_policy": policy,
-            "kv_connector_extra_config": {
-                "decode_listen": f"127.0.0.1:{self.decode_port}", "lease_s": lease_s}})
+            "kv_connector_extra_config": {"decode_listen": self.decode_addresses[0], **options}})
 
     def __enter__(self):
         try:
@@ -163,8 +173,7 @@ class Pair:
             "do_remote_prefill": True, "ticket": ticket, "prefill_ranks": self.prefill_ranks})
         self.prefill.add(name, prompt, 1, {
             "do_remote_decode": True, "ticket": ticket,
-            "decode_addresses": [through] if through else [
-                f"127.0.0.1:{self.decode_port + rank}" for rank in range(self.decode_ranks)]})
+            "decode_addresses": [through] if through else self.decode_addresses})
 
     def pull(self, name, prompt, max_tokens, through=None):
         """Ask prefill, then decode with what prefill answered; `through`: a proxy before it."""

@@ -5,6 +5,7 @@ that vLLM's CPU kernels take.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Wide weights: what a model says depends on more than the last token.
@@ -62,16 +63,28 @@ MODELS = {
 }
 
 
-def missing_operator(name):
-    """Return what the layers of a model call and this build of vLLM lacks; None: nothing."""
+def missing(name):
+    """Return what a model needs of vLLM and this build of it lacks; None: nothing."""
     import torch
     import vllm._custom_ops  # noqa: F401  (loads the operators)
     from vllm.triton_utils import HAS_TRITON
+    if name in ("qwen3_next", "qwen3_5") and torch.cpu._is_amx_tile_supported():
+        return "bf16 attention whose packing kvwire knows: this CPU has AMX"
     if name == "jamba" and not hasattr(torch.ops._C, "selective_scan_fwd"):
         return "the operator _C.selective_scan_fwd (Mamba-1)"
     if name == "kimi_linear" and not HAS_TRITON:
         return "Triton, and with it chunk_kda_with_fused_gate (KDA)"
+    if name == "qwen3_5" and find_spec("torchvision") is None:
+        return "a torchvision for CPUs, which the images that Qwen3.5 takes need"
     return None
+
+
+def dtype(name):
+    """Return that of the weights and the cache: bf16, except where a CPU with AMX would pack the
+    keys in a way that kvwire refuses."""
+    import torch
+    packs = torch.cpu._is_amx_tile_supported() and not name.startswith("deepseek")  # no keys
+    return "float32" if packs else "bfloat16"
 
 
 def make(folder, name):

@@ -148,13 +148,16 @@ def main(settings, pipe, log):
 
     Args:
         settings: also "transfer", a KVTransferConfig; "digests", whether to tell them;
-            "repetition_penalty", of every request; "environment", of this process.
+            "repetition_penalty", of every request; "environment" and "namespace", of this process.
         log: the path of a file for what is printed.
     """
     with open(log, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(settings.pop("environment", {}))
+    if namespace := settings.pop("namespace", None):
+        from bench.netlab import enter
+        enter(namespace)
     if settings.pop("digests", False):
         tell_digests(pipe.send)
     penalty = settings.pop("repetition_penalty", 1.0)
