@@ -4,7 +4,8 @@ It takes commands and gives answers over a pipe. The engine runs in this process
 so that a test can stop between two of them.
 
     {"add": id, "prompt": [...], "max_tokens": n, "params": {...}}    a request
-    {"abort": id}  {"status": true}  {"stop": true}
+    {"abort": id}  {"abort": id, "computed_tokens": n}: at once, or when so many are computed
+    {"status": true}  {"stop": true}
     ← {"ready": 1}  {"status": {...}}  {"digests": {...}, "id", "side"}
     ← {"id", "tokens", "finish", "params", "cached"}
 """
@@ -87,7 +88,7 @@ class Peer:
         self.engine, self.pipe, self.say, self.totals = engine, pipe, pipe.send, totals
         self.scheduler = engine.engine_core.engine_core.scheduler
         self.repetition_penalty = repetition_penalty
-        self.commands = SimpleQueue()
+        self.commands, self.aborts = SimpleQueue(), {}
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
@@ -103,6 +104,14 @@ class Peer:
         self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(
             temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True,
             repetition_penalty=self.repetition_penalty, extra_args=extra))
+
+    def abort_computed(self):
+        """Carry out the aborts that waited for this; vLLM's own request ids have a suffix."""
+        for name, tokens in list(self.aborts.items()):
+            if any(key.startswith(name + "-") and request.num_computed_tokens >= tokens
+                   for key, request in self.scheduler.requests.items()):
+                self.engine.abort_request([name])
+                del self.aborts[name]
 
     def status(self):
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -124,7 +133,9 @@ class Peer:
             if command is not None:
                 if "stop" in command:
                     return
-                if "abort" in command:
+                if "computed_tokens" in command:
+                    self.aborts[command["abort"]] = command["computed_tokens"]
+                elif "abort" in command:
                     self.engine.abort_request([command["abort"]])
                 elif "status" in command:
                     self.say({"status": self.status()})
@@ -140,6 +151,7 @@ class Peer:
                               "finish": output.outputs[0].finish_reason,
                               "cached": output.num_cached_tokens,
                               "params": output.kv_transfer_params})
+            self.abort_computed()
             idle = not outputs and not self.scheduler.running
 
 
