@@ -36,7 +36,7 @@ VLLM_TESTS ?= vllm and not long
 test-vllm: build $(VLLM_VENV)/packages.stamp
 	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -p no:cacheprovider \
 	    -m "$(VLLM_TESTS) and not gpu" \
-	    $(sort $(wildcard tests/test_vllm*.py tests/test_bench_engine.py))
+	    $(sort $(wildcard tests/test_vllm*.py))
 
 # pip finds CUDA builds of the three packages that are removed again: they break transformers.
 $(VLLM_VENV)/packages.stamp: tests/requirements-vllm.txt
