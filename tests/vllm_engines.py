@@ -40,7 +40,6 @@ class Engine:
         ranks = settings.get("tensor_parallel_size", 1)
         if ranks > 1:
             settings |= {"distributed_executor_backend": "mp", "environment": {
-                "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
                 "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}}
         self._log = tempfile.NamedTemporaryFile("r")
         self._answers, self._kept = queue.SimpleQueue(), []
