@@ -30,8 +30,12 @@ test-long: build
 VLLM_VENV := .venv-vllm
 VLLM_TORCH ?= torch==2.13.0+cpu
 
+# e.g. make test-vllm VLLM_TESTS="vllm and long" for hundreds of requests under faults
+VLLM_TESTS ?= vllm and not long
+
 test-vllm: build $(VLLM_VENV)/packages.stamp
-	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -p no:cacheprovider -m "vllm and not gpu" \
+	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -p no:cacheprovider \
+	    -m "$(VLLM_TESTS) and not gpu" \
 	    $(sort $(wildcard tests/test_vllm*.py))
 
 # pip finds CUDA builds of the three packages that are removed again: they break transformers.

@@ -1,42 +1,61 @@
 """Drives vLLM engines in processes of their own, as a router would."""
 
-import json
+import contextlib
+import multiprocessing
 import os
 import queue
 import secrets
-import subprocess
-import sys
+import socket
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
+
+import vllm_peer
 
 HERE = Path(__file__).parent
 START_SECONDS_MAX = 900
 ANSWER_SECONDS_MAX = 300
+# Random models fall into loops, in which a wrong cache would not show.
+REPETITION_PENALTY = 1.5
+
+
+@cache
+def forks():
+    """Return the context that makes processes which have vLLM imported: that takes longer than all
+    the rest."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [
+        str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["vllm_peer", "vllm.v1.engine.llm_engine", "vllm.v1.engine.core",
+                                 "vllm.v1.worker.cpu_worker", "kvwire.connectors.vllm"])
+    return made
 
 
 class Engine:
-    """One engine; `settings` are vllm.EngineArgs, and of the connector `transfer`."""
+    """One engine; for `settings` see `vllm_peer.main`."""
 
     def __init__(self, **settings):
-        if settings.get("tensor_parallel_size", 1) > 1:
-            settings |= {"distributed_executor_backend": "mp"}
-        bind = "|".join(map(str, range(settings.get("tensor_parallel_size", 1))))
-        self._log = tempfile.TemporaryFile("w+")
+        ranks = settings.get("tensor_parallel_size", 1)
+        if ranks > 1:
+            settings |= {"distributed_executor_backend": "mp", "environment": {
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}}
+        self._log = tempfile.NamedTemporaryFile("r")
         self._answers, self._kept = queue.SimpleQueue(), []
-        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "vllm_peer.py"), json.dumps(settings)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} | (
-                {"VLLM_CPU_OMP_THREADS_BIND": bind} if "|" in bind else {}))
+        self._pipe, theirs = forks().Pipe()
+        self.process = forks().Process(target=vllm_peer.main,
+                                       args=(settings, theirs, self._log.name))
+        self.process.start()
+        theirs.close()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        for line in self.process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put({"dead": True})
+        try:
+            while True:
+                self._answers.put(self._pipe.recv())
+        except (EOFError, OSError):
+            self._answers.put({"dead": True})
 
     def wait_ready(self):
         self.wait(lambda answer: "ready" in answer, START_SECONDS_MAX)
@@ -61,7 +80,7 @@ class Engine:
             self._kept.append(answer)
 
     def say(self, **command):
-        print(json.dumps(command), file=self.process.stdin, flush=True)
+        self._pipe.send(command)
 
     def add(self, name, prompt, max_tokens, params=None):
         self.say(add=name, prompt=prompt, max_tokens=max_tokens, params=params)
@@ -89,33 +108,49 @@ class Engine:
 
     def kill(self):
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def stop(self):
-        if self.process.poll() is None:
-            try:
-                self.say(stop=True)
-                self.process.wait(60)
-            except (OSError, subprocess.TimeoutExpired):
-                self.kill()
+        with contextlib.suppress(OSError):
+            self.say(stop=True)
+        self.process.join(60)
+        if self.process.is_alive():
+            self.kill()
         self._log.close()
 
 
 class Pair:
-    """A prefill and a decode engine, and what a router says to them."""
+    """A prefill and a decode engine, and what a router says to them.
 
-    def __init__(self, model, base_port, policy="fail", prefill=None, decode=None, **both):
-        self.decode_port, self.prefill_port = base_port, base_port + 10
-        settings = {"model": str(model), **both}
-        self.prefill = Engine(**settings | (prefill or {}), transfer={
+    Args:
+        policy: kv_load_failure_policy of the decode engine.
+        link: a bench.netlab.Link to put between them; prefill is on its left.
+        prefill, decode: settings of one of them; `both`: of both.
+    """
+
+    def __init__(self, model, policy="fail", lease_s=60, link=None, prefill=None, decode=None,
+                 **both):
+        settings = {"model": str(model), "enable_prefix_caching": False,
+                    "repetition_penalty": REPETITION_PENALTY, **both}
+        own = [settings | (prefill or {}), settings | (decode or {})]
+        hosts = ["127.0.0.1"] * 2
+        if link is not None:
+            hosts = link.address["left"], link.address["right"]
+            for values, side in zip(own, ("left", "right")):
+                values["namespace"] = link.namespace(side)
+        self.prefill_ranks, self.decode_ranks = (
+            values.get("tensor_parallel_size", 1) for values in own)
+        port = free_ports(self.prefill_ranks + self.decode_ranks)
+        self.prefill_address = f"{hosts[0]}:{port}"
+        self.decode_addresses = [f"{hosts[1]}:{port + self.prefill_ranks + rank}"
+                                 for rank in range(self.decode_ranks)]
+        options = {"lease_s": lease_s, "allow_unauthenticated": link is not None}
+        self.prefill = Engine(**own[0], transfer={
             "kv_role": "kv_producer", "kv_connector_extra_config": {
-                "prefill_listen": f"127.0.0.1:{self.prefill_port}", "lease_s": 60}})
-        self.decode = Engine(**settings | (decode or {}), transfer={
+                "prefill_listen": self.prefill_address, **options}})
+        self.decode = Engine(**own[1], transfer={
             "kv_role": "kv_consumer", "kv_load_failure_policy": policy,
-            "kv_connector_extra_config": {
-                "decode_listen": f"127.0.0.1:{self.decode_port}", "lease_s": 60}})
-        self.prefill_ranks, self.decode_ranks = ((settings | (own or {})).get(
-            "tensor_parallel_size", 1) for own in (prefill, decode))
+            "kv_connector_extra_config": {"decode_listen": self.decode_addresses[0], **options}})
 
     def __enter__(self):
         try:
@@ -137,11 +172,29 @@ class Pair:
             "do_remote_prefill": True, "ticket": ticket, "prefill_ranks": self.prefill_ranks})
         self.prefill.add(name, prompt, 1, {
             "do_remote_decode": True, "ticket": ticket,
-            "decode_addresses": [through] if through else [
-                f"127.0.0.1:{self.decode_port + rank}" for rank in range(self.decode_ranks)]})
+            "decode_addresses": [through] if through else self.decode_addresses})
 
-    def pull(self, name, prompt, max_tokens):
-        """Ask prefill, then decode with what prefill answered."""
-        answer = self.prefill.generate(name, prompt, 1, {
-            "do_remote_decode": True, "decode_ranks": self.decode_ranks})
-        self.decode.add(name, prompt, max_tokens, answer["params"])
+    def pull(self, name, prompt, max_tokens, through=None):
+        """Ask prefill, then decode with what prefill answered; `through`: a proxy before it."""
+        params = self.prefill.generate(name, prompt, 1, {
+            "do_remote_decode": True, "decode_ranks": self.decode_ranks})["params"]
+        if through:
+            params["prefill_addresses"] = [through]
+        self.decode.add(name, prompt, max_tokens, params)
+
+
+def free_ports(count):
+    """Return the first of `count` ports in a row that nobody listens on."""
+    while True:
+        with contextlib.ExitStack() as held:
+            first = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            try:
+                for port in range(first + 1, first + count):
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except (OSError, OverflowError):
+                continue
+        return first
+
+
+def prompt(tokens, seed=0):
+    return [(7 * i * i + 3 * i + 1 + 11 * seed) % 500 for i in range(tokens)]

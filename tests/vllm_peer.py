@@ -1,20 +1,18 @@
-"""One vLLM engine in a process of its own, for tests: ``python tests/vllm_peer.py '<json>'``.
+"""One vLLM engine, the work of a process of its own: `main`, for tests.
 
-It takes commands and gives answers as lines of JSON on its standard streams. The engine runs in
-this process, a step at a time, so that a test can stop between two of them.
+It takes commands and gives answers over a pipe. The engine runs in this process, a step at a time,
+so that a test can stop between two of them.
 
     {"add": id, "prompt": [...], "max_tokens": n, "params": {...}}    a request
-    {"abort": id}  {"status": true}  {"stop": true}
+    {"abort": id}  {"abort": id, "computed_tokens": n}: at once, or when so many are computed
+    {"status": true}  {"stop": true}
     ← {"ready": 1}  {"status": {...}}  {"digests": {...}, "id", "side"}
     ← {"id", "tokens", "finish", "params", "cached"}
 """
 
 import hashlib
-import json
 import os
-import sys
 import threading
-import time
 from queue import Empty, SimpleQueue
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
@@ -86,27 +84,38 @@ def keep_totals():
 
 
 class Peer:
-    def __init__(self, engine, say, totals):
-        self.engine, self.say, self.totals = engine, say, totals
-        self.commands = SimpleQueue()
+    def __init__(self, engine, pipe, totals, repetition_penalty):
+        self.engine, self.pipe, self.say, self.totals = engine, pipe, pipe.send, totals
+        self.scheduler = engine.engine_core.engine_core.scheduler
+        self.repetition_penalty = repetition_penalty
+        self.commands, self.aborts = SimpleQueue(), {}
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
-        for line in sys.stdin:
-            self.commands.put(json.loads(line))
-        self.commands.put({"stop": True})
+        try:
+            while True:
+                self.commands.put(self.pipe.recv())
+        except (EOFError, OSError):
+            self.commands.put({"stop": True})
 
     def add(self, name, prompt, max_tokens, params=None):
         from vllm import SamplingParams
         extra = {"kv_transfer_params": params} if params else None
         self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(
             temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True,
-            extra_args=extra))
+            repetition_penalty=self.repetition_penalty, extra_args=extra))
+
+    def abort_computed(self):
+        """Carry out the aborts that waited for this; vLLM's own request ids have a suffix."""
+        for name, tokens in list(self.aborts.items()):
+            if any(key.startswith(name + "-") and request.num_computed_tokens >= tokens
+                   for key, request in self.scheduler.requests.items()):
+                self.engine.abort_request([name])
+                del self.aborts[name]
 
     def status(self):
-        scheduler = self.engine.engine_core.engine_core.scheduler
-        pool = scheduler.kv_cache_manager.block_pool
-        return {"requests": len(scheduler.requests), "free_blocks": pool.get_num_free_blocks(),
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return {"requests": len(self.scheduler.requests), "free_blocks": pool.get_num_free_blocks(),
                 "blocks": pool.num_gpu_blocks, "totals": self.totals}
 
     def run(self):
@@ -115,15 +124,18 @@ class Peer:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         self.say({"ready": 1})
+        idle = False
         while True:
             try:
-                command = self.commands.get_nowait()
+                command = self.commands.get(timeout=0.01 if idle else 0)
             except Empty:
                 command = None
             if command is not None:
                 if "stop" in command:
                     return
-                if "abort" in command:
+                if "computed_tokens" in command:
+                    self.aborts[command["abort"]] = command["computed_tokens"]
+                elif "abort" in command:
                     self.engine.abort_request([command["abort"]])
                 elif "status" in command:
                     self.say({"status": self.status()})
@@ -139,25 +151,29 @@ class Peer:
                               "finish": output.outputs[0].finish_reason,
                               "cached": output.num_cached_tokens,
                               "params": output.kv_transfer_params})
-            if not outputs:
-                time.sleep(0.002)
+            self.abort_computed()
+            idle = not outputs and not self.scheduler.running
 
 
-def main():
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    settings = json.loads(sys.argv[1])
+def main(settings, pipe, log):
+    """Serve one engine, of these vllm.EngineArgs.
 
-    def say(answer):
-        print(json.dumps(answer), file=answers, flush=True)
-
+    Args:
+        settings: also "transfer", a KVTransferConfig; "digests", whether to tell them;
+            "repetition_penalty", of every request; "environment" and "namespace", of this process.
+        log: the path of a file for what is printed.
+    """
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(settings.pop("environment", {}))
+    if namespace := settings.pop("namespace", None):
+        from bench.netlab import enter
+        enter(namespace)
     if settings.pop("digests", False):
-        tell_digests(say)
+        tell_digests(pipe.send)
+    penalty = settings.pop("repetition_penalty", 1.0)
     totals = keep_totals() if "transfer" in settings else {}
     engine = make_engine(settings)
-    Peer(engine, say, totals).run()
+    Peer(engine, pipe, totals, penalty).run()
     engine.engine_core.shutdown()
-
-
-if __name__ == "__main__":
-    main()
