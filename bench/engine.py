@@ -233,7 +233,7 @@ def places(link: Link | None) -> dict[str, Place]:
     """Return where the two sides run: on both ends of a link, or on this machine."""
     if link is None:
         return {side: Place("127.0.0.1") for side in CORES}
-    return {side: Place(link.address[end], functools.partial(link.popen_in, end))
+    return {side: Place(link.address[end], link.namespace(end))
             for side, end in (("prefill", "left"), ("decode", "right"))}
 
 
@@ -241,15 +241,17 @@ def goodput_gbit(link: Link | None) -> float:
     """Return what one connection of iperf3 brings, its first second left out."""
     if shutil.which("iperf3") is None:
         raise LinkUnavailable("iperf3 is missing; on Debian: apt-get install iperf3")
-    ends = places(link)
-    serving = ends["decode"].popen(["iperf3", "-s", "-1", "-p", str(_IPERF3_PORT), "--forceflush"],
-                                   stdout=subprocess.PIPE, text=True)
+    popen = {end: subprocess.Popen if link is None else functools.partial(link.popen_in, end)
+             for end in ("left", "right")}
+    serving = popen["right"](["iperf3", "-s", "-1", "-p", str(_IPERF3_PORT), "--forceflush"],
+                             stdout=subprocess.PIPE, text=True)
     try:
         if not any("listening" in line for line in serving.stdout):
             raise LinkUnavailable("iperf3 does not listen")
-        with ends["prefill"].popen(
-                ["iperf3", "-c", ends["decode"].address, "-p", str(_IPERF3_PORT), "-O", "1",
-                 "-t", str(_IPERF3_SECONDS), "-J"], stdout=subprocess.PIPE, text=True) as client:
+        with popen["left"](
+                ["iperf3", "-c", places(link)["decode"].address, "-p", str(_IPERF3_PORT), "-O",
+                 "1", "-t", str(_IPERF3_SECONDS), "-J"], stdout=subprocess.PIPE,
+                text=True) as client:
             said = json.loads(client.communicate()[0])
     finally:
         serving.kill()

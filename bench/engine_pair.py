@@ -24,6 +24,7 @@ _ANSWER_SECONDS_MAX = 600
 _LOG_LINES = 15
 _KVWIRE_PORT = 17800
 _SIDE_PORT = 17850
+_PEERS = ROOT / ".build" / "peers"  # what `make peers` installs
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1",
@@ -51,10 +52,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a side's processes run, and under which address the other side finds them."""
+    """Where a side runs, and under which address the other side finds it.
+
+    Attributes:
+        namespace: of `bench.netlab.Link`; None: this machine's own.
+    """
 
     address: str
-    popen: Callable[..., subprocess.Popen] = subprocess.Popen
+    namespace: str | None = None
 
 
 class Engine:
@@ -65,10 +70,10 @@ class Engine:
                  environment: Mapping[str, str] | None = None):
         self._log = tempfile.TemporaryFile("w+")
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        settings = {**setup.arguments, "transfer": transfer}
+        settings = {**setup.arguments, "transfer": transfer, "namespace": place.namespace}
         paths = [str(ROOT), *filter(None, [(environment or {}).get("PYTHONPATH"),
                                            os.environ.get("PYTHONPATH")])]
-        self._process = place.popen(
+        self._process = subprocess.Popen(
             [str(setup.python), "-m", "bench.engine_peer", json.dumps(settings)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=ROOT,
             env={**os.environ, **_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores,
@@ -125,24 +130,31 @@ class Engine:
         return "\n".join(self._log.read().splitlines()[-_LOG_LINES:])
 
 
+Addresses = Mapping[str, str]
+Params = dict[str, object]
+
+
 @dataclass(frozen=True)
 class System:
-    """A connector: how both engines are configured for it, and how a router uses it.
+    """A connector: how both engines are configured for it, and what a router tells them.
 
     Attributes:
         transfer: (side, addresses of both) -> KVTransferConfig.
-        pushes: both engines are asked at once; else decode with what prefill answered.
+        prefill_params: (a number of its own for each request, addresses) -> kv_transfer_params.
+        decode_params: the same, and both engines are asked at once; None: decode is given what
+            prefill answered.
         environment: (side, addresses of both) -> environment variables.
     """
 
-    transfer: Callable[[str, Mapping[str, str]], dict[str, object]]
-    pushes: bool
-    environment: Callable[[str, Mapping[str, str]], dict[str, str]] = field(
+    transfer: Callable[[str, Addresses], Params]
+    prefill_params: Callable[[str, Addresses], Params]
+    decode_params: Callable[[str, Addresses], Params] | None = None
+    environment: Callable[[str, Addresses], dict[str, str]] = field(
         default=lambda side, addresses: {})
 
 
 def _kvwire(codec: str) -> System:
-    def transfer(side: str, addresses: Mapping[str, str]) -> dict[str, object]:
+    def transfer(side: str, addresses: Addresses) -> Params:
         own = {"codec": codec} if side == "prefill" else {
             "decode_listen": f"{addresses['decode']}:{_KVWIRE_PORT}",
             "allow_unauthenticated": True}
@@ -150,22 +162,47 @@ def _kvwire(codec: str) -> System:
                 "kv_connector_module_path": "bench.engine_probe",
                 "kv_role": "kv_producer" if side == "prefill" else "kv_consumer",
                 "kv_connector_extra_config": {"lease_s": 60, **own}}
-    return System(transfer, pushes=True)
+
+    return System(
+        transfer,
+        lambda number, addresses: {
+            "do_remote_decode": True, "ticket": number,
+            "decode_addresses": [f"{addresses['decode']}:{_KVWIRE_PORT}"]},
+        lambda number, addresses: {"do_remote_prefill": True, "ticket": number})
 
 
-def _nixl_environment(side: str, addresses: Mapping[str, str]) -> dict[str, str]:
-    return {"PYTHONPATH": str(ROOT / ".build" / "peers"), "UCX_TLS": "tcp",
+def _nixl() -> System:
+    return System(
+        lambda side, addresses: {
+            "kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu",
+            "kv_load_failure_policy": "fail"},
+        lambda number, addresses: {"do_remote_decode": True, "do_remote_prefill": False},
+        environment=lambda side, addresses: {
+            "PYTHONPATH": str(_PEERS), "UCX_TLS": "tcp",
             "VLLM_NIXL_SIDE_CHANNEL_HOST": addresses[side],
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_SIDE_PORT + (side == "decode"))}
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_SIDE_PORT + (side == "decode"))})
 
 
-SYSTEMS = {
-    "kvwire": _kvwire("raw"),
-    "kvwire-tiered": _kvwire("tiered"),
-    "nixl": System(lambda side, addresses: {
-        "kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu",
-        "kv_load_failure_policy": "fail"}, pushes=False, environment=_nixl_environment),
-}
+def _mooncake() -> System:
+    return System(
+        lambda side, addresses: {
+            "kv_connector": "MooncakeConnector", "engine_id": side, "kv_buffer_device": "cpu",
+            "kv_role": "kv_producer" if side == "prefill" else "kv_consumer",
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"mooncake_protocol": "tcp"}},
+        lambda number, addresses: {
+            "do_remote_decode": True, "do_remote_prefill": False, "transfer_id": number},
+        lambda number, addresses: {
+            "do_remote_decode": False, "do_remote_prefill": True, "transfer_id": number,
+            "remote_engine_id": "prefill",
+            "remote_bootstrap_addr": f"http://{addresses['prefill']}:{_SIDE_PORT + 2}"},
+        lambda side, addresses: {
+            "PYTHONPATH": str(_PEERS), "VLLM_HOST_IP": addresses[side],
+            "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(_SIDE_PORT + (2 if side == "prefill" else 3))})
+
+
+SYSTEMS = {"kvwire": _kvwire("raw"), "kvwire-tiered": _kvwire("tiered"), "nixl": _nixl(),
+           "mooncake": _mooncake()}
 
 
 class Pair:
@@ -196,14 +233,12 @@ class Pair:
     def hand_off(self, name: str, prompt: Sequence[int], max_tokens: int
                  ) -> tuple[int, dict[str, object], dict[str, object]]:
         """Return when it was asked (time.monotonic_ns), and the answers of prefill and decode."""
+        system, number = self._system, secrets.token_hex(16)
         asked = time.monotonic_ns()
-        if not self._system.pushes:
-            sent = self.prefill.generate(name, prompt, 1, {
-                "do_remote_decode": True, "do_remote_prefill": False})
-            return asked, sent, self.decode.generate(name, prompt, max_tokens, sent["params"])
-        ticket = secrets.token_hex(16)
-        self.decode.add(name, prompt, max_tokens, {"do_remote_prefill": True, "ticket": ticket})
-        self.prefill.add(name, prompt, 1, {
-            "do_remote_decode": True, "ticket": ticket,
-            "decode_addresses": [f"{self._addresses['decode']}:{_KVWIRE_PORT}"]})
-        return asked, self.prefill.output(), self.decode.output()
+        if system.decode_params is not None:
+            self.decode.add(name, prompt, max_tokens, system.decode_params(number, self._addresses))
+        self.prefill.add(name, prompt, 1, system.prefill_params(number, self._addresses))
+        sent = self.prefill.output()
+        if system.decode_params is None:
+            self.decode.add(name, prompt, max_tokens, sent["params"])
+        return asked, sent, self.decode.output()

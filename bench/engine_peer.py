@@ -20,7 +20,10 @@ import threading
 import time
 from queue import Empty, SimpleQueue
 
+from bench import netlab
+
 _IDLE_SLEEP_S = 0.001
+_REPETITION_PENALTY = 1.5  # random models fall into loops, in which a wrong cache would not show
 _WARM_UP_TOKENS = 64  # the CPU kernels of vLLM 0.32 crash when the first pass of all has one token
 
 
@@ -73,7 +76,7 @@ class Peer:
         self._engine.add_request(
             command["add"], {"prompt_token_ids": command["prompt"]},
             SamplingParams(temperature=0, max_tokens=command["max_tokens"], detokenize=False,
-                           ignore_eos=True,
+                           ignore_eos=True, repetition_penalty=_REPETITION_PENALTY,
                            extra_args={"kv_transfer_params": params} if params else None))
 
     def _step(self) -> list[dict[str, object]]:
@@ -122,7 +125,10 @@ def main() -> None:
     # Whatever vLLM prints goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    Peer(json.loads(sys.argv[1]), answers).run()
+    settings = json.loads(sys.argv[1])
+    if (namespace := settings.pop("namespace")) is not None:
+        netlab.enter(namespace)  # threads that start later are there too
+    Peer(settings, answers).run()
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ class Typed:
         self.log = open(folder / "log", "w+")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            ["bash", "-c", commands.rstrip() + " &\nwait -n"], cwd=ROOT, stdout=self.log, stderr=self.log,
-            start_new_session=True, env={
+            ["bash", "-c", commands.rstrip() + " &\nwait -n"], cwd=ROOT, stdout=self.log,
+            stderr=self.log, start_new_session=True, env={
                 **os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1",
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])})
 
     def __enter__(self):
         return self
