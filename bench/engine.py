@@ -18,7 +18,9 @@ from pathlib import Path
 from bench import engine_models
 from bench.build import ROOT, BuildError
 from bench.engine_models import ModelMissing
-from bench.engine_pair import SYSTEMS, Engine, EngineFailed, Pair, Place, Setup
+from bench.engine_pair import (
+    SYSTEMS, Engine, EngineFailed, Pair, Place, Setup, installed,
+)
 from bench.measure import machine, progress
 from bench.netlab import Link, LinkUnavailable
 
@@ -319,8 +321,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.engine", description=__doc__)
     parser.add_argument("--models", type=names(engine_models.known()),
                         default=",".join(engine_models.MODELS), help="%(default)s")
-    parser.add_argument("--systems", type=names(SYSTEMS), default="kvwire,kvwire-tiered",
-                        help=f"of {', '.join(SYSTEMS)}; %(default)s")
+    parser.add_argument("--systems", type=names(SYSTEMS), default=",".join(installed()),
+                        help=f"of {', '.join(SYSTEMS)}; what is installed: %(default)s")
     parser.add_argument("--links", type=names(LINKS), default=",".join(LINKS), help="%(default)s")
     parser.add_argument("--chunk", type=int, default=256,
                         help="tokens that an engine computes in a step; %(default)s")
@@ -338,6 +340,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     if not options.engine_python.exists():
         parser.error(f"{options.engine_python} is missing: `make test-vllm` makes an environment "
                      "with vLLM, or name one with --engine-python")
+    if absent := sorted(set(options.systems) - set(installed())):
+        parser.error(f"{absent[0]} is not installed: make peers")
     odd = [tokens for tokens in options.prompts if tokens < 2 or (tokens - 1) % options.chunk]
     if odd or options.new_tokens < 2 or options.rounds < 1 or options.overhead_rounds < 1:
         parser.error(f"prompts {odd} are not one token more than chunks of {options.chunk}" if odd
@@ -355,18 +359,18 @@ def main(given: Sequence[str] | None = None) -> int:
             links = {name: LINKS[name] and open_links.enter_context(Link(**LINKS[name]))
                      for name in options.links}
             goodputs = {name: goodput_gbit(link) for name, link in links.items()}
+            head = {"machine": machine({"vllm": vllm_version(options.engine_python)}),
+                    "chunk_tokens": options.chunk, "cores": CORES, "goodput_gbit": goodputs}
             for model in options.models:
                 rows += Bench(options, model).rows(links, goodputs)
+                if options.json:  # what there is, should it be interrupted
+                    write(options.json, head, rows)
     except (LinkUnavailable, BuildError, ModelMissing, EngineFailed) as error:
         progress("")
         print(error, file=sys.stderr)
         return 2
     progress("")
     print(table(rows))
-    if options.json:
-        write(options.json, {"machine": machine({"vllm": vllm_version(options.engine_python)}),
-                             "chunk_tokens": options.chunk, "cores": CORES,
-                             "goodput_gbit": goodputs}, rows)
     return exit_status(rows)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.build import ROOT
 
-__all__ = ["Engine", "EngineFailed", "Pair", "Place", "SYSTEMS", "Setup"]
+__all__ = ["Engine", "EngineFailed", "Pair", "Place", "SYSTEMS", "Setup", "installed"]
 
 _START_SECONDS_MAX = 900
 _ANSWER_SECONDS_MAX = 600
@@ -174,7 +174,8 @@ def _kvwire(codec: str) -> System:
 def _nixl() -> System:
     return System(
         lambda side, addresses: {
-            "kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu",
+            "kv_connector": "NixlConnector", "kv_buffer_device": "cpu",
+            "kv_role": "kv_producer" if side == "prefill" else "kv_consumer",
             "kv_load_failure_policy": "fail"},
         lambda number, addresses: {"do_remote_decode": True, "do_remote_prefill": False},
         environment=lambda side, addresses: {
@@ -183,26 +184,12 @@ def _nixl() -> System:
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_SIDE_PORT + (side == "decode"))})
 
 
-def _mooncake() -> System:
-    return System(
-        lambda side, addresses: {
-            "kv_connector": "MooncakeConnector", "engine_id": side, "kv_buffer_device": "cpu",
-            "kv_role": "kv_producer" if side == "prefill" else "kv_consumer",
-            "kv_load_failure_policy": "fail",
-            "kv_connector_extra_config": {"mooncake_protocol": "tcp"}},
-        lambda number, addresses: {
-            "do_remote_decode": True, "do_remote_prefill": False, "transfer_id": number},
-        lambda number, addresses: {
-            "do_remote_decode": False, "do_remote_prefill": True, "transfer_id": number,
-            "remote_engine_id": "prefill",
-            "remote_bootstrap_addr": f"http://{addresses['prefill']}:{_SIDE_PORT + 2}"},
-        lambda side, addresses: {
-            "PYTHONPATH": str(_PEERS), "VLLM_HOST_IP": addresses[side],
-            "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(_SIDE_PORT + (2 if side == "prefill" else 3))})
+def installed() -> list[str]:
+    """Return the systems that can run here, in order."""
+    return [name for name in SYSTEMS if name != "nixl" or (_PEERS / "nixl").exists()]
 
 
-SYSTEMS = {"kvwire": _kvwire("raw"), "kvwire-tiered": _kvwire("tiered"), "nixl": _nixl(),
-           "mooncake": _mooncake()}
+SYSTEMS = {"kvwire": _kvwire("raw"), "kvwire-tiered": _kvwire("tiered"), "nixl": _nixl()}
 
 
 class Pair:
