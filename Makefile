@@ -32,7 +32,7 @@ VLLM_TORCH ?= torch==2.13.0+cpu
 
 test-vllm: build $(VLLM_VENV)/packages.stamp
 	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -p no:cacheprovider -m "vllm and not gpu" \
-	    $(sort $(wildcard tests/test_vllm*.py)) tests/test_bench_engine.py
+	    $(sort $(wildcard tests/test_vllm*.py))
 
 # pip finds CUDA builds of the three packages that are removed again: they break transformers.
 $(VLLM_VENV)/packages.stamp: tests/requirements-vllm.txt

@@ -145,9 +145,11 @@ class Bench:
         folder = engine_models.make(model, options.engine_python)
         longest = max(options.prompts)
         self._setup = Setup(options.engine_python, {
-            "model": str(folder), "max_num_batched_tokens": options.chunk,
+            "model": str(folder), "dtype": options.dtype,
+            "max_num_batched_tokens": options.chunk,
             "max_model_len": longest + options.new_tokens + options.chunk}, CORES)
-        self._prompts = {tokens: engine_models.prompt(model, tokens) for tokens in options.prompts}
+        prompt = engine_models.prompt(model, longest)
+        self._prompts = {tokens: prompt[:tokens] for tokens in options.prompts}
         self._unsplit: dict[int, list[Run]] = {tokens: [] for tokens in options.prompts}
         self._wanted: dict[int, tuple[int, ...]] = {}
         self._plain: Engine | None = None
@@ -332,6 +334,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=33, help="%(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="%(default)s")
     parser.add_argument("--overhead-rounds", type=int, default=7, help="%(default)s")
+    parser.add_argument("--dtype", default="bfloat16",
+                        help="of models and caches; a CPU with AMX needs float32; %(default)s")
     parser.add_argument("--engine-python", type=Path, metavar="FILE",
                         default=ROOT / ".venv-vllm" / "bin" / "python",
                         help="of an environment with vLLM; that of `make test-vllm`")
@@ -360,7 +364,8 @@ def main(given: Sequence[str] | None = None) -> int:
                      for name in options.links}
             goodputs = {name: goodput_gbit(link) for name, link in links.items()}
             head = {"machine": machine({"vllm": vllm_version(options.engine_python)}),
-                    "chunk_tokens": options.chunk, "cores": CORES, "goodput_gbit": goodputs}
+                    "chunk_tokens": options.chunk, "dtype": options.dtype, "cores": CORES,
+                    "goodput_gbit": goodputs}
             for model in options.models:
                 rows += Bench(options, model).rows(links, goodputs)
                 if options.json:  # what there is, should it be interrupted

@@ -37,7 +37,7 @@ class Peer:
         from bench.engine_probe import PROBE
         transfer = settings.pop("transfer", None)
         self._engine = LLMEngine.from_engine_args(EngineArgs(
-            skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", max_num_seqs=8,
+            skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=8,
             enable_prefix_caching=False,
             kv_transfer_config=KVTransferConfig(**transfer) if transfer else None, **settings))
         self._scheduler = self._engine.engine_core.engine_core.scheduler

@@ -1,16 +1,13 @@
-"""bench.engine: rows and table from what engines answer; and, marked vllm, its smallest run."""
+"""bench.engine: rows and table from what engines answer. It runs in test_vllm_serving.py."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bench import engine
 from bench.engine_pair import SYSTEMS, EngineFailed
 
-ROOT = Path(__file__).parent.parent
 MS = 1_000_000
 TOKENS = [5, 6, 7, 8, 9]
 
@@ -103,19 +100,3 @@ def test_wrong_calls_say_what_is_wrong(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         engine.main(given)
     assert caught.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-@pytest.mark.vllm
-@pytest.mark.timeout(1800)
-def test_the_smallest_case(tmp_path):
-    pytest.importorskip("vllm")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.engine", "--engine-python", sys.executable, "--models",
-         "llama", "--systems", "kvwire", "--links", "loopback", "--chunk", "64", "--prompts",
-         "129", "--rounds", "1", "--overhead-rounds", "1", "--json", tmp_path / "rows.json"],
-        cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    _, *rows = json.loads((tmp_path / "rows.json").read_text())
-    split = next(row for row in rows if row.get("system") == "kvwire")
-    assert split["identical"] and split["cache_bytes"] == 128 * 3 * 2 * 2 * 32 * 2
-    assert {row["connector"] for row in rows if "step" in row} == {"none", "idle", "saving"}

@@ -1,4 +1,5 @@
-"""vLLM as it is run: the serving example as typed, metrics, cache events, and secured hand-offs."""
+"""vLLM as it is run: the serving example as typed, metrics, cache events, secured hand-offs, and
+the benchmark."""
 
 import base64
 import json
@@ -59,7 +60,7 @@ def configurations(kind, folder):
 
 @needs_openssl
 @needs_tls
-@pytest.mark.parametrize("kind", ["tls", "hmac"])
+@pytest.mark.parametrize("kind", ["tls", pytest.param("hmac", marks=pytest.mark.long)])
 def test_hand_offs_are_secured(model, tmp_path, kind):
     """Pushed and pulled; and who has another certificate or secret stays out."""
     ours, theirs, stranger = configurations(kind, tmp_path)
@@ -199,3 +200,17 @@ def test_the_example_works_as_typed(model, tmp_path):
         sent = get("http://127.0.0.1:8100/metrics")
         assert re.search(r"^vllm:kvwire_prefill_wire_bytes_total\{.*\} [1-9]", sent, re.M)
         assert len(stored_tokens(subscriber)) > len(body["prompt"]) - 200  # whole blocks only
+
+
+def test_the_smallest_benchmark(tmp_path):
+    """In fp32, in which kvwire takes any CPU's caches."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.engine", "--engine-python", sys.executable, "--models",
+         "llama", "--systems", "kvwire", "--links", "loopback", "--dtype", "float32", "--chunk",
+         "64", "--prompts", "129", "--rounds", "1", "--overhead-rounds", "1", "--json",
+         tmp_path / "rows.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *rows = json.loads((tmp_path / "rows.json").read_text())
+    split = next(row for row in rows if row.get("system") == "kvwire")
+    assert split["identical"] and split["cache_bytes"] == 128 * 3 * 2 * 2 * 32 * 4
+    assert {row["connector"] for row in rows if "step" in row} == {"none", "idle", "saving"}
