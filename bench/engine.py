@@ -98,6 +98,8 @@ def row(model: str, system: str, link: str | None, prompt_tokens: int, chunks: i
              "left_share")
     figures = {name: _median(getattr(run, name) for run in runs) if identical else None
                for name in names}
+    for name in ("wire_bytes", "cache_bytes"):
+        figures[name] = figures[name] and int(figures[name])
     goal = None
     if figures["handoff_ms"] is not None and goodput_gbit:
         rest = statistics.median(run.rest_bytes for run in runs)
