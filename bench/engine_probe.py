@@ -45,7 +45,8 @@ class ProbedConnector(KvwireConnector):
         for request_id, chunk in self._step().chunks.items():
             if chunk.states is not None:
                 PROBE.marks["saved_ns"] = now
-                PROBE.marks |= self._sent_bytes(request_id)
+                if request_id in self._worker._prefill:  # it has not failed already
+                    PROBE.marks |= self._sent_bytes(request_id)
         super().wait_for_save()
 
     def get_transfer_results(self, finished_req_ids):
