@@ -118,6 +118,7 @@ def progress(text: str) -> None:
 def machine(more_versions: dict[str, str] | None = None) -> dict[str, object]:
     """Return what a figure needs to be believed: the machine, the compiler, the versions."""
     import kvwire
+    from kvwire import _native
     info = Path("/proc/cpuinfo").read_text()
     models = [line.split(":", 1)[1].strip() for line in info.splitlines()
               if line.startswith("model name")]
@@ -134,7 +135,7 @@ def machine(more_versions: dict[str, str] | None = None) -> dict[str, object]:
         "compiler": _first_line(build.compiler(), "--version"),
         "python": platform.python_version(),
         "kvwire_commit": _commit(),
-        "crc32c": kvwire.backends()["crc32c"],
+        "crc32c": _native.crc32c_active(),
         "versions": {"kvwire": kvwire.__version__, **versions, **(more_versions or {})},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

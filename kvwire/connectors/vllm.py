@@ -12,6 +12,14 @@ engine: `kvwire.connectors.handoff`. Hybrid models keep vLLM's hybrid cache mana
 This file only hands vLLM's calls on: `vllm_scheduler` decides, `vllm_worker` does it, `vllm_layout`
 knows where vLLM keeps what. What goes wrong with one request is reported as that request's
 (`failed_recving`), and vLLM recomputes or fails it as `kv_load_failure_policy` says.
+
+There are no cache events of its own: what arrives lies in the engine's own blocks, and vLLM says of
+these what it stores and evicts (`kv_events_config`).
+
+Of 0.33 the source was read, against 0.32's. The layer hooks, their order, the metadata and the
+specs are the same. New are sleep mode's hooks (refused below) and quantised caches (refused by
+name, as all are); loads may begin steps after a request got its blocks, and nothing is bound here
+before they do.
 """
 
 from __future__ import annotations
@@ -123,6 +131,10 @@ class KvwireConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config):
         return True  # save_kv_layer is called between the layers
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config):
+        return False  # 0.33 asks; while an engine sleeps, its peers' hand-offs would find no cache
 
     @classmethod
     def build_kv_connector_stats(cls, data=None):
