@@ -203,7 +203,7 @@ class FileWriter:
         raw_crc = placement.gather_into(at, raw)
         if coder or self._codec == Codec.RAW:
             return Codec.RAW, raw, raw_crc
-        return *encode_chunk(self._codec, raw, dtype), raw_crc
+        return *encode_chunk(self._codec, bytes(raw), dtype), raw_crc
 
     def _frame(self, kind: FrameType, payload: bytes, **fields: int) -> None:
         self._put(encode_frame(kind, self._transfer_id, payload, **fields))

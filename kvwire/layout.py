@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from kvwire.errors import UsageError
 from kvwire.limits import GROUP_COUNT_MAX, LAYER_COUNT_MAX, LEAF_COUNT_MAX, TENSOR_COUNT_MAX
@@ -247,6 +248,10 @@ class CacheSpec:
         with lengths in bytes, numbers in decimal, axes in rising order of their numbers, and
         ``*`` for the extent of TOKEN and COLUMN. For example ``1 3 1:k 3 1:* 2:8 3:128``.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> bytes:
         lines = [b"kvwire spec 1", _counted(self.model)]
         keyed = {(group.kind, layer, leaf.name.encode()): leaf
                  for group, layer, _, leaf in self.leaves()}

@@ -156,9 +156,11 @@ def _read_slice(cursor: Cursor) -> Slice:
 
 def _member(cursor: Cursor, kind: type[IntEnum], what: str) -> IntEnum:
     number = cursor.integer(1)
-    if number not in tuple(kind):
-        cursor.fail(ErrorCode.FIELD_INVALID, f"{what} {number} is not known", actual=number)
-    return kind(number)
+    try:
+        return kind(number)
+    except ValueError:
+        pass
+    cursor.fail(ErrorCode.FIELD_INVALID, f"{what} {number} is not known", actual=number)
 
 
 def _built(cursor: Cursor, kind: type, *arguments: object):

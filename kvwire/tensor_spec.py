@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 from kvwire.errors import UsageError
 from kvwire.limits import AXIS_COUNT_MAX, EXTENT_MAX, NAME_BYTES_MAX, SLICE_COUNT_MAX
@@ -242,7 +243,7 @@ class TensorSpec:
             raise UsageError(f"{where}block_tokens is {self.block_tokens} but there is no token "
                              "axis; it must be 0")
 
-    @property
+    @cached_property
     def has_tokens(self) -> bool:
         return any(spec.axis == Axis.TOKEN for spec in self.axes)
 
@@ -261,7 +262,7 @@ class TensorSpec:
         """Held bytes of one block in one layer; 0 when the tensor is not paged."""
         return self.block_tokens * self.row_bytes
 
-    @property
+    @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         fused = next((spec for spec in self.axes if len(spec.slices) > 1), None)
         if fused is None:

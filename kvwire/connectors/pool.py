@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvwire.buffers import Buffer
 from kvwire.errors import UsageError
 from kvwire.layout import CacheSpec, LayerGroup, TensorSpec
 from kvwire.memory import CacheMemory
@@ -58,6 +59,8 @@ class CachePool:
         self.rank, self.count = rank, count
         self.spec = whole.shard(rank, count) if count > 1 else whole
         self._pages = tuple(pages)
+        self._buffers = {(index, *key): Buffer.of(array) for index, part in enumerate(pages)
+                         for key, array in part.arrays.items()}
         self.layers = sorted({layer for group in whole.groups for layer in group.layers})
         self.table_count = 1 + max(part.table for part in pages)
 
@@ -97,10 +100,10 @@ class CachePool:
 
     def _memory(self, tokens: tuple[int, int], block_ids: BlockIds,
                 states: Mapping | None) -> CacheMemory:
-        def find(index: int, layer: int, name: str) -> np.ndarray:
+        def find(index: int, layer: int, name: str) -> Buffer | np.ndarray:
             tensor = next(t for t in self.spec.groups[index].tensors if t.name == name)
             if tensor.has_tokens:
-                return self._pages[index].arrays[layer, name]
+                return self._buffers[index, layer, name]
             if states is not None:
                 return states[index, layer, name]
             return self._state(index, layer, tensor, block_ids)
