@@ -245,6 +245,7 @@ class TensorSpec:
 
     @cached_property
     def has_tokens(self) -> bool:
+        """Whether there is a TOKEN axis; without one the tensor is a state."""
         return any(spec.axis == Axis.TOKEN for spec in self.axes)
 
     @property
@@ -264,6 +265,7 @@ class TensorSpec:
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
+        """The leaves that it holds: one, or one per slice of the fused axis."""
         fused = next((spec for spec in self.axes if len(spec.slices) > 1), None)
         if fused is None:
             return (Leaf(self.name, self.dtype, self.axes, 0),)
