@@ -34,10 +34,10 @@ class DirectWriter:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._piece, self._filled, self._offset = _new_piece(PIECE_BYTES), 0, 0
         self._threads = ThreadPoolExecutor(_THREADS, "kvwire file writer")
         self._writing: deque[Future[memoryview]] = deque()
-        self._piece, self._filled, self._offset = _new_piece(PIECE_BYTES), 0, 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def __enter__(self):
         return self
@@ -70,7 +70,7 @@ class DirectWriter:
     def _hand_over(self) -> None:
         if not self._offset:
             _set_direct(self._fd, True)
-        self._writing.append(self._threads.submit(self._write, self._piece, self._offset))
+        self._writing.append(_begun(self._threads, self._write, self._piece, self._offset))
         self._offset += len(self._piece)
         self._filled = 0
         if len(self._writing) > _THREADS:
@@ -110,7 +110,7 @@ def read_ahead(file: int, extents: Iterable[Extent], *, direct: bool) -> Iterato
         spare: list[memoryview] = []
         for extent in extents:
             piece = spare.pop() if spare else memoryview(b"")
-            reading.append(threads.submit(_read, fd, piece, *extent))
+            reading.append(_begun(threads, _read, fd, piece, *extent))
             if len(reading) > _THREADS:
                 piece, data = reading.popleft().result()
                 yield data
@@ -148,9 +148,24 @@ def _read(fd: int, piece: memoryview, offset: int, count: int) -> tuple[memoryvi
 
 def _new_piece(count: int) -> memoryview:
     memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    # Direct I/O does not go with pages that a fork makes shared (open(2)).
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(OSError, AttributeError):  # kernels are built without
+            memory.madvise(getattr(mmap, advice))
     return memoryview(memory)
+
+
+def _begun(threads: ThreadPoolExecutor, step: Callable, *arguments: object) -> Future:
+    """Return a step that a thread does; where none can be had any more, it is done here."""
+    try:
+        return threads.submit(step, *arguments)
+    except RuntimeError:  # the interpreter is about to end, or a limit is reached
+        done: Future = Future()
+    try:
+        done.set_result(step(*arguments))
+    except BaseException as error:
+        done.set_exception(error)
+    return done
 
 
 def _either_way(fd: int, step: Callable[..., int], *arguments: object) -> int:

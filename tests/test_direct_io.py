@@ -104,3 +104,14 @@ def test_a_reader_that_stops_early_leaves_nothing_open(tmp_path):
         next(ahead)
         ahead.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_threads_the_same_is_done_at_once(tmp_path, monkeypatch):
+    def refuse(self, *step):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(direct_io.ThreadPoolExecutor, "submit", refuse)
+    data = random.Random(0).randbytes(9 * PIECE + 5)
+    assert written(tmp_path / "file", data) == data
+    extents = [(at, PIECE) for at in range(0, len(data), PIECE)]
+    assert b"".join(read(tmp_path / "file", extents, True)) == data

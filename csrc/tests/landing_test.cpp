@@ -53,12 +53,12 @@ public:
         if (receiver_.ended) return;
         const FrameHeader& header = landed.header;
         if (pick(random_, 0, 9) == 0) {
-            receiver_.link.landed(header, ErrorCode::CODED_INVALID, 0);
+            receiver_.link.landed(landed, ErrorCode::CODED_INVALID, 0);
             return;
         }
         landed.placement->scatter(header.raw_offset, header.raw_bytes, landed.payload.get());
         const uint32_t crc = crc32c(0, landed.payload.get(), header.raw_bytes);
-        receiver_.link.landed(header, ErrorCode::OK, pick(random_, 0, 9) ? crc : ~crc);
+        receiver_.link.landed(landed, ErrorCode::OK, pick(random_, 0, 9) ? crc : ~crc);
     }
 
     bool idle() const { return waiting_.empty(); }
@@ -142,8 +142,11 @@ TEST(a_ticket_that_fails_takes_no_verdict_any_more) {
         receiver.feed(0, sender.take(0));
         sender.feed(0, receiver.take(0));
     }
+    LandingZone::Landed elsewhere = landed;  // of a link whose peer chose the same ids
+    elsewhere.placement = std::make_shared<const Placement>(*landed.placement);
+    CHECK(!receiver.link.landed(elsewhere, ErrorCode::OK, landed.header.raw_crc));
     receiver.cancel();
-    CHECK(!receiver.link.landed(landed.header, ErrorCode::OK, landed.header.raw_crc));
+    CHECK(!receiver.link.landed(landed, ErrorCode::OK, landed.header.raw_crc));
     sender.feed(0, receiver.take(0));
     CHECK(source.ended && source.error.code == ErrorCode::CANCELLED);
 }

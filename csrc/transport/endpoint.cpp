@@ -306,9 +306,10 @@ void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& 
 
 void ReceiverEndpoint::landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc) {
     loops_->call([&] {
-        const auto links = links_;
-        for (const auto& [id, link] : links)
-            if (link->receive->landed(landed.header, verdict, crc)) return link->pump();
+        for (const auto& [id, held] : links_) {
+            const auto link = held;  // pumping may end it
+            if (link->receive->landed(landed, verdict, crc)) return link->pump();
+        }
     });
 }
 

@@ -8,6 +8,8 @@
 namespace kvwire {
 namespace {
 
+// Honest senders may land more than one window: what went with lost lanes goes again.
+constexpr uint64_t LANDED_WINDOWS_MAX = 4;
 constexpr size_t PART_HEADER_BYTES = 16, PART_CODED_BYTES_AT = 4, PART_TABLE_AT = 8;
 
 // The link's tables that the parts of a payload name, as far as their headers can be followed.
@@ -80,7 +82,9 @@ void ReceiveLink::place_chunk(uint32_t lane_index, Transfer& transfer, Segment& 
     if (chunk.state == Chunk::VERIFIED)
         return owe(lane_index, transfer.id, {header.segment_index, index, 1, 0});
     if (chunk.state == Chunk::LANDED) {  // the verdict will be on what is there
-        chunk.attempt = std::max(chunk.attempt, uint16_t(header.attempt));
+        if (header.attempt <= chunk.attempt) return;
+        chunk.attempt = uint16_t(header.attempt);
+        chunk.lane = uint8_t(lane_index);
         return;
     }
     if (chunk.state == Chunk::LEASED) {
@@ -151,6 +155,11 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
     lane.segment = nullptr;
     if (!room || landing.verdict != ErrorCode::OK)
         return settle(lane_index, transfer, work, header, landing);
+    transfer.landed_bytes += header.raw_bytes;
+    if (transfer.landed_bytes > LANDED_WINDOWS_MAX * transfer.grant.window_bytes)
+        return fail(header.transfer_id,
+                    Error(ErrorCode::LIMIT_EXCEEDED, "chunks came without regard to the window",
+                          transfer.grant.window_bytes, transfer.landed_bytes));
     const uint32_t chunk_bytes = work.announcement.chunk_bytes;
     work.chunks[size_t(header.raw_offset / chunk_bytes)].state = Chunk::LANDED;
     if (!work.landing) work.landing = std::make_shared<const Placement>(work.placement);
@@ -160,19 +169,26 @@ void ReceiveLink::on_chunk_end(uint32_t lane_index, uint32_t payload_crc) {
                        std::move(tables)});
 }
 
-bool ReceiveLink::landed(const FrameHeader& header, ErrorCode verdict, uint32_t crc) {
+bool ReceiveLink::landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc) {
+    const FrameHeader& header = landed.header;
     Transfer* const transfer = find(header.transfer_id);
     if (!transfer) return false;
     const auto segment = transfer->segments.find(header.segment_index);
     if (segment == transfer->segments.end() || !segment->second.work) return false;
-    if (verdict == ErrorCode::OK && crc != header.raw_crc) verdict = ErrorCode::RAW_CORRUPT;
     Work& work = *segment->second.work;
+    // Ids are the peer's choice, and two of its links may have the same; the placement is one's own.
+    if (work.landing != landed.placement) return false;
     Chunk& chunk = work.chunks[size_t(header.raw_offset / work.announcement.chunk_bytes)];
     if (chunk.state != Chunk::LANDED) return true;
-    if (lanes_.empty())
-        chunk.state = Chunk::MISSING;  // it will come again, on the lanes that are to come
-    else
+    transfer->landed_bytes -= header.raw_bytes;
+    if (verdict == ErrorCode::OK && crc != header.raw_crc) verdict = ErrorCode::RAW_CORRUPT;
+    // On the chunk's own lane: with another one, that may die, the sender would not send it again.
+    if (lanes_.count(chunk.lane))
+        settle(chunk.lane, *transfer, work, header, {verdict, crc});
+    else if (!lanes_.empty())
         settle(lane_to_answer(), *transfer, work, header, {verdict, crc});
+    else
+        chunk.state = Chunk::MISSING;  // it will come again, on the lanes that are to come
     return true;
 }
 

@@ -67,7 +67,7 @@ public:
     void on_chunk_times(uint32_t lane, uint64_t receive_ns, uint64_t digest_ns) override;
 
     // What came of a chunk that landed in a zone. False: its transfer is not of this link, or over.
-    bool landed(const FrameHeader& header, ErrorCode verdict, uint32_t crc);
+    bool landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc);
 
     // Writes the receipts gathered since the last call; once per burst of reads.
     void flush();
@@ -97,7 +97,7 @@ private:
         uint16_t attempt = 0;  // highest seen
         uint8_t failures = 0;
         State state = MISSING;
-        uint8_t lane = 0;      // of the lease
+        uint8_t lane = 0;      // that it came on, or comes on
     };
     // What a segment needs until it is complete.
     struct Work {
@@ -128,6 +128,7 @@ private:
         Grant grant;
         std::map<uint32_t, Segment> segments;
         uint32_t complete_segments = 0;
+        uint64_t landed_bytes = 0;  // raw, of chunks that wait for their verdict in a zone
         std::optional<End> end;
     };
     struct Waiting {

@@ -231,8 +231,8 @@ class PrefixStore:
                     states = (depth,) if self.tier.geometry.state_blocks else ()
                     self.ssd.write(hashes[:depth], key, states,
                                    lambda low, high, state: self._leased(lease, low, high, state))
-            except (KvwireError, OSError):
-                self._failed += 1  # the disk is full or broken: memory serves on
+            except (KvwireError, OSError, RuntimeError):
+                self._failed += 1  # the disk is full or broken, no thread is left: memory serves on
             finally:
                 for _, lease in leases:
                     lease.release()
