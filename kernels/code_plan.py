@@ -5,6 +5,8 @@ A kernel looks nothing up but bytes: bases are unrolled along their pattern, ran
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +22,9 @@ __all__ = ["CHUNK", "PART_ROW", "SLOT_ALIGNMENT", "STRIP", "CodePlan", "Payload"
 
 SLOT_ALIGNMENT = 16
 PERIOD_MAX = 1 << 24  # bytes of unrolled bases
+READ_BLOB_BYTES_MAX = 2 * PERIOD_MAX  # what the peer's tables may take, unrolled, at once
+KEPT_BYTES_MAX = 64 << 20  # of unrolled bases, for the plans to come
+UNROLL_STEP = 1 << 16  # elements: each needs some 64 bytes on the way
 TABLE_BYTES_MAX = 48 + 65_536
 
 # Columns of the rows; kernels/cuda/tiered.cuh has the same.
@@ -36,8 +41,9 @@ OPAQUE_FORMAT: Format = (0, ())
 
 @dataclass
 class _Blob:
-    """Bytes that kernels look things up in."""
+    """Bytes that kernels look things up in; `bytes_max`: for tables that we did not make."""
 
+    bytes_max: int | None = None
     data: bytearray = field(default_factory=bytearray)
     tables: dict[CodeTable, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -49,18 +55,48 @@ class _Blob:
     def of(self, table: CodeTable) -> tuple[int, int, int]:
         """Return where the code of `table` and its unrolled bases lie, and their period."""
         if table not in self.tables:
-            code, bases, period = _looked_up(table)
+            period = _base_period(table)
+            end = len(self.data) + period + STRIP_ELEMENTS
+            if self.bytes_max is not None and end > self.bytes_max:
+                _refuse("payload: the bases of its code tables are too many for a kernel",
+                        expected=self.bytes_max, actual=end)
+            code, bases = _kept.look_up(table, period)
             self.tables[table] = self.add(code), self.add(bases), period
         return self.tables[table]
 
 
-@lru_cache(maxsize=64)
-def _looked_up(table: CodeTable) -> tuple[bytes, bytes, int]:
-    """Return the code of `table`, its unrolled bases, and their period."""
+class _Kept:
+    """What `_looked_up` made of the tables that were used last. Any thread may use it."""
+
+    def __init__(self):
+        self._lock, self.bytes = threading.Lock(), 0
+        self._made: OrderedDict[CodeTable, tuple[bytes, bytes]] = OrderedDict()
+
+    def look_up(self, table: CodeTable, period: int) -> tuple[bytes, bytes]:
+        with self._lock:
+            if table in self._made:
+                self._made.move_to_end(table)
+                return self._made[table]
+        made = _looked_up(table, period)
+        with self._lock:
+            if table not in self._made:
+                self._made[table] = made
+                self.bytes += sum(map(len, made))
+            while self.bytes > KEPT_BYTES_MAX:
+                self.bytes -= sum(map(len, self._made.popitem(last=False)[1]))
+        return made
+
+
+_kept = _Kept()
+
+
+def _looked_up(table: CodeTable, period: int) -> tuple[bytes, bytes]:
+    """Return the code of `table`, and its bases unrolled."""
     digits, offsets = code_of(table)
-    period = _base_period(table)
-    bases = table.bases(0, period + STRIP_ELEMENTS).astype(np.uint8)
-    return digits + offsets, bases.tobytes(), period
+    count = period + STRIP_ELEMENTS
+    return digits + offsets, b"".join(
+        table.bases(at, min(UNROLL_STEP, count - at)).astype(np.uint8).tobytes()
+        for at in range(0, count, UNROLL_STEP))
 
 
 def code_of(table: CodeTable) -> tuple[bytes, bytes]:
@@ -208,8 +244,14 @@ class ReadPlan:
     @classmethod
     def of_payloads(cls, payloads: Sequence[Payload],
                     table_of: Callable[[int], CodeTable | None] = lambda index: None) -> ReadPlan:
-        """Raise what `kvwire.tiered.decode_tiered` raises before it looks at a strip."""
-        blob, rows, formats = _Blob(), [], []
+        """Return the plan of payloads.
+
+        Raises:
+            FormatError, RefusedError: as `kvwire.tiered.decode_tiered`, before it looks at a strip;
+                or the bases of all tables together take more than READ_BLOB_BYTES_MAX.
+            UnsupportedError: bases that repeat after more than PERIOD_MAX elements.
+        """
+        blob, rows, formats = _Blob(READ_BLOB_BYTES_MAX), [], []
         for number, payload in enumerate(payloads):
             at, done = 0, 0
             if payload.is_raw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kvwire import _native
 from kvwire.codec import Codec
-from kvwire.errors import InternalError, KvwireError
+from kvwire.errors import ErrorCode, InternalError, KvwireError, UsageError
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import SLOT_ALIGNMENT, Payload, ReadPlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
@@ -23,6 +24,8 @@ STAGES = 2
 ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones land in memory that is not pinned
 COPIES_KEPT = 16  # plans of segments, for each ticket
 POLL_S = 0.05
+REPAIRED = {ErrorCode.PAYLOAD_CORRUPT, ErrorCode.RAW_CORRUPT, ErrorCode.CODED_INVALID,
+            ErrorCode.TABLE_UNKNOWN}  # what a REPAIR may say: FORMAT.md §7.8
 
 
 @dataclass(eq=False)
@@ -76,18 +79,24 @@ class StagedReceiver:
         self.changed = threading.Condition()
         self._targets: dict[bytes, Target] = {}
         self._under_way: deque[_Batch] = deque()
-        self._next_landed: object | None = None
+        self._ahead: deque = deque()  # has left the zone, and is in no batch
         self._closed, self._broken = False, None
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
         self._thread.start()
 
     def add(self, name: bytes, memory, ready) -> Target:
         """Return what stands for a ticket that is about to be bound; it is forgotten when that has
-        ended. Raises what has broken the device."""
+        ended.
+
+        Raises what has broken the device; UsageError where the name is that of an open ticket.
+        """
         if self._broken:
             raise self._broken
         target = Target(ready, memory)
         with self.changed:
+            if name in self._targets and not self._targets[name].ended():
+                raise UsageError(f"ticket {name.hex()} is bound already")
             self._targets = {known: each for known, each in self._targets.items()
                              if each.writing or not each.ended()} | {name: target}
         return target
@@ -111,6 +120,8 @@ class StagedReceiver:
 
     def close(self) -> None:
         """Stop. All tickets have ended, or end with it."""
+        if os.getpid() != self._pid:  # a forked lock may never open
+            return
         with self.changed:
             self._closed = True
             self.changed.notify_all()
@@ -135,19 +146,22 @@ class StagedReceiver:
             for batch in self._under_way:
                 self._give_up(batch)
             self._under_way.clear()
-            if self._next_landed is not None:
-                self._next_landed.release()
+            for landed in self._ahead:
+                landed.release()
+            self._ahead.clear()
 
     def _take(self, timeout_s: float):
-        landed, self._next_landed = self._next_landed, None
-        return landed if landed is not None else self.zone.pop(timeout_s)
+        return self._ahead.popleft() if self._ahead else self.zone.pop(timeout_s)
 
     def _target_of(self, landed) -> Target | None:
         """Return the ticket that a payload is for; None: it has ended."""
-        with self.changed:
+        def known() -> bool:  # a ticket can be filled before bound() has told us of it
             target = self._targets.get(landed.ticket_id)
-            # A ticket can be filled before bound() has told us of it.
-            self.changed.wait_for(lambda: target is None or target.native or self._closed)
+            return self._closed or target is None or target.native is not None
+
+        with self.changed:
+            self.changed.wait_for(known)
+            target = self._targets.get(landed.ticket_id)
             if target is None or self._closed or target.ended():
                 return None
             target.writing += 1
@@ -165,17 +179,17 @@ class StagedReceiver:
         room = stage.coded_bytes - _padded(landed.payload_bytes)
         while (more := self._take(0.0)) is not None:
             if _segment(more) != _segment(landed) or _padded(more.payload_bytes) > room:
-                self._next_landed = more
+                self._ahead.appendleft(more)
                 break
             room -= _padded(more.payload_bytes)
             batch.landed.append(more)
         try:
             self._enqueue(batch)
-        except KvwireError as error:
+        except BaseException as error:
             self._not_written(target)
             for each in batch.landed:
                 each.release()
-            if isinstance(error, InternalError):
+            if isinstance(error, InternalError) or not isinstance(error, KvwireError):
                 raise
             self._fail(target, error)
 
@@ -185,32 +199,31 @@ class StagedReceiver:
             if len(target.copies) == COPIES_KEPT:
                 target.copies.clear()
             target.copies[key] = CopyPlan.of_placements([batch.landed[0].placement])
-        tables = _tables_of(batch.landed)
-        try:
-            payloads = _payloads(batch.landed)
-            plan = ReadPlan.of_payloads(payloads, tables)
-        except KvwireError:
-            self._sort_out(batch, tables)
-            if not batch.landed:
-                return self._not_written(target)
-            payloads = _payloads(batch.landed)
-            plan = ReadPlan.of_payloads(payloads, tables)
+        payloads, plan = self._planned(batch, _tables_of(batch.landed))
+        if plan is None:
+            return self._not_written(target)
         self._device.wait_for(self._stream, target.ready)
         batch.stage.enqueue(target.copies[key], payloads, plan, self._stream)
         self._under_way.append(batch)
 
-    def _sort_out(self, batch: _Batch, tables: Callable) -> None:
-        """Give their verdict to payloads whose headers are wrong, and take them out."""
-        kept = []
-        for landed in batch.landed:
+    def _planned(self, batch: _Batch, tables: Callable) -> tuple[list[Payload], ReadPlan | None]:
+        """Return what can be decoded of a batch; the rest of it is put back, to be the next.
+
+        A payload that is wrong by itself is given its verdict; then there is no plan.
+        """
+        while True:
+            payloads = _payloads(batch.landed)
             try:
-                ReadPlan.of_payloads(_payloads([landed]), tables)
+                return payloads, ReadPlan.of_payloads(payloads, tables)
             except KvwireError as error:
-                self._verdict(landed, int(error.code), 0)
-                landed.release()
-            else:
-                kept.append(landed)
-        batch.landed = kept
+                half = len(batch.landed) // 2
+                if half == 0:
+                    code = error.code if error.code in REPAIRED else ErrorCode.CODED_INVALID
+                    self._verdict(batch.landed[0], int(code), 0)
+                    batch.landed.pop().release()
+                    return [], None
+                self._ahead.extendleft(reversed(batch.landed[half:]))
+                del batch.landed[half:]
 
     def _settle_oldest(self) -> None:
         batch = self._under_way[0]
@@ -242,7 +255,8 @@ class StagedReceiver:
     def _break_down(self, error: BaseException) -> None:
         with self.changed:
             self._broken = error
-            targets = list(self._targets.values())
+            targets = [each for each in self._targets.values()
+                       if each.native is not None]  # bound() fails the others
         for target in targets:
             if not target.ended():
                 self._fail(target, error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
+import os
 import threading
 import weakref
 from collections import deque
@@ -134,13 +135,14 @@ class StagedSender:
         self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
                                staging.slice_bytes)
         self.changed = threading.Condition()
-        self._waiting: list[tuple[int, int, _Slice]] = []
+        self._waiting: list[tuple[int, int, _Slice]] = []  # in order
         self._serial = itertools.count()
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()  # they hold the arrays
         self._lent: deque[tuple[object, int, Slot]] = deque()  # transfer, push, slot
         self._made: deque[_Slice] = deque()
         self._copying: deque[_Slice] = deque()
         self._closed, self._broken = False, None
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
         self._thread.start()
 
@@ -165,7 +167,7 @@ class StagedSender:
                 return push
             source.to_hand += len(portions)
             for items in portions:
-                heapq.heappush(self._waiting, (-priority, next(self._serial), _Slice(
+                bisect.insort(self._waiting, (-priority, next(self._serial), _Slice(
                     source, items, ready, priority, push)))
             self.changed.notify_all()
         return push
@@ -187,6 +189,8 @@ class StagedSender:
 
     def close(self) -> None:
         """Stop. All transfers have ended, or end with it; slots are back when it returns."""
+        if os.getpid() != self._pid:  # a forked lock may never open
+            return
         with self.changed:
             self._closed = True
             self.changed.notify_all()
@@ -240,18 +244,20 @@ class StagedSender:
         return None
 
     def _first_granted(self) -> _Slice | None:
-        passed, found = [], None
-        while self._waiting and found is None:
-            entry = heapq.heappop(self._waiting)
-            if entry[2].source.ended():
-                self._handed(entry[2])
-            elif entry[2].source.granted():
-                found = entry[2]
-            else:
-                passed.append(entry)
-        for entry in passed:
-            heapq.heappush(self._waiting, entry)
-        return found
+        """Take the first slice that may be sent; with the lock. Each transfer is asked once: the
+        engine's thread may want to push meanwhile."""
+        sources = dict.fromkeys(slice_.source for *_, slice_ in self._waiting)
+        ended = {source for source in sources if source.ended()}
+        over = [slice_ for *_, slice_ in self._waiting if slice_.source in ended]
+        self._waiting = [entry for entry in self._waiting if entry[2].source not in ended]
+        for slice_ in over:
+            self._handed(slice_)
+        granted = {source for source in sources if source not in ended and source.granted()}
+        for at, (*_, slice_) in enumerate(self._waiting):
+            if slice_.source in granted:
+                del self._waiting[at]
+                return slice_
+        return None
 
     def _begin(self, slice_: _Slice) -> bool:
         """Enqueue the making of a slice; False: its transfer is over, or failed with it."""
@@ -268,10 +274,10 @@ class StagedSender:
                                        source.memory.block_counts)
             self._device.wait_for(self._compute, slice_.ready)
             slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
-        except KvwireError as error:
+        except BaseException as error:
             self._not_read(source)
             self._done_with(slice_)
-            if isinstance(error, InternalError):
+            if isinstance(error, InternalError) or not isinstance(error, KvwireError):
                 raise
             self._fail(source, error)
             return False
@@ -321,9 +327,9 @@ class StagedSender:
             made = slice_.stage.results()
         except UsageError as error:  # of this transfer's block ids
             made, source.error = [], source.error or error
-        self._made.popleft()
-        self._not_read(source)
         if not made:
+            self._made.popleft()
+            self._not_read(source)
             self._fail(source, source.error)
             slice_.slot.release()
             self._done_with(slice_)
@@ -345,6 +351,8 @@ class StagedSender:
             self._device.to_host(room[where:where + count], address, self._copy)
         slice_.copied = self._device.record(self._copy)
         self._copying.append(slice_)
+        self._made.popleft()  # not before: what fails on the way is given up as made
+        self._not_read(source)
 
     def _slot(self) -> Slot:
         while (slot := self.ring.try_acquire()) is None:
@@ -361,7 +369,6 @@ class StagedSender:
     def _hand_oldest(self) -> None:
         slice_ = self._copying[0]
         slice_.copied.wait()
-        self._copying.popleft()
         source = slice_.source
         try:
             number = source.native.push(plan.native_items(slice_.items), slice_.priority,
@@ -372,6 +379,7 @@ class StagedSender:
         else:
             self._lent.append((source.native, number, slice_.slot))
             slice_.push.numbers.append(number)
+        self._copying.popleft()
         self._done_with(slice_)
 
     def _reclaim(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -147,6 +148,8 @@ class Receiver(Endpoint):
 
     def close(self, drain_s: float = 0.0) -> None:
         super().close(drain_s)
+        if os.getpid() != self._pid:  # a forked lock may never open
+            return
         with self._staged_lock:
             staged = list(self._staged.values())
         for each, _ in staged:

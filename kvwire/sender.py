@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -161,6 +162,8 @@ class Sender(Endpoint):
 
     def close(self, drain_s: float = 0.0) -> None:
         super().close(drain_s)
+        if os.getpid() != self._pid:  # a forked lock may never open
+            return
         with self._staged_lock:
             staged = list(self._staged.values())
         for each, _ in staged:
