@@ -176,7 +176,7 @@ bool ReceiveLink::landed(const LandingZone::Landed& landed, ErrorCode verdict, u
     const auto segment = transfer->segments.find(header.segment_index);
     if (segment == transfer->segments.end() || !segment->second.work) return false;
     Work& work = *segment->second.work;
-    // Ids are the peer's choice, and two of its links may have the same; the placement is one's own.
+    // Ids are the peer's choice, and two of its links may have the same; the placement is ours.
     if (work.landing != landed.placement) return false;
     Chunk& chunk = work.chunks[size_t(header.raw_offset / work.announcement.chunk_bytes)];
     if (chunk.state != Chunk::LANDED) return true;
