@@ -10,12 +10,16 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvwire.errors import (
     ErrorCode, ForkedError, KvwireError, TransferTimeout, UsageError, error_from_code,
 )
 from kvwire.link import CongestionThresholds, CongestionWatch, Link, LinkOptions, LinkStats
 from kvwire.limits import LANE_COUNT_MAX, RANK_COUNT_MAX
+
+if TYPE_CHECKING:
+    from kvwire.kernels.staging import Staging
 
 __all__ = ["Endpoint", "Handle", "Progress"]
 
@@ -50,9 +54,12 @@ class Endpoint:
     ended, so that dropping a handle is safe.
     """
 
-    def __init__(self, native: object, options: LinkOptions):
+    def __init__(self, native: object, options: LinkOptions, staging: Staging | None):
         self._native = native
         self._options = options
+        self._staging = staging
+        self._staged: dict[str, tuple] = {}  # by device: its staging thread, and the device
+        self._staged_lock = threading.Lock()
         self._links: dict[bytes, Link] = {}
         self._watch: CongestionWatch | None = None
         self._pid = os.getpid()
@@ -80,12 +87,28 @@ class Endpoint:
                 self._watch.stop()
             with self._close_lock:  # a second caller returns when it is closed, too, not before
                 self._finalizer()
+            with self._staged_lock:
+                staged = list(self._staged.values())
+            for thread, _ in staged:
+                thread.close()
         loop = self._loop
         if loop is not None and not loop.is_closed():
             try:
                 loop.call_soon_threadsafe(self._leave_loop)
             except RuntimeError:  # closed meanwhile: nobody waits there any more
                 pass
+
+    def _staged_on(self, name: str, start: Callable[[Staging, object], object]) -> tuple:
+        """Return the staging thread for a device, started when first needed, and the device."""
+        from kvwire.kernels.staging import Staging
+        with self._staged_lock:
+            if name not in self._staged:
+                staging = self._staging or Staging()
+                device = staging.open(name)
+                thread = start(staging, device)
+                self._staged[name] = thread, device
+                weakref.finalize(self, thread.close)
+            return self._staged[name]
 
     def stats(self) -> dict[str, int | str]:
         """Return counters: connections, links, open_transfers, bytes_sent, bytes_received,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING
 
@@ -71,12 +68,10 @@ class Receiver(Endpoint):
             "transfers_max": transfers_max, "patience_ns": nanoseconds(patience_s, "patience_s"),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
-            **link_options.native(), **options_of(security)}), link_options)
+            **link_options.native(), **options_of(security)}), link_options, staging)
         self._connect_timeout_s = connect_timeout_s
         self._dialled: dict[str, bytes] = {}
         self._chunk_bytes_max = chunk_bytes_max
-        self._staging, self._staged = staging, {}  # by device
-        self._staged_lock = threading.Lock()
         self.address: str | None = None
         if listen is not None:
             host, port = split_address(listen, "listen")
@@ -133,27 +128,9 @@ class Receiver(Endpoint):
         return StagedTicket(self, handle, memory, staged, target)
 
     def _staged_for(self, name: str) -> tuple:
-        """Return the staging thread for a device, made when first needed, and the device."""
         from kvwire.kernels.staged_receiver import StagedReceiver
-        from kvwire.kernels.staging import Staging
-        with self._staged_lock:
-            if name not in self._staged:
-                staging = self._staging or Staging()
-                device = staging.open(name)
-                made = StagedReceiver(staging, device, self._native.landed,
-                                      self._chunk_bytes_max)
-                self._staged[name] = made, device
-                weakref.finalize(self, made.close)
-            return self._staged[name]
-
-    def close(self, drain_s: float = 0.0) -> None:
-        super().close(drain_s)
-        if os.getpid() != self._pid:  # a forked lock may never open
-            return
-        with self._staged_lock:
-            staged = list(self._staged.values())
-        for each, _ in staged:
-            each.close()
+        return self._staged_on(name, lambda staging, device: StagedReceiver(
+            staging, device, self._native.landed, self._chunk_bytes_max))
 
     def dial(self, address: str, *, lanes: int | str = "auto",
              timeout_s: float | None = None) -> str:

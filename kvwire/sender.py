@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -87,10 +84,8 @@ class Sender(Endpoint):
             "io_threads": io_threads_of(io_threads),
             "lease_ns": nanoseconds(lease_s, "lease_s"),
             "connect_timeout_ns": nanoseconds(connect_timeout_s, "connect_timeout_s"),
-            **link_options.native(), **options_of(security)}), link_options)
+            **link_options.native(), **options_of(security)}), link_options, staging)
         self._codec = _codec_number(codec)
-        self._staging, self._staged = staging, {}  # by device
-        self._staged_lock = threading.Lock()
         self._connect_timeout_s = connect_timeout_s
         self._peer = split_address(address) if address else None
         self._lanes = lane_count(lanes)
@@ -146,28 +141,11 @@ class Sender(Endpoint):
         return self._started(StagedTransfer(self, handle, memory, manifest.spec, *staged))
 
     def _staged_for(self, name: str, lossy: Lossy | None) -> tuple:
-        """Return the staging thread for a device, made when first needed, and the device."""
         from kvwire.kernels.staged_sender import StagedSender
-        from kvwire.kernels.staging import Staging
         if lossy is not None:
             raise UnsupportedError(f"lossy takes host memory, and the arrays lie on {name}")
-        with self._staged_lock:
-            if name not in self._staged:
-                staging = self._staging or Staging()
-                device = staging.open(name)
-                made = StagedSender(staging, device, self._book)
-                self._staged[name] = made, device
-                weakref.finalize(self, made.close)
-            return self._staged[name]
-
-    def close(self, drain_s: float = 0.0) -> None:
-        super().close(drain_s)
-        if os.getpid() != self._pid:  # a forked lock may never open
-            return
-        with self._staged_lock:
-            staged = list(self._staged.values())
-        for each, _ in staged:
-            each.close()
+        return self._staged_on(name, lambda staging, device: StagedSender(staging, device,
+                                                                          self._book))
 
     def offer(self, memory: CacheMemory, *, carry: CacheSpec | None = None,
               source_rank: tuple[int, int] | int = 0, destination_rank: tuple[int, int] | int = 0,
