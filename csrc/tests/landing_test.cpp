@@ -124,72 +124,64 @@ TEST(landed_chunks_count_when_the_device_says_so_whatever_lanes_do) {
     }
 }
 
-TEST(a_ticket_that_fails_takes_no_verdict_any_more) {
-    Random random{1};
-    const Manifest manifest = small_hybrid(0, 1, 0, false);
-    ReceiverEnd receiver;
-    receiver.zone = std::make_shared<LandingZone>(std::vector<uint8_t*>{}, 0);
-    receiver.bind(manifest, random);
-    SenderEnd sender;
-    const Memory truth(manifest, random);
-    StagedSource source(TRANSFER, manifest, *truth.map, random);
-    sender.open_lane(0);
-    receiver.open_lane(0);
-    sender.link.open(source.transfer);
-    source.push(sender.link, all_items(manifest));
-    LandingZone::Landed landed;
-    while (!receiver.zone->pop(&landed, 0)) {
+// A transfer over one lane.
+struct OneLane {
+    explicit OneLane(std::shared_ptr<LandingZone> zone = nullptr) {
+        receiver.zone = std::move(zone);
+        receiver.bind(manifest, random);
+        sender.open_lane(0);
+        receiver.open_lane(0);
+        sender.link.open(source.transfer);
+    }
+
+    void exchange() {
         receiver.feed(0, sender.take(0));
         sender.feed(0, receiver.take(0));
     }
-    LandingZone::Landed elsewhere = landed;  // of a link whose peer chose the same ids
-    elsewhere.placement = std::make_shared<const Placement>(*landed.placement);
-    CHECK(!receiver.link.landed(elsewhere, ErrorCode::OK, landed.header.raw_crc));
-    receiver.cancel();
-    CHECK(!receiver.link.landed(landed, ErrorCode::OK, landed.header.raw_crc));
-    sender.feed(0, receiver.take(0));
-    CHECK(source.ended && source.error.code == ErrorCode::CANCELLED);
-}
 
-TEST(staged_chunks_that_are_not_their_segment_fail_the_transfer) {
     Random random{1};
     const Manifest manifest = small_hybrid(0, 1, 0, false);
     ReceiverEnd receiver;
-    receiver.bind(manifest, random);
     SenderEnd sender;
-    const Memory truth(manifest, random);
-    StagedSource source(TRANSFER, manifest, *truth.map, random);
-    sender.open_lane(0);
-    receiver.open_lane(0);
-    sender.link.open(source.transfer);
-    receiver.feed(0, sender.take(0));
-    sender.feed(0, receiver.take(0));
+    const Memory truth{manifest, random};
+    StagedSource source{TRANSFER, manifest, *truth.map, random};
+};
+
+TEST(a_ticket_that_fails_takes_no_verdict_any_more) {
+    OneLane ends(std::make_shared<LandingZone>(std::vector<uint8_t*>{}, 0));
+    ReceiveLink& link = ends.receiver.link;
+    ends.source.push(ends.sender.link, all_items(ends.manifest));
+    LandingZone::Landed landed;
+    while (!ends.receiver.zone->pop(&landed, 0)) ends.exchange();
+    LandingZone::Landed elsewhere = landed;  // of a link whose peer chose the same ids
+    elsewhere.placement = std::make_shared<const Placement>(*landed.placement);
+    CHECK(!link.landed(elsewhere, ErrorCode::OK, landed.header.raw_crc));
+    ends.receiver.cancel();
+    CHECK(!link.landed(landed, ErrorCode::OK, landed.header.raw_crc));
+    ends.sender.feed(0, ends.receiver.take(0));
+    CHECK(ends.source.ended && ends.source.error.code == ErrorCode::CANCELLED);
+}
+
+TEST(staged_chunks_that_are_not_their_segment_fail_the_transfer) {
+    OneLane ends;
+    StagedSource& source = ends.source;
+    ends.exchange();
     auto staged = std::make_shared<StagedSegment>();
     staged->chunk_bytes = source.transfer->chunk_bytes;
-    source.pushes.push_back({{all_items(manifest)[0]}, false});
+    source.pushes.push_back({{all_items(ends.manifest)[0]}, false});
     source.lent.push_back(std::make_shared<Bytes>());
-    sender.link.push(*source.transfer, {all_items(manifest)[0]}, 0, staged);
+    ends.sender.link.push(*source.transfer, {all_items(ends.manifest)[0]}, 0, staged);
     CHECK(source.ended && source.error.code == ErrorCode::INTERNAL);
 }
 
 TEST(a_raw_chunk_that_changed_between_device_and_host_is_found_at_the_sender) {
-    Random random{1};
-    const Manifest manifest = small_hybrid(0, 1, 0, false);
-    ReceiverEnd receiver;
-    receiver.bind(manifest, random);
-    SenderEnd sender;
-    const Memory truth(manifest, random);
-    StagedSource source(TRANSFER, manifest, *truth.map, random);
-    sender.open_lane(0);
-    receiver.open_lane(0);
-    sender.link.open(source.transfer);
-    receiver.feed(0, sender.take(0));
-    sender.feed(0, receiver.take(0));
-    source.push_staged(sender.link, all_items(manifest)[0]);
-    (*source.lent[0])[7] ^= 1;
-    sender.take(0);
-    CHECK(source.ended && source.error.code == ErrorCode::RAW_CORRUPT);
-    CHECK(sender.is_open(0));
+    OneLane ends;
+    ends.exchange();
+    ends.source.push_staged(ends.sender.link, all_items(ends.manifest)[0]);
+    (*ends.source.lent[0])[7] ^= 1;
+    ends.sender.take(0);
+    CHECK(ends.source.ended && ends.source.error.code == ErrorCode::RAW_CORRUPT);
+    CHECK(ends.sender.is_open(0));
 }
 
 }  // namespace kvwire
