@@ -143,9 +143,13 @@ def test_a_lane_that_dies_at_the_door_leaves_the_link_to_another_that_enters():
 def test_one_blackholed_lane_of_four_holds_nothing_up():
     """All it has swallowed is sent again elsewhere, long before it wakes up or is given up."""
     stall = Fault(1, UP, 100_000, "stall", 12), Fault(1, DOWN, 200, "stall", 12)
-    # Slow enough that lane 1 takes its share, however late a busy machine lets it join.
-    with Pair(*stall, spec=BIG, tokens=4000, lanes=4, bytes_per_s=4_000_000,
-              chunk_bytes=1 << 16) as pair:
+    pair = Pair(*stall, spec=BIG, tokens=4000, lanes=4, bytes_per_s=4_000_000, chunk_bytes=1 << 16)
+    opening = Held(SMALL, 40, 3), Held(SMALL, 40, 4, writable=True)
+    ticket = pair.receiver.expect(opening[1].memory)
+    pair.sender.send(ticket.id, opening[0].memory).result(20)
+    # Three lanes' socket buffers could swallow all before a fourth has joined.
+    assert eventually(lambda: len(pair.receiver.links()[0].stats().lanes) == 4)
+    with pair:
         start = time.monotonic()
         assert eventually(lambda: any(fault.way == UP for fault, _ in pair.proxy.fired))
         assert pair.delivered()
