@@ -172,6 +172,45 @@ def write_part(whole, part, block_ids):
         kvwire.plan.scatter(carry, items, target.leaves, data)
 
 
+def test_small_layers_go_together(sides):
+    """A push wakes threads; 8 layers of 200 KB are 3 of them in a step, not 8."""
+    tokens, step = 512, 256
+    spec = CacheSpec("small", (kvwire.attention(range(8), kv_heads=8, head_dim=25, dtype="fp16",
+                                                block_tokens=16),))
+    assert all(tensor.row_bytes == 400 for tensor in spec.groups[0].tensors)
+
+    def memory(seed):
+        rng = np.random.default_rng(seed)
+        return {(layer, tensor.name): rng.random((tokens // 16, 16, 8, 25)).astype(np.float16)
+                for layer in range(8) for tensor in spec.groups[0].tensors}
+
+    class Side:
+        def __init__(self, arrays):
+            self.arrays, self.pool = arrays, CachePool(spec, [Pages(0, arrays)])
+
+    source, target = Side(memory(1)), Side(memory(2))
+    prefill, decode = sides(source, decode=False), sides(target, decode=True)
+    route, there = push_routes(decode)
+    blocks = [list(range(tokens // 16))]
+    prefill.begin("a", route, (0, tokens), SAID)
+    decode.begin("a", there, (0, tokens), blocks, SAID)
+    pushes = []
+    for stop in (step, tokens):
+        prefill.extend("a", [blocks[0][(stop - step) // 16:stop // 16]])
+        for layer in range(8):
+            prefill.computed("a", stop, [layer])
+            stream, = prefill._open["a"].streams
+            pushes.append(len(stream.pushes))
+        if stop < tokens:
+            prefill.computed("a", stop)
+            pushes.append(len(stream.pushes))
+    assert pushes == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
+    prefill.finish("a", [[]])
+    assert outcomes(prefill, decode) == [None, None]
+    for key, array in source.arrays.items():
+        assert np.array_equal(array, target.arrays[key])
+
+
 def test_a_preempted_request_goes_on_in_other_blocks(sides):
     here, there = Memory(1), Memory(2)
     prefill, decode = sides(here, False), sides(there, True)

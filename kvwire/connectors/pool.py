@@ -64,6 +64,15 @@ class CachePool:
         self.layers = sorted({layer for group in whole.groups for layer in group.layers})
         self.table_count = 1 + max(part.table for part in pages)
 
+    def token_bytes(self) -> dict[int, int]:
+        """Return what a token takes in each layer, on this rank."""
+        found = dict.fromkeys(self.layers, 0)
+        for group in self.spec.groups:
+            for layer in group.layers:
+                found[layer] += sum(tensor.row_bytes for tensor in group.tensors
+                                    if tensor.has_tokens)
+        return found
+
     def memory(self, tokens: tuple[int, int], block_ids: BlockIds) -> CacheMemory:
         """Return a destination: one request's blocks, to be written in place.
 

@@ -19,13 +19,18 @@ from dataclasses import dataclass, field
 
 from kvwire.connectors.handoff import Outcome, Push, Route, Totals, offer_part, retries
 from kvwire.connectors.pool import CachePool, destination_ranks
+from kvwire.control import Item
 from kvwire.errors import ErrorCode, KvwireError, TransferTimeout, UnsupportedError, UsageError
 from kvwire.layout import CacheSpec
-from kvwire.limits import SEGMENT_COUNT_MAX
+from kvwire.limits import GROUP_COUNT_MAX, SEGMENT_COUNT_MAX
 from kvwire.sender import Push as Pushed
 from kvwire.sender import Sender, Transfer
 
 __all__ = ["PrefillSide"]
+
+# Layers go together until they make two chunks of the default size: a push costs about 50 us.
+_PUSH_BYTES_MIN = 512 << 10
+_LAST_PUSHES_MAX = 2 * GROUP_COUNT_MAX
 
 _RETRY_S = 0.2
 _SUSPEND_WAIT_S = 5.0
@@ -40,6 +45,7 @@ class _Stream:
     rank: int
     start: int
     transfer: Transfer | None = None
+    grown: dict[int, None] = field(default_factory=dict)  # layers of which more is ready, in order
     pushed: dict[int, int] = field(default_factory=dict)
     pushes: list[Pushed] = field(default_factory=list)
     finished: bool = False
@@ -51,6 +57,7 @@ class _Stream:
         """Begin again: what was sent has been forgotten by the receiver."""
         self.start, self.due = start, due
         self.transfer, self.finished = None, False
+        self.grown.update(self.pushed)
         self.pushed.clear()
         self.pushes.clear()
 
@@ -68,6 +75,7 @@ class _Outgoing:
     began: float
     progressed: float
     states: dict = field(default_factory=dict)
+    unpushed_bytes: int = 0
     finished: bool = False
     suspended: bool = False
     error: KvwireError | None = None
@@ -90,6 +98,7 @@ class PrefillSide:
         self._pool, self._connect, self._offers = pool, connect, offers
         self._lease_s, self._now = lease_s, now
         self._senders: dict[str, Sender] = {}
+        self._token_bytes = pool.token_bytes()
         self._open: dict[str, _Outgoing] = {}
         self.totals = Totals()
 
@@ -124,12 +133,18 @@ class PrefillSide:
             made.error = made.error or error
 
     def computed(self, request_id: str, stop: int, layers: Iterable[int] | None = None) -> None:
-        """Send what has become final: the tokens before `stop` of some layers, or of all."""
-        made = self._open[request_id]
+        """Send what has become final: the tokens before `stop` of some layers, or of all.
+
+        Of some: they may wait for further ones, to go together.
+        """
+        made, stop = self._open[request_id], min(stop, self._open[request_id].tokens[1])
         for layer in self._pool.layers if layers is None else layers:
-            if layer in made.ready:  # another layer's cache may serve this one
-                made.ready[layer] = max(made.ready[layer], min(stop, made.tokens[1]))
-        if not made.suspended:
+            if stop > made.ready.get(layer, stop):  # another layer's cache may serve this one
+                made.unpushed_bytes += (stop - made.ready[layer]) * self._token_bytes[layer]
+                made.ready[layer] = stop
+                for stream in made.streams:
+                    stream.grown[layer] = None
+        if not made.suspended and (layers is None or made.unpushed_bytes >= _PUSH_BYTES_MIN):
             self._advance(made)
 
     def finish(self, request_id: str, block_ids: Sequence[Sequence[int]]) -> None:
@@ -141,6 +156,8 @@ class PrefillSide:
                 self._pool.stage(block_ids, made.states)
             except KvwireError as error:
                 made.error = error
+        for stream in made.streams:
+            stream.grown.update(dict.fromkeys(self._pool.layers))  # their states
         made.finished = True
         made.progressed = self._now()
         self.computed(request_id, made.tokens[1])
@@ -240,6 +257,7 @@ class PrefillSide:
 
     def _advance(self, made: _Outgoing) -> None:
         """Hand over to kvwire what is ready and has not been."""
+        made.unpushed_bytes = 0
         try:
             for stream in made.streams:
                 if not stream.ended and stream.due <= self._now():
@@ -282,17 +300,20 @@ class PrefillSide:
             self._senders[address] = self._connect(address)
         return self._senders[address]
 
-    def _push(self, made: _Outgoing, stream: _Stream) -> None:
-        if stream.finished:
+    @staticmethod
+    def _push(made: _Outgoing, stream: _Stream) -> None:
+        room = len(stream.pushes) + _LAST_PUSHES_MAX < SEGMENT_COUNT_MAX
+        if stream.finished or not room and not made.finished:
             return
-        room = len(stream.pushes) + 2 * len(made.ready) < SEGMENT_COUNT_MAX
-        for layer, stop in made.ready.items() if room or made.finished else ():
-            done = stream.pushed.get(layer, stream.start)
-            if stop > done or made.finished:
-                items = stream.transfer.memory.items(layer, (done, stop), made.finished)
-                if items:
-                    stream.pushes.append(stream.transfer.push_items(items))
-                stream.pushed[layer] = max(stop, done)
+        grown, stream.grown = stream.grown, {}
+        items: dict[int, list[Item]] = {}  # of each group: one kind, one codec
+        for layer in grown:
+            done, stop = stream.pushed.get(layer, stream.start), made.ready[layer]
+            stream.pushed[layer] = max(stop, done)
+            for item in stream.transfer.memory.items(layer, (done, stop), made.finished):
+                items.setdefault(item.group_index, []).append(item)
+        for same in items.values():
+            stream.pushes.append(stream.transfer.push_items(same))
         if made.finished:
             stream.transfer.finish()
             stream.finished = True
