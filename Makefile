@@ -34,7 +34,7 @@ VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_TESTS ?= vllm and not long
 
 test-vllm: build $(VLLM_VENV)/packages.stamp
-	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -p no:cacheprovider \
+	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -o cache_dir=.build/vllm-cache \
 	    -m "$(VLLM_TESTS) and not gpu" \
 	    $(sort $(wildcard tests/test_vllm*.py))
 
@@ -115,7 +115,7 @@ HAS_OPENSSL := $(shell printf '\043include <openssl/ssl.h>\nint main() { TLS_met
     $(CXX) -x c++ - -o /tmp/kvwire-probe.$$$$ -lssl -lcrypto 2>/dev/null && echo 1; \
     rm -f /tmp/kvwire-probe.*)
 TLS_LIBRARIES := $(if $(HAS_OPENSSL),-lssl -lcrypto)
-CHECKED_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
+CHECKED_FLAGS := -std=c++17 -O1 -g1 -Wall -Wextra -Icsrc -pthread -D_GLIBCXX_ASSERTIONS \
     -DKVWIRE_TLS=$(or $(HAS_OPENSSL),0) -fno-omit-frame-pointer -fno-sanitize-recover=all
 SANITIZED_FLAGS := $(CHECKED_FLAGS) -fsanitize=address,undefined
 
