@@ -21,8 +21,8 @@ settings.register_profile(
 settings.load_profile("kvwire")
 
 # A forced variant would make the parity tests compare it with itself.
-os.environ.pop("KVWIRE_CRC32C", None)
-os.environ.pop("KVWIRE_TIERED", None)
+for _what in ("CRC32C", "TIERED", "QUANTISED", "LZ4"):
+    os.environ.pop("KVWIRE_" + _what, None)
 
 
 def pytest_collection_modifyitems(items):

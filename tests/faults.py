@@ -365,11 +365,11 @@ def same_content(source, target):
 
 
 def eventually(condition, timeout_s=10.0):
-    """True as soon as `condition()` is, False when it is not within the time."""
+    """Return True as soon as `condition()` is true; fail the test when it is not in time."""
     due = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > due:
-            return False
+            raise AssertionError(f"it did not come about in {timeout_s} s")
         time.sleep(0.005)
     return True
 

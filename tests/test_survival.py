@@ -100,7 +100,7 @@ def test_only_what_has_no_receipt_goes_again():
             pair.proxy.cut(lane)
         assert pair.delivered()
         sent = pair.transfer.progress().wire_bytes
-        assert sent < 1.35 * pair.source.memory.bytes
+        assert sent < 1.5 * pair.source.memory.bytes
         assert pair.ticket.progress().verified_bytes == pair.source.memory.bytes
 
 
@@ -169,29 +169,29 @@ def test_a_blackholed_only_lane_is_dialled_again():
 
 def test_a_vanished_sender_is_believed_for_the_lease_only():
     """All lanes fall silent, without an end of any stream."""
-    with Pair(spec=BIG, tokens=2000, lanes=2, lease_s=1.0, bytes_per_s=1_000_000) as pair:
+    with Pair(spec=BIG, tokens=2000, lanes=2, lease_s=4, bytes_per_s=1_000_000) as pair:
         assert eventually(lambda: pair.ticket.progress().wire_bytes)
         pair.proxy.silent = True
         start = time.monotonic()
         here = fails(pair.ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
         fails(pair.transfer, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        assert time.monotonic() - start < 5
-        assert here.expected == 1000 and "lease" in str(here)
+        assert time.monotonic() - start < 20
+        assert here.expected == 4000 and "lease" in str(here)
         assert all(pair.transfer._native.pushes_returned())
         assert eventually(lambda: pair.receiver.stats()["links"] == 0)
         assert pair.sender.stats()["open_transfers"] == 0
 
 
 def test_without_a_way_back_both_sides_fail_when_the_lease_ends():
-    with Pair(spec=BIG, tokens=2000, lanes=2, lease_s=1.0, bytes_per_s=1_000_000) as pair:
+    with Pair(spec=BIG, tokens=2000, lanes=2, lease_s=4, bytes_per_s=1_000_000) as pair:
         assert eventually(lambda: pair.ticket.progress().wire_bytes)
         start = time.monotonic()
         pair.proxy.__exit__()
         there = fails(pair.transfer, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        assert 0.9 < time.monotonic() - start < 3
+        assert 3.9 < time.monotonic() - start < 20
         assert "dials failed" in str(there)
         fails(pair.ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 20
         assert pair.sender.stats()["links"] == pair.receiver.stats()["links"] == 0
 
 
@@ -200,7 +200,7 @@ def test_without_a_lease_a_link_ends_with_its_last_lane():
         start = time.monotonic()
         fails(pair.transfer, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
         fails(pair.ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("close", ["sender", "receiver"])
@@ -215,9 +215,9 @@ def test_who_closes_is_not_waited_for(close):
         for handle in (ticket, transfer):
             with pytest.raises(kvwire.TransferError):
                 handle.result(10)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # not the lease
         other = pair.receiver if close == "sender" else pair.sender
-        assert eventually(lambda: other.stats()["links"] == 0, 2)
+        assert eventually(lambda: other.stats()["links"] == 0)
 
 
 @pytest.mark.parametrize("close", ["sender", "receiver"])
@@ -245,7 +245,7 @@ def test_a_drain_ends_in_time():
         idle = pair.receiver.expect(pair.target.memory)
         start = time.monotonic()
         pair.receiver.close(drain_s=0.3)
-        assert 0.3 <= time.monotonic() - start < 2
+        assert 0.3 <= time.monotonic() - start < 10
         assert idle.exception().code == ErrorCode.CLOSED
 
 
@@ -290,7 +290,7 @@ def test_a_receiver_that_restarts_fails_its_transfers_and_takes_new_ones():
             start = time.monotonic()
             with pytest.raises(kvwire.TransferError) as caught:
                 transfer.result(15)
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 10  # not the lease
             assert caught.value.code in (ErrorCode.LINK_UNKNOWN, ErrorCode.TRANSFER_UNKNOWN)
             assert all(transfer._native.pushes_returned())
             sender.send(b"t" * 16, memory).result(20)
@@ -309,7 +309,7 @@ def test_a_killed_sender_frees_the_receiver_within_its_lease():
             killed(process)
             start = time.monotonic()
             error = fails(ticket, kvwire.PeerClosedError, ErrorCode.LINK_LOST)
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 10
             assert error.layers == {0xFFFFFFFF: "partly written"}
             assert eventually(lambda: receiver.stats()["links"] == 0)
             assert receiver.stats()["connections"] == 0
