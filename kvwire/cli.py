@@ -161,8 +161,10 @@ def _default_text() -> Path:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    for name, value in kvwire.backends().items():
-        print(f"{name:17}{value if isinstance(value, str) else ', '.join(map(str, value))}")
+    found = kvwire.backends()
+    width = 2 + max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}{value if isinstance(value, str) else ', '.join(map(str, value))}")
     return 0
 
 

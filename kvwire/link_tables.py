@@ -40,6 +40,8 @@ class TableName:
 
 @dataclass(frozen=True)
 class TableAnswer:
+    """Whether the receiver has a table."""
+
     table_index: int
     state: TableState
 
@@ -54,19 +56,23 @@ def _unpacked(structure: Structure, data: bytes, offset: int = 0) -> dict:
 
 
 def encode_names(names: Sequence[TableName]) -> bytes:
+    """Return the payload of a TABLE_NAMES."""
     return b"".join(TABLE_NAME.pack(vars(name)) for name in names)
 
 
 def decode_names(data: bytes) -> list[TableName]:
+    """Return what a TABLE_NAMES says; raises FormatError."""
     found = (_unpacked(TABLE_NAME, data, at) for at in range(0, len(data), TABLE_NAME.bytes))
     return [TableName(values["table_index"], values["table_name"]) for values in found]
 
 
 def encode_answers(answers: Sequence[TableAnswer]) -> bytes:
+    """Return the payload of a TABLE_ANSWER."""
     return b"".join(TABLE_ANSWER.pack(vars(answer)) for answer in answers)
 
 
 def decode_answers(data: bytes) -> list[TableAnswer]:
+    """Return what a TABLE_ANSWER says; raises FormatError."""
     answers = []
     for at in range(0, len(data), TABLE_ANSWER.bytes):
         values = _unpacked(TABLE_ANSWER, data, at)

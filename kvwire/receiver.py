@@ -233,6 +233,7 @@ class Ticket(Handle):
                 for rank, first, first_count, last, last_count in self._native.metadata()}
 
     def exception(self) -> KvwireError | None:
+        """The error that ended it, with what became of each layer (`layers`), or None."""
         error = super().exception()
         if error is not None:
             error.layers = self.report()

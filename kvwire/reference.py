@@ -135,9 +135,6 @@ class ReferenceReceiver:
         """True when all parts of a layer are verified and no lane may write them any more."""
         return self.tickets[ticket_id].memory.layer_ready(layer)
 
-    def lane_open(self, lane: int) -> bool:
-        return self._lanes[lane].open
-
     def _taken(self) -> Answers:
         answers, self._answers = self._answers, []
         return answers

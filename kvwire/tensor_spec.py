@@ -82,11 +82,13 @@ class GroupKind(IntEnum):
 
 
 def check_integer(what: str, value: object, low: int, high: int = _UINT32_MAX) -> None:
+    """Raise UsageError, naming `what`, unless `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{what} is {value!r}; it must be an integer from {low} to {high}")
 
 
 def check_text(what: str, value: object, bytes_min: int = 1) -> None:
+    """Raise UsageError, naming `what`, unless `value` is a string of a length the format takes."""
     try:
         length = len(value.encode())
     except (AttributeError, UnicodeEncodeError):
@@ -97,6 +99,7 @@ def check_text(what: str, value: object, bytes_min: int = 1) -> None:
 
 
 def check_member(what: str, value: object, kind: type) -> None:
+    """Raise UsageError, naming `what`, unless `value` is one of `kind`'s."""
     if not isinstance(value, kind):
         raise UsageError(f"{what} is {value!r}; it must be of type {kind.__name__}")
 

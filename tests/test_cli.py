@@ -30,6 +30,7 @@ def test_backends_name_the_checksum_in_use(capsys):
     code, out, _ = run(capsys, "backends")
     assert code == 0
     assert out.splitlines()[0].split() == ["crc32c", kvwire.backends()["crc32c"]]
+    assert [line.split()[0] for line in out.splitlines()] == list(kvwire.backends())
     assert "raw" in out
 
 

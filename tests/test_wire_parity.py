@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wire import DECODERS, MANIFESTS, ROLES, STREAMS
 
-from kvwire import _native
+from kvwire import _native, limits
 from kvwire.errors import ErrorCode, KvwireError
 from kvwire.link_tables import decode_answers, decode_names, decode_table, holds_structure
 from kvwire.manifest import Manifest
@@ -37,6 +37,14 @@ def same_code(stream, reader):
         stream, reader)
     assert ErrorCode(native or 900) == ErrorCode(reference or 900)
     return native
+
+
+@pytest.mark.parametrize("attempt", [0, limits.ATTEMPT_MAX, limits.ATTEMPT_MAX + 1, (1 << 32) - 1])
+def test_attempts_have_an_end(attempt):
+    greeting = Greeting(Role.SENDER, bytes(range(16))).encode()
+    chunk = encode_frame(FrameType.CHUNK, bytes(range(16)), b"abcd", attempt=attempt, raw_bytes=4)
+    refused = same_code(greeting + chunk, Role.RECEIVER) == ErrorCode.LIMIT_EXCEEDED
+    assert refused == (attempt > limits.ATTEMPT_MAX)
 
 
 @pytest.mark.parametrize("vector", STREAMS, ids=str)
