@@ -6,10 +6,11 @@ import bisect
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import EncodeStage
-from kvwire.kernels.staging import Arena, PinnedRing, Slot, Staging, check_fits
+from kvwire.kernels.staging import Arena, PinnedRing, Slot, Staging, check_fits, typed
 from kvwire.layout import CacheSpec
 from kvwire.tiered import Part
 
@@ -31,6 +32,7 @@ __all__ = ["Source", "StagedSender", "slices_of"]
 
 STAGES = 3  # slices under way: one is made, one is copied, one waits for room
 GRANT_POLL_S, RECLAIM_POLL_S = 0.002, 0.02
+GRANT_POLL_SHARE = 0.02  # of this thread's time: an offer may wait long, and the engine has to run
 
 
 @dataclass(eq=False)
@@ -45,7 +47,8 @@ class Source:
     metadata: tuple[bytes, int] | None = None  # of the end, once finish() was called
     to_hand: int = 0                           # slices that the native side does not have yet
     reading: int = 0                           # slices whose pages the device may be reading
-    terms: tuple[int, int] = (0, 0)            # chunk bytes, codecs by bit; (0, 0): no grant yet
+    # Chunk bytes, codecs by bit, tokens [start, stop) that travel; zeros: no grant yet.
+    terms: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: set = field(default_factory=set)    # (layer, group, tensor) of which no table is made
 
     def __post_init__(self) -> None:
@@ -56,8 +59,21 @@ class Source:
 
     def granted(self) -> bool:
         if not self.terms[0]:
-            self.terms = self.native.terms(0.0)
+            self.terms = self.native.terms()
         return self.terms[0] > 0
+
+    def wanted(self, items: Sequence[Item]) -> list[Item]:
+        """Return what of `items` travels: a pull may want fewer tokens; states travel whole."""
+        *_, start, stop = self.terms
+        kept = []
+        for item in items:
+            if self.spec.groups[item.group_index].tensors[item.tensor_index].has_tokens:
+                item = replace(item, token_start=max(item.token_start, start),
+                               token_stop=min(item.token_stop, stop))
+                if item.token_start >= item.token_stop:
+                    continue
+            kept.append(item)
+        return kept
 
 
 @dataclass(eq=False)
@@ -77,6 +93,7 @@ class _Slice:
     push: StagedSlices
     stage: EncodeStage | None = None
     slot: Slot | None = None
+    is_read: bool = False  # its pages, by the device
     chunks: list = field(default_factory=list)
     copied: object = None
 
@@ -205,7 +222,7 @@ class StagedSender:
             while (slice_ := self._next()) is not None or not self._closed:
                 self._step(slice_)
         except BaseException as error:  # the device's: none of its transfers can go on
-            self._break_down(error)
+            self._break_down(typed(error))
         finally:
             for slice_ in (*self._made, *self._copying):
                 self._give_up(slice_)
@@ -233,14 +250,16 @@ class StagedSender:
         nothing is under way."""
         with self.changed:
             while not self._closed:
+                began_s = time.monotonic()
                 slice_ = self._first_granted()
+                looked_s = time.monotonic() - began_s
                 if slice_ is not None:
                     return slice_
                 if self._made or self._copying:
                     return None
                 self._reclaim()
-                self.changed.wait(GRANT_POLL_S if self._waiting else
-                                  RECLAIM_POLL_S if self._lent else None)
+                self.changed.wait(max(GRANT_POLL_S, looked_s / GRANT_POLL_SHARE) if self._waiting
+                                  else RECLAIM_POLL_S if self._lent else None)
         return None
 
     def _first_granted(self) -> _Slice | None:
@@ -262,8 +281,9 @@ class StagedSender:
     def _begin(self, slice_: _Slice) -> bool:
         """Enqueue the making of a slice; False: its transfer is over, or failed with it."""
         source = slice_.source
+        slice_.items = source.wanted(slice_.items)
         with self.changed:
-            if source.ended():
+            if not slice_.items or source.ended():
                 self._handed(slice_)
                 return False
             source.reading += 1
@@ -275,7 +295,7 @@ class StagedSender:
             self._device.wait_for(self._compute, slice_.ready)
             slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
         except BaseException as error:
-            self._not_read(source)
+            self._not_read(slice_)
             self._done_with(slice_)
             if isinstance(error, InternalError) or not isinstance(error, KvwireError):
                 raise
@@ -284,7 +304,7 @@ class StagedSender:
         return True
 
     def _codes(self, slice_: _Slice, copies: CopyPlan) -> CodePlan:
-        chunk_bytes, codecs = slice_.source.terms
+        chunk_bytes, codecs, *_ = slice_.source.terms
         ranges = [(at, min(chunk_bytes, copies.bytes - at))
                   for at in range(0, copies.bytes, chunk_bytes)]
         if not codecs >> Codec.TIERED & 1:
@@ -322,18 +342,17 @@ class StagedSender:
         """Enqueue the copy of what is made: payloads side by side, neighbours in one copy."""
         slice_ = self._made[0]
         source = slice_.source
-        slice_.slot = self._slot()
         try:
             made = slice_.stage.results()
         except UsageError as error:  # of this transfer's block ids
             made, source.error = [], source.error or error
+        self._not_read(slice_)  # from here on: a slot may be long in coming
         if not made:
             self._made.popleft()
-            self._not_read(source)
             self._fail(source, source.error)
-            slice_.slot.release()
             self._done_with(slice_)
             return
+        slice_.slot = self._slot()
         room, at, raw_chunk = slice_.slot.room, 0, source.terms[0]
         left = slice_.stage.raw_bytes
         runs: list[list[int]] = []  # address, bytes, where to
@@ -352,7 +371,6 @@ class StagedSender:
         slice_.copied = self._device.record(self._copy)
         self._copying.append(slice_)
         self._made.popleft()  # not before: what fails on the way is given up as made
-        self._not_read(source)
 
     def _slot(self) -> Slot:
         while (slot := self.ring.try_acquire()) is None:
@@ -391,9 +409,11 @@ class StagedSender:
             else:
                 self._lent.append((native, number, slot))
 
-    def _not_read(self, source: Source) -> None:
+    def _not_read(self, slice_: _Slice) -> None:
+        """The device reads no page of it any more."""
         with self.changed:
-            source.reading -= 1
+            slice_.source.reading -= not slice_.is_read
+            slice_.is_read = True
             self.changed.notify_all()
 
     def _done_with(self, slice_: _Slice) -> None:
@@ -409,7 +429,7 @@ class StagedSender:
         if source.to_hand == 0 and source.metadata is not None and not source.ended():
             source.native.finish(*source.metadata)
 
-    def _fail(self, source: Source, error: BaseException) -> None:
+    def _fail(self, source: Source, error: KvwireError) -> None:
         source.error = source.error or error
         source.native.cancel()
 
@@ -420,8 +440,7 @@ class StagedSender:
                 wait()
             except Exception:  # the error that is on its way says it
                 pass
-        if slice_.copied is None:
-            self._not_read(slice_.source)
+        self._not_read(slice_)
         if slice_.slot is not None:
             slice_.slot.release()
         self._done_with(slice_)
@@ -432,7 +451,7 @@ class StagedSender:
             for _, _, slice_ in dropped:
                 self._handed(slice_)
 
-    def _break_down(self, error: BaseException) -> None:
+    def _break_down(self, error: KvwireError) -> None:
         with self.changed:
             self._broken = error
             sources = list(self._sources)
