@@ -26,6 +26,7 @@ from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import EncodeStage
 from kvwire.kernels.staging import Arena, PinnedRing, Slot, Staging, check_fits, typed
 from kvwire.layout import CacheSpec
+from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import Part
 
 __all__ = ["Source", "StagedSender", "slices_of"]
@@ -99,24 +100,23 @@ class _Slice:
 
 
 def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Iterator[list[Item]]:
-    """Yield the items of a push in portions of at most `slice_bytes`; blocks stay whole where they
-    fit.
+    """Yield the items of a push in portions of at most `slice_bytes`: states, then the layers of a
+    group as many together as fit; blocks stay whole where they do.
 
     Raises LimitError: a token's row, or a state, is larger.
     """
     def tensor(item):
         return spec.groups[item.group_index].tensors[item.tensor_index]
 
-    states, taken = [], 0
+    portion, left = [], slice_bytes
     for item in (item for item in items if not tensor(item).has_tokens):
         count = tensor(item).row_bytes
         check_fits(f"layer {item.layer}, tensor {tensor(item).name}", count, slice_bytes)
-        if taken + count > slice_bytes:
-            yield states
-            states, taken = [], 0
-        states, taken = [*states, item], taken + count
-    if states:
-        yield states
+        if count > left:
+            yield portion
+            portion, left = [], slice_bytes
+        portion.append(item)
+        left -= count
     tokened = [item for item in items if tensor(item).has_tokens]
     for (group, _, start, stop), same in itertools.groupby(
             tokened, lambda item: (item.group_index, item.layer, item.token_start,
@@ -124,14 +124,23 @@ def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Itera
         same = list(same)
         row_bytes = sum(tensor(item).row_bytes for item in same)
         check_fits(f"a token of group {group}", row_bytes, slice_bytes)
-        step, block = slice_bytes // row_bytes, spec.groups[group].block_tokens or 1
+        block = spec.groups[group].block_tokens or 1
+        if portion and (portion[0].group_index != group or (stop - start) * row_bytes > left
+                        or len(portion) + len(same) > ITEM_COUNT_MAX):
+            yield portion
+            portion, left = [], slice_bytes
         while start < stop:
-            end = min(start + step, stop)
+            end = min(start + left // row_bytes, stop)
             if end < stop and end - end % block > start:
                 end -= end % block
-            yield [Item(item.group_index, item.tensor_index, item.layer, start, end)
-                   for item in same]
+            portion += [replace(item, token_start=start, token_stop=end) for item in same]
+            left -= (end - start) * row_bytes
+            if end < stop:
+                yield portion
+                portion, left = [], slice_bytes
             start = end
+    if portion:
+        yield portion
 
 
 class StagedSender:
@@ -317,8 +326,8 @@ class StagedSender:
         chunks = []
         for at, count in ranges:
             parts, at_hand = coder.parts(at, count)
-            if not at_hand and not raw and not names <= source.plain:
-                raw = self._raw(slice_.stage, copies)
+            if not at_hand and (raw or not names <= source.plain):
+                raw = raw or self._raw(slice_.stage, copies)
                 parts, at_hand = coder.parts(at, count, raw)
                 if not at_hand and all(table is None for _, table, _ in parts):
                     source.plain |= names

@@ -4,6 +4,7 @@ The stand-in's memory can be touched by its own streams only, at their time: wha
 computes is enqueued on its stream, and a read too early finds poison.
 """
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 import kvwire
 from faults import eventually
+from kvwire.connectors import prefill_side
 from kvwire.connectors.decode_side import DecodeSide
 from kvwire.connectors.options import Options
 from kvwire.connectors.pool import CachePool, Pages
@@ -117,9 +119,11 @@ def routes_of(how, prefill, decode, ranks=(1, 1)):
 @pytest.mark.parametrize("places, start, splits", [
     ("device to device", 0, (1, 1)), ("device to device", 28, (2, 1)),
     ("device to host", 8, (1, 2)), ("host to device", 8, (2, 1))])
-def test_layers_leave_when_they_are_computed(sides, device, gate, how, places, start, splits):
+def test_layers_leave_when_they_are_computed(sides, device, gate, monkeypatch, how, places, start,
+                                             splits):
     """Chunked prefill, layer by layer, the last chunk long in coming; states overwritten at once.
     """
+    monkeypatch.setattr(prefill_side, "_PUSH_BYTES_MIN", 1)
     here, there = (DeviceMemory(device, seed, split=split) if place == "device" else
                    Memory(seed, split=split)
                    for place, seed, split in zip(places.split(" to "), (1, 2), splits))
@@ -203,6 +207,7 @@ def test_a_preempted_request_leaves_its_pages_at_once(sides, device, how, grante
     for layer in here.pool.layers:
         here.compute(layer, paged(first, 0, 4)[:STATE_TABLE] + [[]])
         prefill.computed("p", 13, [layer])
+    prefill.computed("p", 13)
     transfer = prefill._open["p"].streams[0].transfer
     if granted:
         decode.begin("d", routes[1], (0, TOKENS), got, SAID)
@@ -274,6 +279,34 @@ def test_an_abort_in_mid_copy_leaves_the_pages_to_others(sides, device, gate, ho
         with device.access():
             assert all((raw(array) == POISON).all()
                        for array in there.arrays.values())
+
+
+@pytest.mark.parametrize("who", ["prefill", "decode"])
+def test_a_drop_waits_for_the_device_to_leave_the_pages(sides, device, gate, who):
+    here, there = DeviceMemory(device, 1), DeviceMemory(device, 2)
+    prefill, decode = sides(here, False), sides(there, True)
+    routes, sent = push_routes(decode), here.blocks(3)
+    prefill.begin("p", routes[0], (0, TOKENS), SAID)
+    prefill.extend("p", paged(sent))
+    decode.begin("d", routes[1], (0, TOKENS), there.blocks(4), SAID)
+    prefill.computed("p", 8)
+    transfer, ticket = prefill._open["p"].streams[0].transfer, decode._open["d"].ticket
+    handle, stream, busy, drop = {
+        "prefill": (transfer, transfer._staged._compute, lambda: transfer._source.reading > 0,
+                    lambda: prefill.drop("p")),
+        "decode": (ticket, ticket._staged._stream, lambda: ticket._target.writing > 0,
+                   lambda: decode.drop("d"))}[who]
+    device.wait_for(stream, gate)  # the next kernel is long in coming
+    prefill.computed("p", TOKENS)
+    assert eventually(busy)
+    dropping = threading.Thread(target=drop)
+    dropping.start()
+    assert eventually(handle.done)
+    dropping.join(0.2)
+    assert dropping.is_alive() and busy()
+    gate.reached.set()
+    dropping.join(30)
+    assert not dropping.is_alive() and not busy()
 
 
 @pytest.mark.parametrize("places", ["host to device", "device to host"])
