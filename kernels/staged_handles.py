@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 from kvwire.control import Item
@@ -25,7 +26,8 @@ class StagedTransfer(Transfer):
                  staged: StagedSender, device: object):
         Transfer.__init__(self, sender, native, memory, spec)
         self._staged, self._device = staged, device
-        self._source: Source = staged.add(native, memory, spec)
+        self._source: Source = staged.add(native, memory, spec,
+                                          weakref.WeakMethod(sender._wake_soon))
 
     def push_items(self, items: Sequence[Item], *, priority: int = 0, ready: object = None
                    ) -> StagedPush:

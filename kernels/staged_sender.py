@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,20 +32,27 @@ from kvwire.tiered import Part
 __all__ = ["Source", "StagedSender", "slices_of"]
 
 STAGES = 3  # slices under way: one is made, one is copied, one waits for room
-GRANT_POLL_S, RECLAIM_POLL_S = 0.002, 0.02
+GRANT_POLL_S, RECLAIM_POLL_S = 0.004, 0.02
 GRANT_POLL_SHARE = 0.02  # of this thread's time: an offer may wait long, and the engine has to run
 
 
 @dataclass(eq=False)
 class Source:
-    """One transfer out of device memory. `error`: what staging failed it with."""
+    """One transfer out of device memory.
+
+    Attributes:
+        wake: weak, of a function that those who await the transfer are woken by.
+        error: what staging failed it with.
+    """
 
     native: object
     memory: object
     spec: CacheSpec
+    wake: weakref.WeakMethod
     groups: list = field(init=False)
     error: KvwireError | None = None
     metadata: tuple[bytes, int] | None = None  # of the end, once finish() was called
+    waiting: list[tuple[int, int, _Slice]] = field(default_factory=list)  # in order
     to_hand: int = 0                           # slices that the native side does not have yet
     reading: int = 0                           # slices whose pages the device may be reading
     # Chunk bytes, codecs by bit, tokens [start, stop) that travel; zeros: no grant yet.
@@ -69,8 +76,7 @@ class Source:
         kept = []
         for item in items:
             if self.spec.groups[item.group_index].tensors[item.tensor_index].has_tokens:
-                item = replace(item, token_start=max(item.token_start, start),
-                               token_stop=min(item.token_stop, stop))
+                item = _cut(item, max(item.token_start, start), min(item.token_stop, stop))
                 if item.token_start >= item.token_stop:
                     continue
             kept.append(item)
@@ -133,7 +139,7 @@ def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Itera
             end = min(start + left // row_bytes, stop)
             if end < stop and end - end % block > start:
                 end -= end % block
-            portion += [replace(item, token_start=start, token_stop=end) for item in same]
+            portion += [_cut(item, start, end) for item in same]
             left -= (end - start) * row_bytes
             if end < stop:
                 yield portion
@@ -141,6 +147,12 @@ def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Itera
             start = end
     if portion:
         yield portion
+
+
+def _cut(item: Item, start: int, stop: int) -> Item:
+    if (item.token_start, item.token_stop) == (start, stop):
+        return item
+    return Item(item.group_index, item.tensor_index, item.layer, start, stop)
 
 
 class StagedSender:
@@ -161,7 +173,7 @@ class StagedSender:
         self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
                                staging.slice_bytes)
         self.changed = threading.Condition()
-        self._waiting: list[tuple[int, int, _Slice]] = []  # in order
+        self._queued: dict[Source, None] = {}  # that have slices waiting
         self._serial = itertools.count()
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()  # they hold the arrays
         self._lent: deque[tuple[object, int, Slot]] = deque()  # transfer, push, slot
@@ -172,9 +184,9 @@ class StagedSender:
         self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
         self._thread.start()
 
-    def add(self, native, memory, spec: CacheSpec) -> Source:
+    def add(self, native, memory, spec: CacheSpec, wake: weakref.WeakMethod) -> Source:
         """Return what stands for a transfer here."""
-        source = Source(native, memory, spec)
+        source = Source(native, memory, spec, wake)
         with self.changed:
             self._sources.add(source)
         if self._broken:
@@ -193,8 +205,10 @@ class StagedSender:
                 return push
             source.to_hand += len(portions)
             for items in portions:
-                bisect.insort(self._waiting, (-priority, next(self._serial), _Slice(
+                bisect.insort(source.waiting, (-priority, next(self._serial), _Slice(
                     source, items, ready, priority, push)))
+            if portions:
+                self._queued[source] = None
             self.changed.notify_all()
         return push
 
@@ -267,25 +281,23 @@ class StagedSender:
                 if self._made or self._copying:
                     return None
                 self._reclaim()
-                self.changed.wait(max(GRANT_POLL_S, looked_s / GRANT_POLL_SHARE) if self._waiting
+                self.changed.wait(max(GRANT_POLL_S, looked_s / GRANT_POLL_SHARE) if self._queued
                                   else RECLAIM_POLL_S if self._lent else None)
         return None
 
     def _first_granted(self) -> _Slice | None:
-        """Take the first slice that may be sent; with the lock. Each transfer is asked once: the
-        engine's thread may want to push meanwhile."""
-        sources = dict.fromkeys(slice_.source for *_, slice_ in self._waiting)
-        ended = {source for source in sources if source.ended()}
-        over = [slice_ for *_, slice_ in self._waiting if slice_.source in ended]
-        self._waiting = [entry for entry in self._waiting if entry[2].source not in ended]
-        for slice_ in over:
-            self._handed(slice_)
-        granted = {source for source in sources if source not in ended and source.granted()}
-        for at, (*_, slice_) in enumerate(self._waiting):
-            if slice_.source in granted:
-                del self._waiting[at]
-                return slice_
-        return None
+        """Take the first slice that may be sent; with the lock. Each transfer is asked once, whatever
+        of it waits: the engine's thread may want to push meanwhile."""
+        for source in [source for source in self._queued if source.ended()]:
+            self._drop(source)
+        granted = [source for source in self._queued if source.granted()]
+        if not granted:
+            return None
+        first = min(granted, key=lambda source: source.waiting[0][:2])
+        *_, slice_ = first.waiting.pop(0)
+        if not first.waiting:
+            del self._queued[first]
+        return slice_
 
     def _begin(self, slice_: _Slice) -> bool:
         """Enqueue the making of a slice; False: its transfer is over, or failed with it."""
@@ -435,6 +447,8 @@ class StagedSender:
         source.to_hand -= 1
         slice_.push.to_hand -= 1
         self.changed.notify_all()
+        if slice_.push.to_hand == 0 and (wake := source.wake()) is not None:
+            wake(source.native.number)
         if source.to_hand == 0 and source.metadata is not None and not source.ended():
             source.native.finish(*source.metadata)
 
@@ -456,9 +470,15 @@ class StagedSender:
 
     def _drop_waiting(self) -> None:
         with self.changed:
-            dropped, self._waiting = self._waiting, []
-            for _, _, slice_ in dropped:
-                self._handed(slice_)
+            for source in list(self._queued):
+                self._drop(source)
+
+    def _drop(self, source: Source) -> None:
+        """Nothing of what waits will be sent; with the lock."""
+        del self._queued[source]
+        waiting, source.waiting = source.waiting, []
+        for *_, slice_ in waiting:
+            self._handed(slice_)
 
     def _break_down(self, error: KvwireError) -> None:
         with self.changed:

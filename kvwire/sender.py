@@ -140,7 +140,7 @@ class Sender(Endpoint):
         from kvwire.kernels.staged_handles import StagedTransfer
         return self._started(StagedTransfer(self, handle, memory, manifest.spec, *staged))
 
-    def _staged_for(self, name: str, lossy: Lossy | None) -> tuple:
+    def _staged_for(self, name: str, lossy: Lossy | None = None) -> tuple:
         from kvwire.kernels.staged_sender import StagedSender
         if lossy is not None:
             raise UnsupportedError(f"lossy takes host memory, and the arrays lie on {name}")

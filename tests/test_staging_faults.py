@@ -194,12 +194,12 @@ def test_a_push_asks_each_transfer_once_and_keeps_priorities(device, monkeypatch
         staged, asked = transfer._staged, []
         first = [transfer.push(layer, priority=layer) for layer in (1, 3, 5)]
         with staged.changed:
-            order = [-entry[0] for entry in staged._waiting]
+            order = [-entry[0] for entry in transfer._source.waiting]
             assert len(order) > 3 and order == sorted(order, reverse=True)
             true = transfer._source.granted
             monkeypatch.setattr(transfer._source, "granted", lambda: asked.append(1) or true())
             assert staged._first_granted() is None and len(asked) == 1
-            assert len(staged._waiting) == len(order)
+            assert len(transfer._source.waiting) == len(order)
         transfer.cancel()
         assert all(push.wait(30) for push in first)
         again = receiver.expect(target.memory)

@@ -1,5 +1,6 @@
 """Offers of caches in device memory, and pulls into it; see test_staging.py."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_an_offer_that_is_cancelled_lets_go_of_its_pages(device, pulled):
         again = sender.offer(source.memory, offer_id=offer.offer_id).push_all().finish()
         receiver.pull(sender.address, again.offer_id, target.memory).result(100)
     assert target.content(spec) == source.content(spec)
+
+
+def test_who_awaits_a_push_learns_that_its_offer_is_off(device):
+    source = Cache(hybrid(), device, 1)
+
+    async def offer_and_cancel():
+        with kvwire.Sender(listen="127.0.0.1:0", staging=staging(device)) as sender:
+            offer = sender.offer(source.memory)
+            pushed = asyncio.ensure_future(wait(offer.push(1)))
+            await asyncio.sleep(0)  # it waits now
+            offer.cancel()
+            await asyncio.wait_for(pushed, 30)
+
+    async def wait(push):
+        await push
+    asyncio.run(offer_and_cancel())
 
 
 def test_ranks_pull_their_heads_from_device_memory(device):

@@ -97,6 +97,8 @@ class PrefillSide:
                  now: Callable[[], float] = time.monotonic):
         self._pool, self._connect, self._offers = pool, connect, offers
         self._lease_s, self._now = lease_s, now
+        if offers is not None and pool.device is not None:
+            offers.prepare(pool.device)
         self._senders: dict[str, Sender] = {}
         self._token_bytes = pool.token_bytes()
         self._open: dict[str, _Outgoing] = {}
