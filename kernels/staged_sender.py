@@ -286,8 +286,8 @@ class StagedSender:
         return None
 
     def _first_granted(self) -> _Slice | None:
-        """Take the first slice that may be sent; with the lock. Each transfer is asked once, whatever
-        of it waits: the engine's thread may want to push meanwhile."""
+        """Take the first slice that may be sent; with the lock. Each transfer is asked once, not
+        each slice: the engine's thread may want to push meanwhile."""
         for source in [source for source in self._queued if source.ended()]:
             self._drop(source)
         granted = [source for source in self._queued if source.granted()]
