@@ -107,6 +107,7 @@ def test_it_answers_every_method_of_the_base():
     ({"lane": 1}, {}, kvwire.UsageError, "has lane"),
     ({}, {"pipeline_parallel_size": 2}, kvwire.UnsupportedError, "pipeline_parallel_size is 2"),
     ({}, {"decode_context_parallel_size": 2}, kvwire.UnsupportedError, "decode_context"),
+    ({}, {"use_ubatching": True}, kvwire.UnsupportedError, "enable_dbo or ubatch_size"),
 ])
 def test_bad_settings_stop_the_engine_at_start(extra, parallel, error, words):
     with pytest.raises(error, match=words):
