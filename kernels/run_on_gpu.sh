@@ -10,7 +10,8 @@ SIZES=("$@")
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 KVWIRE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
-timeout 180 "$PYTHON" -m pytest -q -m gpu tests/test_bench_gpu.py tests/test_staging_gpu.py
+timeout 180 "$PYTHON" -m pytest -q -m gpu tests/test_bench_gpu.py tests/test_staging_gpu.py \
+    tests/test_connector_gpu.py
 
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do

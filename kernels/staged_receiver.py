@@ -16,7 +16,7 @@ from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import SLOT_ALIGNMENT, Payload, ReadPlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import DecodeStage
-from kvwire.kernels.staging import Arena, Staging
+from kvwire.kernels.staging import Arena, Staging, typed
 
 __all__ = ["StagedReceiver", "Target"]
 
@@ -141,7 +141,7 @@ class StagedReceiver:
                 if self._under_way and (landed is None or len(self._under_way) == STAGES):
                     self._settle_oldest()
         except BaseException as error:  # the device's: none of its tickets can go on
-            self._break_down(error)
+            self._break_down(typed(error))
         finally:
             for batch in self._under_way:
                 self._give_up(batch)
@@ -239,7 +239,7 @@ class StagedReceiver:
             target.writing -= 1
             self.changed.notify_all()
 
-    def _fail(self, target: Target, error: BaseException) -> None:
+    def _fail(self, target: Target, error: KvwireError) -> None:
         target.error = target.error or error
         target.native.cancel()
 
@@ -252,7 +252,7 @@ class StagedReceiver:
         for landed in batch.landed:
             landed.release()
 
-    def _break_down(self, error: BaseException) -> None:
+    def _break_down(self, error: KvwireError) -> None:
         with self.changed:
             self._broken = error
             targets = [each for each in self._targets.values()
