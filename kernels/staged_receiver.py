@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from kvwire import _native
 from kvwire.codec import Codec
 from kvwire.errors import ErrorCode, InternalError, KvwireError, UsageError
-from kvwire.kernels import crc_math
-from kvwire.kernels.code_plan import SLOT_ALIGNMENT, Payload, ReadPlan, table_of_bytes
+from kvwire.kernels.code_plan import Payload, ReadPlan, padded, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.stages import DecodeStage
-from kvwire.kernels.staging import Arena, Staging
+from kvwire.kernels.stages import DecodeStage, stages_of
+from kvwire.kernels.staging import Staging
 
 __all__ = ["StagedReceiver", "Target"]
 
@@ -66,11 +65,10 @@ class StagedReceiver:
         device.attach()
         self._device, self._verdict = device, verdict
         self._stream = device.stream()
-        self._constants = Arena(device)
-        tables, = self._constants.lay([crc_math.cuda_tables()], self._stream)
-        blocks = device.blocks_max(staging.sm_share)
         coded_bytes = max(staging.slice_bytes, chunk_bytes_max)
-        self._stages = [DecodeStage(device, tables, blocks, coded_bytes) for _ in range(STAGES)]
+        _, decode_stage = stages_of(device)
+        self._stages = [decode_stage(device, staging.sm_share, coded_bytes, self._stream)
+                        for _ in range(STAGES)]
         rooms = staging.ring_bytes // ROOM_BYTES
         self._pinned = device.pinned(rooms * ROOM_BYTES)
         self.room_count = rooms
@@ -176,12 +174,13 @@ class StagedReceiver:
         busy = {batch.stage for batch in self._under_way}
         stage = next(stage for stage in self._stages if stage not in busy)
         batch = _Batch(target, stage, [landed])
-        room = stage.coded_bytes - _padded(landed.payload_bytes)
+        room = stage.coded_bytes - stage.takes_bytes(landed.payload_bytes, landed.raw_bytes)
         while (more := self._take(0.0)) is not None:
-            if _segment(more) != _segment(landed) or _padded(more.payload_bytes) > room:
+            taken_bytes = stage.takes_bytes(more.payload_bytes, more.raw_bytes)
+            if _segment(more) != _segment(landed) or taken_bytes > room:
                 self._ahead.appendleft(more)
                 break
-            room -= _padded(more.payload_bytes)
+            room -= taken_bytes
             batch.landed.append(more)
         try:
             self._enqueue(batch)
@@ -267,10 +266,6 @@ def _segment(landed) -> tuple[bytes, int]:
     return landed.transfer_id, landed.segment_index
 
 
-def _padded(count: int) -> int:
-    return count + -count % SLOT_ALIGNMENT
-
-
 def _payloads(landed: list) -> list[Payload]:
     """Return the payloads as they will lie in a stage, one after another."""
     payloads, at = [], 0
@@ -278,7 +273,7 @@ def _payloads(landed: list) -> list[Payload]:
         room = (ctypes.c_uint8 * each.payload_bytes).from_address(each.address)
         payloads.append(Payload(memoryview(room).cast("B"), at, each.raw_offset, each.raw_bytes,
                                 each.codec == Codec.RAW))
-        at += _padded(each.payload_bytes)
+        at += padded(each.payload_bytes)
     return payloads
 
 
