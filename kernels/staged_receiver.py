@@ -226,11 +226,16 @@ class StagedReceiver:
 
     def _settle_oldest(self) -> None:
         batch = self._under_way[0]
-        results = batch.stage.results()
+        try:
+            results = batch.stage.results()
+        except UsageError as error:  # of this ticket's block ids
+            results = []
+            self._fail(batch.target, error)
         self._under_way.popleft()
         self._not_written(batch.target)
         for landed, (code, crc) in zip(batch.landed, results):
             self._verdict(landed, code, crc)
+        for landed in batch.landed:
             landed.release()
 
     def _not_written(self, target: Target) -> None:

@@ -1,5 +1,6 @@
 """Staging where something goes wrong: refused calls, tables that are too large, forks."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -11,7 +12,9 @@ from standin_device import Event
 from test_staging import Cache, device, eventually, gauss, hybrid, staging
 
 import kvwire
-from kvwire.errors import ErrorCode, FormatError, InternalError, UnsupportedError, UsageError
+from kvwire.errors import (
+    ErrorCode, FormatError, InternalError, TransferCancelled, UnsupportedError, UsageError,
+)
 from kvwire.kernels import code_plan
 from kvwire.kernels.code_plan import Payload, ReadPlan
 from kvwire.layout import CacheSpec, DType, attention
@@ -70,6 +73,43 @@ def test_a_device_that_refuses_a_call_leaves_nobody_waiting_to_receive(device, m
         eventually(lambda: ticket._staged._broken and ticket._target.writing == 0)
         with pytest.raises(RuntimeError, match="it is lost"):
             ticket.result(30)
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_a_bad_block_id_on_the_device_fails_its_own_transfer_only(device, monkeypatch, side):
+    spec, true = small_spec(), device.launch
+    sending, receiving = (device if side == one else None for one in ("sender", "receiver"))
+    sources = [Cache(spec, sending, seed) for seed in (1, 2)]
+    targets = [Cache(spec, receiving, seed, writable=True) for seed in (3, 4)]
+
+    def launch(kernel, grid, args, stream):
+        table = ctypes.c_int64.from_address(args[4])
+        device.enqueue(stream, lambda: setattr(table, "value", 1 << 40))
+        true(kernel, grid, args, stream)
+
+    def all_is_back(staged):
+        return staged.ring.free_count == staged.ring.count if side == "sender" else \
+            staged.zone.rooms_free == staged.room_count
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec="raw", staging=staging(device)) as sender:
+        tickets = [receiver.expect(target.memory) for target in targets]
+        transfers = [sender.open(ticket.id, source.memory)
+                     for ticket, source in zip(tickets, sources)]
+        monkeypatch.setattr(device, "launch", launch)
+        transfers[0].push_all().finish()
+        mine, theirs = (transfers, tickets) if side == "sender" else (tickets, transfers)
+        with pytest.raises(UsageError, match="entry 0 of the segment's block tables"):
+            mine[0].result(30)
+        with pytest.raises(TransferCancelled):
+            theirs[0].result(30)
+        staged = mine[0]._staged
+        eventually(lambda: all_is_back(staged))
+        monkeypatch.setattr(device, "launch", true)
+        transfers[1].push_all().finish().result(30)
+        tickets[1].result(30)
+        assert not staged._broken
+        eventually(lambda: all_is_back(staged))
+    assert targets[1].content(spec, [0]) == sources[1].content(spec, [0])
 
 
 def test_a_ticket_id_that_is_open_stays_with_its_first_ticket(device):
