@@ -20,7 +20,7 @@ from kvwire.kernels.staging import Staging
 __all__ = ["StagedReceiver", "Target"]
 
 STAGES = 2
-ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones land in memory that is not pinned
+ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones take neighbouring rooms
 COPIES_KEPT = 16  # plans of segments, for each ticket
 POLL_S = 0.05
 REPAIRED = {ErrorCode.PAYLOAD_CORRUPT, ErrorCode.RAW_CORRUPT, ErrorCode.CODED_INVALID,
@@ -55,7 +55,7 @@ class StagedReceiver:
     """Decodes what lands, chunk by chunk, and tells the receiver what came of it.
 
     Args:
-        verdict: verdict(landed, error code, raw CRC32C).
+        verdict: verdict([(landed, error code, raw CRC32C), ...]); receipts of one call go together.
         chunk_bytes_max: the largest payload.
 
     Raises LimitError where the device, or page-locked memory, has no room.
@@ -72,8 +72,7 @@ class StagedReceiver:
         rooms = staging.ring_bytes // ROOM_BYTES
         self._pinned = device.pinned(rooms * ROOM_BYTES)
         self.room_count = rooms
-        self.zone = _native.LandingZone(
-            [self._pinned.ctypes.data + at * ROOM_BYTES for at in range(rooms)], ROOM_BYTES)
+        self.zone = _native.LandingZone(self._pinned.ctypes.data, rooms, ROOM_BYTES)
         self.changed = threading.Condition()
         self._targets: dict[bytes, Target] = {}
         self._under_way: deque[_Batch] = deque()
@@ -218,7 +217,7 @@ class StagedReceiver:
                 half = len(batch.landed) // 2
                 if half == 0:
                     code = error.code if error.code in REPAIRED else ErrorCode.CODED_INVALID
-                    self._verdict(batch.landed[0], int(code), 0)
+                    self._verdict([(batch.landed[0], int(code), 0)])
                     batch.landed.pop().release()
                     return [], None
                 self._ahead.extendleft(reversed(batch.landed[half:]))
@@ -233,8 +232,7 @@ class StagedReceiver:
             self._fail(batch.target, error)
         self._under_way.popleft()
         self._not_written(batch.target)
-        for landed, (code, crc) in zip(batch.landed, results):
-            self._verdict(landed, code, crc)
+        self._verdict([(landed, *result) for landed, result in zip(batch.landed, results)])
         for landed in batch.landed:
             landed.release()
 

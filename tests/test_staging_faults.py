@@ -15,7 +15,7 @@ import kvwire
 from kvwire.errors import (
     ErrorCode, FormatError, InternalError, TransferCancelled, UnsupportedError, UsageError,
 )
-from kvwire.kernels import code_plan
+from kvwire.kernels import code_plan, staged_receiver
 from kvwire.kernels.code_plan import Payload, ReadPlan
 from kvwire.layout import CacheSpec, DType, attention
 from kvwire.tiered import CodeTable, Part, encode_tiered
@@ -188,6 +188,35 @@ def test_payloads_that_are_too_much_together_are_decoded_apart(device, monkeypat
         assert ticket.result(60).repaired_chunks == 0
         assert max(most) > 1
         eventually(lambda: zone.rooms_free == count)
+    assert target.content(spec, [0]) == source.content(spec, [0])
+
+
+def test_chunks_larger_than_a_room_are_pinned_and_answered_together(device, monkeypatch):
+    spec, gate, addresses, said = small_spec(), Event(), [], []
+    monkeypatch.setattr(staged_receiver, "ROOM_BYTES", 4096)
+    source, target = Cache(spec, None, 1), Cache(spec, device, 2, writable=True)
+    left = len(source.content(spec, [0])[0])
+    chunks = [min(12 << 10, left - at) for at in range(0, left, 12 << 10)]
+    device.wait_for(device.engine, gate)  # so that chunks gather behind the first
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec="raw", chunk_bytes=12 << 10) as sender:
+        ticket = receiver.expect(target.memory)
+        staged, verdict = ticket._staged, ticket._staged._verdict
+
+        def recorded(verdicts):
+            said.append(len(verdicts))
+            addresses.extend(landed.address for landed, _, _ in verdicts)
+            verdict(verdicts)
+        monkeypatch.setattr(staged, "_verdict", recorded)
+        sender.send(ticket.id, source.memory)
+        rooms = sum(-(-count // 4096) for count in chunks)
+        eventually(lambda: staged.zone.rooms_free == staged.room_count - rooms)
+        gate.reached.set()
+        ticket.result(30)
+        eventually(lambda: staged.zone.rooms_free == staged.room_count)
+    first = staged._pinned.ctypes.data
+    assert all(first <= at < first + staged._pinned.nbytes for at in addresses)
+    assert sum(said) == len(addresses) == len(chunks) > len(said)
     assert target.content(spec, [0]) == source.content(spec, [0])
 
 
