@@ -10,6 +10,8 @@ from kvwire.errors import UsageError
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.cuda_backend import check_bf16, raise_bad_entry
+from kvwire.kernels.triton.upload import upload
+from kvwire.layout import DType
 
 __all__ = ["TritonBackend"]
 
@@ -97,6 +99,15 @@ class TritonBackend:
         if paged:
             self.unpack(segment, raw)
         return invalid, crcs
+
+    def exponent_histogram(self, raw, dtype: DType, channels: np.ndarray, channel_count: int
+                           ) -> np.ndarray:
+        """Return how often each exponent occurs in each channel, int64 [channel_count, exponents]:
+        what `CodeTable`s are made of. Element i counts in channels[i % len(channels)]."""
+        from kvwire.kernels.triton.histogram import exponent_histogram
+        self._check("raw", raw)
+        return exponent_histogram(raw, dtype, upload(channels, raw.device), channel_count
+                                  ).cpu().numpy()
 
     def crc32c(self, chunks: np.ndarray, segment) -> np.ndarray:
         from kvwire.kernels.triton.crc import crc32c_chunks

@@ -19,9 +19,9 @@ namespace kvwire {
 
 class LandingZone {
 public:
-    // `memory`: the caller's, of `room_count` rooms side by side. A payload takes as many neighbours
-    // as hold it. Where they are out, memory that is not page-locked stands in: how much there can
-    // be out is the receive windows' to say.
+    // `memory`: the caller's, of `room_count` rooms side by side. A payload takes as many of them,
+    // neighbours, as hold it. Where they are out, memory that is not page-locked stands in: how
+    // much there can be out is the receive windows' to say.
     LandingZone(uint8_t* memory, size_t room_count, size_t room_bytes);
 
     using Room = std::shared_ptr<uint8_t>;  // goes back when the last owner lets go of it
