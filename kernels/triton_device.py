@@ -54,8 +54,7 @@ class TritonDevice:
         self._lock = threading.RLock()  # a garbage collection may free while it is held
 
     def attach(self) -> None:
-        import torch
-        torch.cuda.set_device(self.device)
+        """Nothing: a stream says whose it is, and the caller's current device stays what it is."""
 
     def stream(self):
         """Return a stream of the lowest priority, which is torch's default."""

@@ -268,14 +268,14 @@ def move_kernel(raw, chunks, strips, bodies, tails, lengths, places, out):
     strip = strips + number * _STRIP
     raw_offset = tl.load(strip)
     form = tl.load(lengths + number * 3)
-    body_bytes = tl.load(lengths + number * 3 + 1)
-    tail_bytes = tl.load(lengths + number * 3 + 2)
+    body_bytes = tl.load(lengths + number * 3 + 1).to(tl.int32)
+    tail_bytes = tl.load(lengths + number * 3 + 2).to(tl.int32)
     body_at = tl.load(places + number * 2)
     if body_at < 0:
         chunk = chunks + tl.load(strip + _STRIP_CHUNK) * _CHUNK
         target = tl.load(chunk + _OUT_OFFSET) + raw_offset - tl.load(chunk)
         move(raw + raw_offset, out + target,
-             tl.load(strip + _COUNT) * tl.load(strip + _ITEM_BYTES))
+             (tl.load(strip + _COUNT) * tl.load(strip + _ITEM_BYTES)).to(tl.int32))
     else:
         tail_at = tl.load(places + number * 2 + 1)
         if form == _TIERED:
@@ -347,7 +347,7 @@ def decode_kernel(coded, strips, numbers, blob, waiting, distances, raw, chunk_i
         for byte in tl.static_range(ITEM_BYTES):
             tl.store(target + i * ITEM_BYTES + byte, tl.load(tail + byte + i * 0), mask=held)
     elif form == _EXACT:  # of chunks that stay raw too: they have words in place of elements
-        move(body, target, count * tl.load(strip + _ITEM_BYTES))
+        move(body, target, count * tl.load(strip + _ITEM_BYTES).to(tl.int32))
     elif TIER_BITS != 0:
         BITS: tl.constexpr = 8 * ITEM_BYTES
         VERBATIM: tl.constexpr = BITS - EXPONENT_BITS
