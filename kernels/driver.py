@@ -41,15 +41,20 @@ def error_of(result: int, call: str) -> Exception:
 
 
 class Driver:
-    """One device's primary context, which torch uses too. Addresses are plain integers."""
+    """One device's primary context, which torch uses too. Addresses are plain integers.
 
-    def __init__(self, ordinal: int = 0):
+    Args:
+        ordinal: of the device; None: the one that this thread works with already, else the first.
+    """
+
+    def __init__(self, ordinal: int | None = None):
         if absent := why_no_library():
             raise UnsupportedError(absent)
         self.library = ctypes.CDLL(LIBRARY)
         self._call("cuInit", ctypes.c_uint(0))
         device, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
+        if ordinal is not None or self.library.cuCtxGetDevice(ctypes.byref(device)):
+            self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal or 0))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._call("cuCtxSetCurrent", context)
         self._context = context

@@ -21,7 +21,7 @@ KVWIRE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
     echo "kvwire is not installed there: pip install --no-build-isolation -e ." >&2; exit 2; }
 
 attempt 180 "$PYTHON" -m pytest -q -m gpu tests/test_kernels_gpu.py tests/test_staging_gpu.py \
-    tests/test_bench_gpu.py
+    tests/test_connector_gpu.py tests/test_bench_gpu.py
 KVWIRE_BACKEND=triton attempt 90 "$PYTHON" -m pytest -q -m gpu tests/test_staging_gpu.py
 
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 from kvwire.control import Item
@@ -13,9 +14,9 @@ from kvwire.layout import CacheSpec
 from kvwire.manifest import encode_metadata
 from kvwire.memory import CacheMemory
 from kvwire.receiver import Receiver, Ticket
-from kvwire.sender import Push, Sender, Transfer
+from kvwire.sender import Offer, Push, Sender, Transfer
 
-__all__ = ["StagedPush", "StagedTicket", "StagedTransfer"]
+__all__ = ["StagedOffer", "StagedPush", "StagedTicket", "StagedTransfer"]
 
 
 class StagedTransfer(Transfer):
@@ -23,9 +24,10 @@ class StagedTransfer(Transfer):
 
     def __init__(self, sender: Sender, native: object, memory: CacheMemory, spec: CacheSpec,
                  staged: StagedSender, device: object):
-        super().__init__(sender, native, memory, spec)
+        Transfer.__init__(self, sender, native, memory, spec)
         self._staged, self._device = staged, device
-        self._source: Source = staged.add(native, memory, spec)
+        self._source: Source = staged.add(native, memory, spec,
+                                          weakref.WeakMethod(sender._wake_soon))
 
     def push_items(self, items: Sequence[Item], *, priority: int = 0, ready: object = None
                    ) -> StagedPush:
@@ -59,6 +61,15 @@ class StagedTransfer(Transfer):
         if self.done():
             self._staged.wait_idle(self._source)
         return super()._outcome()
+
+
+class StagedOffer(StagedTransfer, Offer):
+    """An offer out of device memory: nothing of it is read before it is pulled."""
+
+    def __init__(self, sender: Sender, native: object, memory: CacheMemory, spec: CacheSpec,
+                 name: bytes, staged: StagedSender, device: object):
+        StagedTransfer.__init__(self, sender, native, memory, spec, staged, device)
+        self.offer_id = name.hex()
 
 
 class StagedPush(Push):

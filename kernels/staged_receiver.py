@@ -15,7 +15,7 @@ from kvwire.errors import ErrorCode, InternalError, KvwireError, UsageError
 from kvwire.kernels.code_plan import Payload, ReadPlan, padded, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import DecodeStage, stages_of
-from kvwire.kernels.staging import Staging
+from kvwire.kernels.staging import Staging, typed
 
 __all__ = ["StagedReceiver", "Target"]
 
@@ -138,7 +138,7 @@ class StagedReceiver:
                 if self._under_way and (landed is None or len(self._under_way) == STAGES):
                     self._settle_oldest()
         except BaseException as error:  # the device's: none of its tickets can go on
-            self._break_down(error)
+            self._break_down(typed(error))
         finally:
             for batch in self._under_way:
                 self._give_up(batch)
@@ -241,7 +241,7 @@ class StagedReceiver:
             target.writing -= 1
             self.changed.notify_all()
 
-    def _fail(self, target: Target, error: BaseException) -> None:
+    def _fail(self, target: Target, error: KvwireError) -> None:
         target.error = target.error or error
         target.native.cancel()
 
@@ -254,7 +254,7 @@ class StagedReceiver:
         for landed in batch.landed:
             landed.release()
 
-    def _break_down(self, error: BaseException) -> None:
+    def _break_down(self, error: KvwireError) -> None:
         with self.changed:
             self._broken = error
             targets = [each for each in self._targets.values()

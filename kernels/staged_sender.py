@@ -6,6 +6,7 @@ import bisect
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,29 +23,39 @@ from kvwire.errors import (
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import EncodeStage, stages_of
-from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits
+from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits, typed
 from kvwire.layout import CacheSpec
+from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import Part
 
 __all__ = ["Source", "StagedSender", "slices_of"]
 
 STAGES = 3  # slices under way: one is made, one is copied, one waits for room
-GRANT_POLL_S, RECLAIM_POLL_S = 0.002, 0.02
+GRANT_POLL_S, RECLAIM_POLL_S = 0.004, 0.02
+GRANT_POLL_SHARE = 0.02  # of this thread's time: an offer may wait long, and the engine has to run
 
 
 @dataclass(eq=False)
 class Source:
-    """One transfer out of device memory. `error`: what staging failed it with."""
+    """One transfer out of device memory.
+
+    Attributes:
+        wake: weak, of a function that those who await the transfer are woken by.
+        error: what staging failed it with.
+    """
 
     native: object
     memory: object
     spec: CacheSpec
+    wake: weakref.WeakMethod
     groups: list = field(init=False)
     error: KvwireError | None = None
     metadata: tuple[bytes, int] | None = None  # of the end, once finish() was called
+    waiting: list[tuple[int, int, _Slice]] = field(default_factory=list)  # in order
     to_hand: int = 0                           # slices that the native side does not have yet
     reading: int = 0                           # slices whose pages the device may be reading
-    terms: tuple[int, int] = (0, 0)            # chunk bytes, codecs by bit; (0, 0): no grant yet
+    # Chunk bytes, codecs by bit, tokens [start, stop) that travel; zeros: no grant yet.
+    terms: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: set = field(default_factory=set)    # (layer, group, tensor) of which no table is made
 
     def __post_init__(self) -> None:
@@ -55,8 +66,20 @@ class Source:
 
     def granted(self) -> bool:
         if not self.terms[0]:
-            self.terms = self.native.terms(0.0)
+            self.terms = self.native.terms()
         return self.terms[0] > 0
+
+    def wanted(self, items: Sequence[Item]) -> list[Item]:
+        """Return what of `items` travels: a pull may want fewer tokens; states travel whole."""
+        *_, start, stop = self.terms
+        kept = []
+        for item in items:
+            if self.spec.groups[item.group_index].tensors[item.tensor_index].has_tokens:
+                item = _cut(item, max(item.token_start, start), min(item.token_stop, stop))
+                if item.token_start >= item.token_stop:
+                    continue
+            kept.append(item)
+        return kept
 
 
 @dataclass(eq=False)
@@ -76,29 +99,29 @@ class _Slice:
     push: StagedSlices
     stage: EncodeStage | None = None
     slot: Slot | None = None
+    is_read: bool = False  # its pages, by the device
     chunks: list = field(default_factory=list)
     copied: object = None
 
 
 def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Iterator[list[Item]]:
-    """Yield the items of a push in portions of at most `slice_bytes`; blocks stay whole where they
-    fit.
+    """Yield the items of a push in portions of at most `slice_bytes`: states, then the layers of a
+    group as many together as fit; blocks stay whole where they do.
 
     Raises LimitError: a token's row, or a state, is larger.
     """
     def tensor(item):
         return spec.groups[item.group_index].tensors[item.tensor_index]
 
-    states, taken = [], 0
+    portion, left = [], slice_bytes
     for item in (item for item in items if not tensor(item).has_tokens):
         count = tensor(item).row_bytes
         check_fits(f"layer {item.layer}, tensor {tensor(item).name}", count, slice_bytes)
-        if taken + count > slice_bytes:
-            yield states
-            states, taken = [], 0
-        states, taken = [*states, item], taken + count
-    if states:
-        yield states
+        if count > left:
+            yield portion
+            portion, left = [], slice_bytes
+        portion.append(item)
+        left -= count
     tokened = [item for item in items if tensor(item).has_tokens]
     for (group, _, start, stop), same in itertools.groupby(
             tokened, lambda item: (item.group_index, item.layer, item.token_start,
@@ -106,14 +129,29 @@ def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Itera
         same = list(same)
         row_bytes = sum(tensor(item).row_bytes for item in same)
         check_fits(f"a token of group {group}", row_bytes, slice_bytes)
-        step, block = slice_bytes // row_bytes, spec.groups[group].block_tokens or 1
+        block = spec.groups[group].block_tokens or 1
+        if portion and (portion[0].group_index != group or (stop - start) * row_bytes > left
+                        or len(portion) + len(same) > ITEM_COUNT_MAX):
+            yield portion
+            portion, left = [], slice_bytes
         while start < stop:
-            end = min(start + step, stop)
+            end = min(start + left // row_bytes, stop)
             if end < stop and end - end % block > start:
                 end -= end % block
-            yield [Item(item.group_index, item.tensor_index, item.layer, start, end)
-                   for item in same]
+            portion += [_cut(item, start, end) for item in same]
+            left -= (end - start) * row_bytes
+            if end < stop:
+                yield portion
+                portion, left = [], slice_bytes
             start = end
+    if portion:
+        yield portion
+
+
+def _cut(item: Item, start: int, stop: int) -> Item:
+    if (item.token_start, item.token_stop) == (start, stop):
+        return item
+    return Item(item.group_index, item.tensor_index, item.layer, start, stop)
 
 
 class StagedSender:
@@ -132,7 +170,7 @@ class StagedSender:
         self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
                                staging.slice_bytes)
         self.changed = threading.Condition()
-        self._waiting: list[tuple[int, int, _Slice]] = []  # in order
+        self._queued: dict[Source, None] = {}  # that have slices waiting
         self._serial = itertools.count()
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()  # they hold the arrays
         self._lent: deque[tuple[object, int, Slot]] = deque()  # transfer, push, slot
@@ -143,9 +181,9 @@ class StagedSender:
         self._thread = threading.Thread(target=self._run, name="kvwire-staging", daemon=True)
         self._thread.start()
 
-    def add(self, native, memory, spec: CacheSpec) -> Source:
+    def add(self, native, memory, spec: CacheSpec, wake: weakref.WeakMethod) -> Source:
         """Return what stands for a transfer here."""
-        source = Source(native, memory, spec)
+        source = Source(native, memory, spec, wake)
         with self.changed:
             self._sources.add(source)
         if self._broken:
@@ -164,8 +202,10 @@ class StagedSender:
                 return push
             source.to_hand += len(portions)
             for items in portions:
-                bisect.insort(self._waiting, (-priority, next(self._serial), _Slice(
+                bisect.insort(source.waiting, (-priority, next(self._serial), _Slice(
                     source, items, ready, priority, push)))
+            if portions:
+                self._queued[source] = None
             self.changed.notify_all()
         return push
 
@@ -202,7 +242,7 @@ class StagedSender:
             while (slice_ := self._next()) is not None or not self._closed:
                 self._step(slice_)
         except BaseException as error:  # the device's: none of its transfers can go on
-            self._break_down(error)
+            self._break_down(typed(error))
         finally:
             for slice_ in (*self._made, *self._copying):
                 self._give_up(slice_)
@@ -230,37 +270,38 @@ class StagedSender:
         nothing is under way."""
         with self.changed:
             while not self._closed:
+                began_s = time.monotonic()
                 slice_ = self._first_granted()
+                looked_s = time.monotonic() - began_s
                 if slice_ is not None:
                     return slice_
                 if self._made or self._copying:
                     return None
                 self._reclaim()
-                self.changed.wait(GRANT_POLL_S if self._waiting else
-                                  RECLAIM_POLL_S if self._lent else None)
+                self.changed.wait(max(GRANT_POLL_S, looked_s / GRANT_POLL_SHARE) if self._queued
+                                  else RECLAIM_POLL_S if self._lent else None)
         return None
 
     def _first_granted(self) -> _Slice | None:
-        """Take the first slice that may be sent; with the lock. Each transfer is asked once: the
-        engine's thread may want to push meanwhile."""
-        sources = dict.fromkeys(slice_.source for *_, slice_ in self._waiting)
-        ended = {source for source in sources if source.ended()}
-        over = [slice_ for *_, slice_ in self._waiting if slice_.source in ended]
-        self._waiting = [entry for entry in self._waiting if entry[2].source not in ended]
-        for slice_ in over:
-            self._handed(slice_)
-        granted = {source for source in sources if source not in ended and source.granted()}
-        for at, (*_, slice_) in enumerate(self._waiting):
-            if slice_.source in granted:
-                del self._waiting[at]
-                return slice_
-        return None
+        """Take the first slice that may be sent; with the lock. Each transfer is asked once, not
+        each slice: the engine's thread may want to push meanwhile."""
+        for source in [source for source in self._queued if source.ended()]:
+            self._drop(source)
+        granted = [source for source in self._queued if source.granted()]
+        if not granted:
+            return None
+        first = min(granted, key=lambda source: source.waiting[0][:2])
+        *_, slice_ = first.waiting.pop(0)
+        if not first.waiting:
+            del self._queued[first]
+        return slice_
 
     def _begin(self, slice_: _Slice) -> bool:
         """Enqueue the making of a slice; False: its transfer is over, or failed with it."""
         source = slice_.source
+        slice_.items = source.wanted(slice_.items)
         with self.changed:
-            if source.ended():
+            if not slice_.items or source.ended():
                 self._handed(slice_)
                 return False
             source.reading += 1
@@ -272,7 +313,7 @@ class StagedSender:
             self._device.wait_for(self._compute, slice_.ready)
             slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
         except BaseException as error:
-            self._not_read(source)
+            self._not_read(slice_)
             self._done_with(slice_)
             if isinstance(error, InternalError) or not isinstance(error, KvwireError):
                 raise
@@ -281,7 +322,7 @@ class StagedSender:
         return True
 
     def _codes(self, slice_: _Slice, copies: CopyPlan) -> CodePlan:
-        chunk_bytes, codecs = slice_.source.terms
+        chunk_bytes, codecs, *_ = slice_.source.terms
         ranges = [(at, min(chunk_bytes, copies.bytes - at))
                   for at in range(0, copies.bytes, chunk_bytes)]
         if not codecs >> Codec.TIERED & 1:
@@ -294,8 +335,8 @@ class StagedSender:
         chunks = []
         for at, count in ranges:
             parts, at_hand = coder.parts(at, count)
-            if not at_hand and not raw and not names <= source.plain:
-                raw = self._raw(slice_.stage, copies)
+            if not at_hand and (raw or not names <= source.plain):
+                raw = raw or self._raw(slice_.stage, copies)
                 parts, at_hand = coder.parts(at, count, raw)
                 if not at_hand and all(table is None for _, table, _ in parts):
                     source.plain |= names
@@ -319,18 +360,17 @@ class StagedSender:
         """Enqueue the copy of what is made: payloads side by side, neighbours in one copy."""
         slice_ = self._made[0]
         source = slice_.source
-        slice_.slot = self._slot()
         try:
             made = slice_.stage.results()
         except UsageError as error:  # of this transfer's block ids
             made, source.error = [], source.error or error
+        self._not_read(slice_)  # from here on: a slot may be long in coming
         if not made:
             self._made.popleft()
-            self._not_read(source)
             self._fail(source, source.error)
-            slice_.slot.release()
             self._done_with(slice_)
             return
+        slice_.slot = self._slot()
         room, at, raw_chunk = slice_.slot.room, 0, source.terms[0]
         left = slice_.stage.raw_bytes
         runs: list[list[int]] = []  # address, bytes, where to
@@ -349,7 +389,6 @@ class StagedSender:
         slice_.copied = self._device.record(self._copy)
         self._copying.append(slice_)
         self._made.popleft()  # not before: what fails on the way is given up as made
-        self._not_read(source)
 
     def _slot(self) -> Slot:
         while (slot := self.ring.try_acquire()) is None:
@@ -388,9 +427,11 @@ class StagedSender:
             else:
                 self._lent.append((native, number, slot))
 
-    def _not_read(self, source: Source) -> None:
+    def _not_read(self, slice_: _Slice) -> None:
+        """The device reads no page of it any more."""
         with self.changed:
-            source.reading -= 1
+            slice_.source.reading -= not slice_.is_read
+            slice_.is_read = True
             self.changed.notify_all()
 
     def _done_with(self, slice_: _Slice) -> None:
@@ -403,10 +444,12 @@ class StagedSender:
         source.to_hand -= 1
         slice_.push.to_hand -= 1
         self.changed.notify_all()
+        if slice_.push.to_hand == 0 and (wake := source.wake()) is not None:
+            wake(source.native.number)
         if source.to_hand == 0 and source.metadata is not None and not source.ended():
             source.native.finish(*source.metadata)
 
-    def _fail(self, source: Source, error: BaseException) -> None:
+    def _fail(self, source: Source, error: KvwireError) -> None:
         source.error = source.error or error
         source.native.cancel()
 
@@ -417,19 +460,24 @@ class StagedSender:
                 wait()
             except Exception:  # the error that is on its way says it
                 pass
-        if slice_.copied is None:
-            self._not_read(slice_.source)
+        self._not_read(slice_)
         if slice_.slot is not None:
             slice_.slot.release()
         self._done_with(slice_)
 
     def _drop_waiting(self) -> None:
         with self.changed:
-            dropped, self._waiting = self._waiting, []
-            for _, _, slice_ in dropped:
-                self._handed(slice_)
+            for source in list(self._queued):
+                self._drop(source)
 
-    def _break_down(self, error: BaseException) -> None:
+    def _drop(self, source: Source) -> None:
+        """Nothing of what waits will be sent; with the lock."""
+        del self._queued[source]
+        waiting, source.waiting = source.waiting, []
+        for *_, slice_ in waiting:
+            self._handed(slice_)
+
+    def _break_down(self, error: KvwireError) -> None:
         with self.changed:
             self._broken = error
             sources = list(self._sources)

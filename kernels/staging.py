@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvwire.errors import ErrorCode, LimitError, TransferCancelled, UsageError
+from kvwire.errors import (
+    ErrorCode, InternalError, KvwireError, LimitError, TransferCancelled, UsageError,
+)
 
 __all__ = ["Arena", "DeviceBytes", "PinnedRing", "Slot", "Staging"]
 
@@ -167,6 +169,15 @@ class PinnedRing:
                 raise UsageError("the slot was given back already")
             slot.held = False
             self._free.append(slot)
+
+
+def typed(error: BaseException) -> KvwireError:
+    """Return what stands for whatever has stopped a staging thread."""
+    if isinstance(error, KvwireError):
+        return error
+    stands = InternalError(f"the staging thread has stopped: {type(error).__name__}: {error}")
+    stands.__cause__ = error
+    return stands
 
 
 def check_fits(what: str, count: int, slice_bytes: int) -> None:

@@ -98,6 +98,16 @@ class Endpoint:
             except RuntimeError:  # closed meanwhile: nobody waits there any more
                 pass
 
+    def prepare(self, device: str) -> None:
+        """Take now what caches on a device need, e.g. "cuda:0", not with the first of them.
+
+        Raises:
+            UnsupportedError: the kernels cannot run there.
+            LimitError: the device, or page-locked memory, has no room.
+        """
+        self._checked()
+        self._staged_for(device)
+
     def _staged_on(self, name: str, start: Callable[[Staging, object], object]) -> tuple:
         """Return the staging thread for a device, started when first needed, and the device."""
         from kvwire.kernels.staging import Staging
@@ -234,6 +244,15 @@ class Endpoint:
         """After close: all has ended, so everybody who waits wakes up."""
         self._detach_loop()
         self._wake(list(self._waiters))
+
+    def _wake_soon(self, number: int) -> None:
+        """For threads that know more of a transfer than its native handle says."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(self._wake, [number])
+            except RuntimeError:  # closed meanwhile: nobody waits there any more
+                pass
 
     def _wake(self, numbers: list[int]) -> None:
         for number in numbers:

@@ -140,7 +140,7 @@ class Sender(Endpoint):
         from kvwire.kernels.staged_handles import StagedTransfer
         return self._started(StagedTransfer(self, handle, memory, manifest.spec, *staged))
 
-    def _staged_for(self, name: str, lossy: Lossy | None) -> tuple:
+    def _staged_for(self, name: str, lossy: Lossy | None = None) -> tuple:
         from kvwire.kernels.staged_sender import StagedSender
         if lossy is not None:
             raise UnsupportedError(f"lossy takes host memory, and the arrays lie on {name}")
@@ -158,15 +158,17 @@ class Sender(Endpoint):
         `offer_id` lets several ranks offer the parts of one hand-off under one name.
         """
         native = self._open_checked()
-        if isinstance(memory, CacheMemory):
-            memory.check_on_host("an offer")
         name = _native.random_id() if offer_id is None else id_bytes(offer_id, "offer_id")
         manifest = self._manifest(bytes(16), memory, carry, source_rank, destination_rank,
                                   metadata, lossy)
+        staged = None if memory.device is None else self._staged_for(memory.device, lossy)
         handle = native.offer(name, manifest.encode(), memory.native, self._codec_number(codec),
                               seconds(deadline_s, "deadline_s"), priority_of(priority),
                               self._roundings(lossy, manifest.spec))
-        return self._started(Offer(self, handle, memory, manifest.spec, name))
+        if staged is None:
+            return self._started(Offer(self, handle, memory, manifest.spec, name))
+        from kvwire.kernels.staged_handles import StagedOffer
+        return self._started(StagedOffer(self, handle, memory, manifest.spec, name, *staged))
 
     def send(self, ticket: str | bytes, memory: CacheMemory, **options: object) -> Transfer:
         """`open`, push every layer in order, `finish`. Options as for `open`."""

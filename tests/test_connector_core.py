@@ -30,7 +30,7 @@ SAID = {"prompt": prompt_digest(range(TOKENS))}
 class Memory:
     """An engine's memory on one rank: whose tables alias nothing, blocks of 4 or 8 tokens."""
 
-    def __init__(self, seed, rank=0, count=1, split=1):
+    def __init__(self, seed, rank=0, count=1, split=1, place=lambda array: array):
         rng = np.random.default_rng(seed)
         spec = WHOLE.shard(rank, count) if count > 1 else WHOLE
         self.arrays, pages = {}, []
@@ -41,8 +41,8 @@ class Memory:
                 for tensor in group.tensors:
                     shape = tuple(4 if not axis.slices else axis.held for axis in tensor.axes)
                     raw = rng.integers(0, 256, (BLOCKS, *shape, tensor.dtype.item_bytes), np.uint8)
-                    held[layer, tensor.name] = raw.view(carrier(tensor.dtype))[..., 0]
-                    self.arrays[index, layer, tensor.name] = held[layer, tensor.name]
+                    array = place(raw.view(carrier(tensor.dtype))[..., 0])
+                    held[layer, tensor.name] = self.arrays[index, layer, tensor.name] = array
             pages.append(Pages(table, held, split if group.block_tokens else 1))
         self.pool = CachePool(WHOLE, pages, rank=rank, count=count)
         self.split = split

@@ -337,9 +337,6 @@ def test_what_device_memory_does_not_do_is_refused(device, tmp_path):
     source, target = Cache(spec, device, 1), Cache(spec, device, 2, writable=True)
     with pytest.raises(UnsupportedError, match="save.*cuda:0"):
         kvwire.save(tmp_path / "cache", source.memory)
-    with kvwire.Sender(listen="127.0.0.1:0") as listening:
-        with pytest.raises(UnsupportedError, match="an offer.*cuda:0"):
-            listening.offer(source.memory)
     fewer = Cache(hybrid(kernel=3), None, 3)
     small = staging(device, slice_bytes=64 << 10)
     large = CacheSpec("m", (recurrent([0], heads=8, key_dim=64, value_dim=64),))
@@ -388,6 +385,18 @@ def test_slices_keep_blocks_whole():
         [(5, 32), (32, 64), (64, 96), (96, 128), (128, 160), (160, 192), (192, 205)]
     with pytest.raises(LimitError, match="slice_bytes"):
         list(slices_of(spec, items, 8000))
+
+
+def test_layers_that_fit_share_a_slice():
+    spec = CacheSpec("m", (attention(range(6), kv_heads=2, head_dim=64, block_tokens=16),
+                           attention([6], kv_heads=2, head_dim=64, block_tokens=16)))
+    items = [Item(layer // 6, tensor, layer, 0, stop) for layer, stop in
+             enumerate((10, 20, 9, 1, 40, 2, 3)) for tensor in (0, 1)]
+    slices = list(slices_of(spec, items, 20_000))  # 39 tokens of 512 bytes
+    assert [[(item.layer, item.token_start, item.token_stop) for item in part[::2]]
+            for part in slices] == [[(0, 0, 10), (1, 0, 20), (2, 0, 9)], [(3, 0, 1)],
+                                    [(4, 0, 32)], [(4, 32, 40), (5, 0, 2)], [(6, 0, 3)]]
+    assert sorted(sum(slices, [])[:8], key=repr) == sorted(items[:8], key=repr)
 
 
 def test_slots_are_given_back_once(device):

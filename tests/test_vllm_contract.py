@@ -21,6 +21,8 @@ from vllm.v1.kv_cache_interface import (
 
 import kvwire
 from kvwire.connectors import vllm as connector
+from standin_device import StandInDevice
+from standin_tensors import DeviceTensors, plain
 from kvwire.connectors.handoff import Pull, Push
 from kvwire.connectors.vllm_layout import Engine, spec_leaves
 from kvwire.connectors.vllm_stats import Stats
@@ -105,6 +107,7 @@ def test_it_answers_every_method_of_the_base():
     ({"lane": 1}, {}, kvwire.UsageError, "has lane"),
     ({}, {"pipeline_parallel_size": 2}, kvwire.UnsupportedError, "pipeline_parallel_size is 2"),
     ({}, {"decode_context_parallel_size": 2}, kvwire.UnsupportedError, "decode_context"),
+    ({}, {"use_ubatching": True}, kvwire.UnsupportedError, "enable_dbo or ubatch_size"),
 ])
 def test_bad_settings_stop_the_engine_at_start(extra, parallel, error, words):
     with pytest.raises(error, match=words):
@@ -239,7 +242,16 @@ def test_what_has_no_hand_off_is_left_alone():
     assert short.num_prompt_tokens == 1
 
 
-def test_a_cache_crosses_between_two_workers():
+@pytest.fixture
+def device(monkeypatch):
+    made = StandInDevice()
+    monkeypatch.setattr(kvwire.Staging, "open", lambda self, name: made)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_cache_crosses_between_two_workers(device, on_device):
     """Both workers of an engine of each kind, over real views; a step at a time."""
     from vllm.v1.kv_cache_interface import create_kv_cache_views
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -253,6 +265,8 @@ def test_a_cache_crosses_between_two_workers():
         for name, spec in (("model.layers.0.mixer", STATES), ("model.layers.1.attn", ATTENTION)):
             place = KVCacheTensor(8 * page, [name], 8 * page, page)
             [held[name]] = create_kv_cache_views(raw, spec, 8, KVCacheLayout.LBHNC, place)
+        if on_device:
+            held = {name: DeviceTensors(device).of(each) for name, each in held.items()}
         made.register_kv_caches(held)
         workers.append(made)
         tensors.append(held)
@@ -287,16 +301,44 @@ def test_a_cache_crosses_between_two_workers():
         return sent == {"p"} and received == {"d"}
 
     assert eventually(both_ended)
-    here, there = tensors
-    assert torch.equal(here["model.layers.0.mixer"][5], there["model.layers.0.mixer"][4])
-    attention = [held["model.layers.1.attn"].view(torch.int16) for held in tensors]
-    assert torch.equal(attention[0][1], attention[1][6])
-    assert torch.equal(attention[0][3, :, :8], attention[1][2, :, :8])
+    here, there = ({name: plain(each) for name, each in held.items()} for held in tensors)
+    attention = [held["model.layers.1.attn"].view(torch.int16) for held in (here, there)]
+    with device.access():
+        assert torch.equal(here["model.layers.0.mixer"][5], there["model.layers.0.mixer"][4])
+        assert torch.equal(attention[0][1], attention[1][6])
+        assert torch.equal(attention[0][3, :, :8], attention[1][2, :, :8])
+    assert (device.launches.count("kvwire_decode") > 0) == on_device
     stats = [worker.get_kv_connector_stats() for worker in workers]
     assert stats[0].data["prefill_handoffs"] == stats[1].data["decode_handoffs"] == 1
     assert stats[1].reduce()["ratio"] == 1.0
     for worker in workers:
         worker.shutdown()
+
+
+def test_a_gpu_that_kernels_cannot_run_on_stops_the_engine_at_start():
+    device = StandInDevice()
+    made = make(KVConnectorRole.WORKER, vllm_config(transfer_config("kv_producer")))
+    place = torch.zeros(8, 2, BLOCK, 16, dtype=torch.bfloat16)
+    tensors = {"model.layers.0.mixer": torch.zeros(8, 1, 1, 1312, dtype=torch.int8),
+               "model.layers.1.attn": place}
+    with pytest.raises(kvwire.UnsupportedError, match="on cuda:0, but the back end is"):
+        made.register_kv_caches({name: DeviceTensors(device).of(each)
+                                 for name, each in tensors.items()})
+    device.close()
+
+
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_preempted_hand_offs_fail_where_blocks_are_cleared_early(second_runner):
+    config, suspended = vllm_config(transfer_config("kv_producer")), []
+    config.use_v2_model_runner = second_runner
+
+    class Prefill(set):
+        def suspend(self, name, *, overwritten):
+            suspended.append((name, overwritten))
+    made = make(KVConnectorRole.WORKER, config)
+    made._worker._prefill = Prefill({"p"})
+    made.handle_preemptions(SimpleNamespace(preempted=["p", "q"]))
+    assert suspended == [("p", second_runner)]
 
 
 def test_stats_add_up():

@@ -175,6 +175,7 @@ def test_mamba2_groups_over_ranks(count, groups, held):
     (attention(kv_quant_mode=QuantMode.FP8_PER_TOKEN_HEAD), "", "FP8_PER_TOKEN_HEAD"),
     (attention(state_content_bytes=99), "", "packs its content: 99 bytes"),
     (attention(), "CPU_ATTN amx", "kernels CPU_ATTN amx"),
+    (attention(), "ROCM_ATTN", "kernels ROCM_ATTN.*knows FLASH_ATTN, .*--attention-backend"),
     (attention("MLAAttentionSpec", 1, 576, head_size_v=0, model_version="v4"), "", "'v4'"),
     (attention("MLAAttentionSpec", 1, 656, head_size_v=0), "", "head_size 656"),
     (mamba("GDN_ATTN", ((3, 64), (4, 8, 8)), num_speculative_blocks=2), "", "speculative"),
@@ -184,6 +185,12 @@ def test_mamba2_groups_over_ranks(count, groups, held):
 def test_what_is_not_known_is_refused_by_name(spec, kernels, words):
     with pytest.raises(kvwire.UnsupportedError, match=words):
         spec_leaves("layers.7.attn", spec, Engine(kernels={"layers.7.attn": kernels}))
+
+
+def test_memory_of_other_devices_is_refused_by_layer():
+    tensors = {name: tensor.to("meta") for name, tensor in memory_of(FULL).items()}
+    with pytest.raises(kvwire.UnsupportedError, match=r"layer model.layers.3.*is on meta"):
+        cache_pool(config(FULL), tensors, Engine())
 
 
 def test_two_layers_of_one_number_are_refused():

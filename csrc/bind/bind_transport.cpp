@@ -216,7 +216,10 @@ void bind_handles(py::module_& module) {
             const WithoutGil release;
             return self.push(std::move(taken), priority, std::move(chunks));
         }, py::arg("items"), py::arg("priority") = 0, py::arg("staged") = py::none())
-        .def("terms", &TransferHandle::terms, py::arg("timeout_s"), NoGil())
+        .def("terms", [](const TransferHandle& self) {
+            const TransferHandle::Terms t = self.terms();
+            return py::make_tuple(t.chunk_bytes, t.codecs, t.token_start, t.token_stop);
+        })
         .def("finish", [](TransferHandle& self, const std::string& metadata, uint16_t count) {
             self.finish(bytes_from(metadata), count);
         }, py::arg("metadata"), py::arg("metadata_count"), NoGil())

@@ -132,11 +132,9 @@ std::vector<TransferHandle::PushState> TransferHandle::push_states() const {
     return pushes_;
 }
 
-std::pair<uint32_t, uint32_t> TransferHandle::terms(double timeout_s) const {
-    wait_until(timeout_s, [this] { return progress_.granted || progress_.ended; });
+TransferHandle::Terms TransferHandle::terms() const {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (progress_.ended) return {0, 0};
-    return terms_;
+    return progress_.ended ? Terms{} : terms_;
 }
 
 TransferHandle::Timing TransferHandle::timing() const {
@@ -153,7 +151,8 @@ Id TransferHandle::link() const {
 void TransferHandle::on_granted() {
     std::lock_guard<std::mutex> lock(mutex_);
     progress_.granted = true;
-    terms_ = {transfer_->chunk_bytes, transfer_->codecs};
+    terms_ = {transfer_->chunk_bytes, transfer_->codecs, transfer_->manifest.token_start,
+              transfer_->manifest.token_stop};
     changed();
 }
 

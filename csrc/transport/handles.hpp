@@ -68,9 +68,12 @@ public:
     // the push's number.
     uint32_t push(std::vector<Item> items, int32_t priority = 0,
                   std::shared_ptr<const StagedSegment> staged = nullptr);
-    // What staged chunks must keep to: (chunk bytes, codecs by bit); waits for the grant. {0, 0}:
-    // not granted in time, or ended.
-    std::pair<uint32_t, uint32_t> terms(double timeout_s) const;
+    // What staged chunks must keep to; zeros: not granted yet, or ended.
+    struct Terms {
+        uint32_t chunk_bytes = 0, codecs = 0;      // codecs by bit
+        uint64_t token_start = 0, token_stop = 0;  // that travel: a PULL may want fewer
+    };
+    Terms terms() const;
     void finish(Bytes metadata, uint16_t metadata_count);
     // When it returns no byte of the source will be read any more.
     void cancel();
@@ -103,7 +106,7 @@ private:
     const uint64_t token_start_, token_stop_;
     std::vector<PushState> pushes_;
     bool finished_ = false;
-    std::pair<uint32_t, uint32_t> terms_{0, 0};
+    Terms terms_;
     Timing timing_;
 };
 

@@ -54,6 +54,8 @@ class DecodeSide:
                  now: Callable[[], float] = time.monotonic):
         self._pool, self._receiver = pool, receiver
         self._lease_s, self._now = lease_s, now
+        if pool.device is not None:
+            receiver.prepare(pool.device)
         self._open: dict[str, _Incoming] = {}
         self._dialling = ThreadPoolExecutor(_DIAL_THREADS, "kvwire-pull")
         self.totals = Totals()

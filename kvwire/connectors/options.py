@@ -6,8 +6,10 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from kvwire.connectors.pool import CachePool
 from kvwire.errors import UsageError
 from kvwire.handles import join_address, split_address
+from kvwire.kernels.staging import Staging, check_fits
 from kvwire.receiver import Receiver
 from kvwire.security import HmacAdmission, Security, Tls, TlsPsk
 from kvwire.sender import Sender
@@ -34,6 +36,9 @@ class Options:
         security: {"kind": "tls", "ca", "certificate", "key"[, "peer_name"]}, {"kind": "psk",
             "identity", "key"} or {"kind": "hmac", "key"}; of the latter two the key is base64.
         allow_unauthenticated: listen beyond loopback without any security.
+        staging: {"ring_bytes", "slice_bytes", "sm_share"}, each if wanted, as of `Staging`: how
+            caches on a GPU are brought to the wire and from it. A prefill engine has a ring for
+            each decode rank that it pushes to, and one for its offers.
     """
 
     decode_listen: str | None = None
@@ -46,6 +51,7 @@ class Options:
     lease_s: float = 120.0
     security: Security | None = None
     allow_unauthenticated: bool = False
+    staging: Staging | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, object]) -> Options:
@@ -63,13 +69,15 @@ class Options:
             raise UsageError(f"lease_s is {lease_s!r}; it must be seconds, above 0")
         if values.get("security") is not None:
             values["security"] = _security(values["security"])
+        if values.get("staging") is not None:
+            values["staging"] = _staging(values["staging"])
         return cls(**values)
 
     def receiver(self, rank: int) -> Receiver:
         """Return the receiver of a decode rank."""
         listen = None if self.decode_listen is None else _of_rank(self.decode_listen, rank)
         return Receiver(listen, patience_s=self.lease_s, io_threads=self.io_threads,
-                        security=self.security,
+                        security=self.security, staging=self.staging,
                         allow_unauthenticated=self.allow_unauthenticated)
 
     def offers(self, rank: int) -> Sender | None:
@@ -77,13 +85,31 @@ class Options:
         if self.prefill_listen is None:
             return None
         return Sender(listen=_of_rank(self.prefill_listen, rank), codec=self.codec,
-                      io_threads=self.io_threads, security=self.security,
+                      io_threads=self.io_threads, security=self.security, staging=self.staging,
                       allow_unauthenticated=self.allow_unauthenticated)
 
     def sender(self, address: str) -> Sender:
         """Return a sender to one decode rank."""
         return Sender(address, lanes=self.lanes, codec=self.codec, io_threads=self.io_threads,
-                      security=self.security)
+                      security=self.security, staging=self.staging)
+
+    def check_pool(self, pool: CachePool) -> None:
+        """Raise now what would fail every hand-off out of a pool, or into it.
+
+        Raises:
+            UnsupportedError: it is on a GPU that kvwire's kernels cannot run on, and why.
+            LimitError: it has a state that is larger than a slice.
+        """
+        if pool.device is None:
+            return
+        staging = self.staging or Staging()
+        staging.open(pool.device)
+        for group in pool.spec.groups:
+            check_fits(f"a token of group {group.label}", group.row_bytes, staging.slice_bytes)
+            for tensor in group.tensors:
+                if not tensor.has_tokens:
+                    check_fits(f"group {group.label}: state {tensor.name}", tensor.row_bytes,
+                               staging.slice_bytes)
 
     def prefill_addresses(self, ranks: int) -> list[str]:
         """Return where decode engines find the offers of each prefill rank; none: there are none.
@@ -96,6 +122,14 @@ class Options:
 def _of_rank(address: str, rank: int) -> str:
     host, port = split_address(address)
     return join_address(host, port + rank if port else 0)
+
+
+def _staging(config: object) -> Staging:
+    known = ("ring_bytes", "slice_bytes", "sm_share")
+    if not isinstance(config, Mapping) or not set(config) <= set(known) or not all(
+            isinstance(value, (int, float)) for value in config.values()):
+        raise UsageError(f"staging is {config!r}; it may have {', '.join(known)}, numbers each")
+    return Staging(**config)
 
 
 def _security(config: object) -> Security:

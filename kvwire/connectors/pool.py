@@ -9,21 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
 from kvwire.buffers import Buffer
-from kvwire.errors import UsageError
+from kvwire.errors import ErrorCode, LimitError, UsageError
 from kvwire.layout import CacheSpec, LayerGroup, TensorSpec
 from kvwire.memory import CacheMemory
 from kvwire.tensor_spec import DType
 
-__all__ = ["CachePool", "Pages", "destination_ranks", "source_ranks"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Array", "CachePool", "Pages", "destination_ranks", "source_ranks"]
 
 _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _FLOATS = {DType.FP32: np.float32, DType.FP16: np.float16}
 
 BlockIds = Sequence[Sequence[int]]
+Array = Union[np.ndarray, "torch.Tensor"]
+States = Mapping[tuple[int, int, str], Array]  # by group index, layer, tensor name
 
 
 @dataclass(frozen=True)
@@ -32,24 +38,30 @@ class Pages:
 
     Attributes:
         table: which of the engine's block tables it uses.
-        arrays: {(layer, tensor name): array [block_count, *axes]}. A tensor without tokens has one
-            state per block.
+        arrays: {(layer, tensor name): array [block_count, *axes]}, of numpy in host memory, or of
+            torch, all on one GPU. A tensor without tokens has one state per block.
         split: pages of the arrays in each block of the engine: an engine may hand out blocks that
             its kernels see as several.
     """
 
     table: int
-    arrays: Mapping[tuple[int, str], np.ndarray]
+    arrays: Mapping[tuple[int, str], Array]
     split: int = 1
 
 
 class CachePool:
-    """What one rank of an engine holds, for all requests. Owns no memory; copies none.
+    """What one rank of an engine holds, for all requests. Owns no memory; copies states only.
+
+    On a GPU what it copies is enqueued on torch's current stream: the engine's thread, which calls,
+    waits for nothing.
 
     Args:
         whole: the cache of the model, over all ranks.
         rank, count: of tensor parallelism.
         pages: one for each group of `whole`, in order.
+
+    Attributes:
+        device: the GPU that all of it lies on, e.g. "cuda:1"; None: host memory.
     """
 
     def __init__(self, whole: CacheSpec, pages: Sequence[Pages], *, rank: int = 0, count: int = 1):
@@ -61,6 +73,11 @@ class CachePool:
         self._pages = tuple(pages)
         self._buffers = {(index, *key): Buffer.of(array) for index, part in enumerate(pages)
                          for key, array in part.arrays.items()}
+        devices = {buffer.device for buffer in self._buffers.values()}
+        if len(devices) > 1:
+            raise UsageError("the arrays lie on " + ", ".join(sorted(map(str, devices)))
+                             + " (None: host memory): one pool is in one place")
+        self.device: str | None = devices.pop() if devices else None
         self.layers = sorted({layer for group in whole.groups for layer in group.layers})
         self.table_count = 1 + max(part.table for part in pages)
 
@@ -84,7 +101,7 @@ class CachePool:
         return self._memory(tokens, block_ids, None)
 
     def source(self, tokens: tuple[int, int], block_ids: BlockIds,
-               states: Mapping[tuple[int, int, str], np.ndarray]) -> CacheMemory:
+               states: States) -> CacheMemory:
         """Return a source that grows: `extend` adds blocks. `states` come from `staged_states`."""
         return self._memory(tokens, block_ids, states)
 
@@ -93,23 +110,30 @@ class CachePool:
         for index, ids in self._page_ids(memory.tokens, block_ids).items():
             memory.extend_blocks(index, ids[memory.blocks_known(index):])
 
-    def staged_states(self) -> dict[tuple[int, int, str], np.ndarray]:
-        """Return room for the states of one request, by (group index, layer, tensor name).
+    def staged_states(self) -> States:
+        """Return room for the states of one request, where they lie themselves.
 
         A source's states are copied here when they are final: a request that loses its blocks and
         gets others goes on in other memory.
-        """
-        return {(index, layer, tensor.name): np.empty(_shape(tensor), carrier(tensor.dtype))
-                for index, group, layer, tensor in self._states()}
 
-    def stage(self, block_ids: BlockIds, states: Mapping[tuple[int, int, str], np.ndarray]) -> None:
-        """Copy one request's states out of their blocks."""
+        Raises: LimitError where a GPU has no room for it.
+        """
+        try:
+            return {(index, layer, tensor.name): self._room(index, layer, tensor)
+                    for index, group, layer, tensor in self._states()}
+        except RuntimeError as error:  # torch's, when it is out of memory
+            raise LimitError(f"there is no room on {self.device} for another request's states: "
+                             "leave more free (--gpu-memory-utilization)",
+                             code=ErrorCode.RESOURCES_EXHAUSTED) from error
+
+    def stage(self, block_ids: BlockIds, states: States) -> None:
+        """Copy one request's states out of their blocks; on a GPU, after what is enqueued."""
         for index, _, layer, tensor in self._states():
             states[index, layer, tensor.name][...] = self._state(index, layer, tensor, block_ids)
 
     def _memory(self, tokens: tuple[int, int], block_ids: BlockIds,
-                states: Mapping | None) -> CacheMemory:
-        def find(index: int, layer: int, name: str) -> Buffer | np.ndarray:
+                states: States | None) -> CacheMemory:
+        def find(index: int, layer: int, name: str) -> Buffer | Array:
             tensor = next(t for t in self.spec.groups[index].tensors if t.name == name)
             if tensor.has_tokens:
                 return self._buffers[index, layer, name]
@@ -134,7 +158,12 @@ class CachePool:
                     if not tensor.has_tokens:
                         yield index, group, layer, tensor
 
-    def _state(self, index: int, layer: int, tensor: TensorSpec, block_ids: BlockIds) -> np.ndarray:
+    def _room(self, index: int, layer: int, tensor: TensorSpec) -> Array:
+        if self.device is None:
+            return np.empty(_shape(tensor), carrier(tensor.dtype))
+        return self._pages[index].arrays[layer, tensor.name].new_empty(_shape(tensor))
+
+    def _state(self, index: int, layer: int, tensor: TensorSpec, block_ids: BlockIds) -> Array:
         part, group = self._pages[index], self.spec.groups[index]
         ids = block_ids[part.table]
         if len(ids) != 1:

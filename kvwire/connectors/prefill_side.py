@@ -97,6 +97,8 @@ class PrefillSide:
                  now: Callable[[], float] = time.monotonic):
         self._pool, self._connect, self._offers = pool, connect, offers
         self._lease_s, self._now = lease_s, now
+        if offers is not None and pool.device is not None:
+            offers.prepare(pool.device)
         self._senders: dict[str, Sender] = {}
         self._token_bytes = pool.token_bytes()
         self._open: dict[str, _Outgoing] = {}
@@ -162,18 +164,26 @@ class PrefillSide:
         made.progressed = self._now()
         self.computed(request_id, made.tokens[1])
 
-    def suspend(self, request_id: str) -> None:
+    def suspend(self, request_id: str, *, overwritten: bool = False) -> None:
         """The request is about to lose its blocks, and will get others and be computed again.
 
         What has arrived stays; what the receiver has not granted yet is sent again later.
+
+        Args:
+            overwritten: others may have them already: what was read lately counts for nothing, and
+                a hand-off that was granted fails.
         """
         made = self._open[request_id]
         due = self._now() + _SUSPEND_WAIT_S
         for stream in made.streams:
-            if stream.transfer is None or stream.transfer.done():
+            if stream.transfer is None:
+                continue
+            if stream.transfer.done():
+                stream.transfer.cancel()  # returns when a GPU reads no page for it any more
                 continue
             granted = stream.transfer.progress().granted
-            if granted and all(push.wait(max(0.0, due - self._now())) for push in stream.pushes):
+            if granted and not overwritten and all(
+                    push.wait(max(0.0, due - self._now())) for push in stream.pushes):
                 stream.transfer.memory.forget_blocks()
                 continue
             stream.transfer.cancel()
@@ -245,7 +255,7 @@ class PrefillSide:
             self.totals.retries += 1
             stream.restart(stream.start, now + _RETRY_S)
         else:
-            made.error = error
+            made.error = made.error or error
 
     @staticmethod
     def _wanted_start(made: _Outgoing, stream: _Stream, error: KvwireError) -> int | None:

@@ -159,6 +159,10 @@ def describe_engine(vllm_config: object, options: Options) -> Engine:
         if getattr(parallel, field, 1) > 1:
             raise UnsupportedError(f"{field} is {getattr(parallel, field)}; kvwire hands off "
                                    "between tensor-parallel ranks only: set it to 1")
+    if getattr(parallel, "use_ubatching", False):
+        raise UnsupportedError("enable_dbo or ubatch_size divides a step: a layer is reported when "
+                               "its first part is computed, and would leave half done. Start "
+                               "without them")
     text = model.hf_text_config
     latent = getattr(text, "kv_lora_rank", None) or 0, getattr(text, "qk_rope_head_dim", None) or 0
     groups = (getattr(text, name, None) for name in _MAMBA_GROUPS)

@@ -17,9 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kvwire.connectors.pool import CachePool, Pages, carrier
+from kvwire.connectors.pool import Array, CachePool, Pages, carrier
 from kvwire.errors import UnsupportedError
 from kvwire.layout import CacheSpec, LayerGroup
 from kvwire.tensor_spec import Axis, AxisSpec, DType, GroupKind, TensorSpec
@@ -132,16 +130,17 @@ def _keys_and_values(where: str, spec: object, engine: Engine, kernels: str) -> 
     heads = AxisSpec.of(Axis.HEAD, spec.num_kv_heads * shards)
     dtype, sizes = DType.of(spec.dtype), {"k": spec.head_size, "v": spec.head_size_v}
     token = AxisSpec(Axis.TOKEN)
-    if not kernels.startswith("CPU_ATTN"):
+    if not kernels or kernels in _GPU_KERNELS:
         tensors = (TensorSpec("kv", dtype, (token, heads, AxisSpec.of(Axis.DIM, sizes))),)
-    elif kernels.split()[-1] in _CPU_KERNELS:
+    elif kernels.removeprefix("CPU_ATTN ") in _CPU_KERNELS:
         keys, values = (AxisSpec.of(Axis.DIM, size) for size in sizes.values())
         tensors = (TensorSpec("k", dtype, (heads, keys, token)),
                    TensorSpec("v", dtype, (heads, token, values)))
     else:
         raise UnsupportedError(f"{where} is kept by the kernels {kernels}, which pack it in a way "
-                               f"that kvwire does not know; of CPU_ATTN it knows {_CPU_KERNELS}. "
-                               "With AMX: --dtype float16 or float32 takes others")
+                               f"that kvwire does not know. It knows {', '.join(_GPU_KERNELS)} "
+                               f"(--attention-backend), and of CPU_ATTN {_CPU_KERNELS}: instead of "
+                               "AMX, --dtype float16 or float32 takes these")
     if type(spec).__name__ != "SlidingWindowSpec":
         return [_Place(GroupKind.FULL_ATTENTION, tensors)]
     # The newest token's window begins with itself; of the past, vLLM keeps the others.
@@ -255,6 +254,9 @@ _STATES = {
     "LINEAR": ([3], _lightning),
 }
 _CPU_KERNELS = ("vec", "vec16")
+# That keep keys and values side by side in the content of a head and token.
+_GPU_KERNELS = ("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "FLASHINFER", "FLEX_ATTENTION", "TRITON_ATTN",
+                "TRITON_ATTN_DIFFKV", "TRITON_FLASH_ATTN")
 _PLACES = {
     "FullAttentionSpec": _keys_and_values,
     "SlidingWindowSpec": _keys_and_values,
@@ -296,60 +298,58 @@ def cache_pool(kv_cache_config: object, tensors: Mapping[str, torch.Tensor],
                      count=engine.count)
 
 
-def _views(name: str, tensor: torch.Tensor, place: _Place) -> list[tuple[TensorSpec, np.ndarray]]:
+def _views(name: str, tensor: torch.Tensor, place: _Place) -> list[tuple[TensorSpec, Array]]:
     """Return each tensor's spec over all ranks, its axes in the order of this memory, and the view
     [block, *axes] of what this rank holds."""
     if not hasattr(tensor, "data_ptr") or tensor.dim() != 4:
         raise UnsupportedError(f"layer {name}: the cache is registered as {_shape_words(tensor)}; "
                                "kvwire knows [block, head, state, content], as of vLLM 0.32")
-    if tensor.device.type != "cpu":
-        raise UnsupportedError(f"layer {name}: the cache is on {tensor.device}; kvwire moves host "
-                               "memory only, so far: run vLLM's CPU build")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"layer {name}: the cache is on {tensor.device}; kvwire moves "
+                               "memory of CPUs and of CUDA devices: run vLLM on one of these")
+    dtype = place.tensors[0].dtype
     if place.held_shape:
-        return [(place.tensors[0], _state_view(tensor, place))]
-    view = _carried(tensor, place.tensors[0].dtype)
+        return [(place.tensors[0], _array(_state_view(tensor, place), dtype))]
+    view = tensor.view(_torch_carrier(dtype))
     described = [replace(held, block_tokens=view.shape[2]) for held in place.tensors]
     if place.kind == GroupKind.LATENT:
-        return [(described[0], view[:, 0])]
-    if len(described) == 2:
-        return list(zip(described, _cpu_views(view, described[0])))
-    if view.strides[1] < view.strides[2]:  # [token, head, content] within a block
-        return [(described[0], view.transpose(0, 2, 1, 3))]
-    token, head, content = described[0].axes
-    return [(replace(described[0], axes=(head, token, content)), view)]
+        views = [view[:, 0]]
+    elif len(described) == 2:
+        views = _cpu_views(view, described[0])
+    elif view.stride(1) < view.stride(2):  # [token, head, content] within a block
+        views = [view.transpose(1, 2)]
+    else:
+        token, head, content = described[0].axes
+        described, views = [replace(described[0], axes=(head, token, content))], [view]
+    return [(held, _array(each, dtype)) for held, each in zip(described, views)]
 
 
-def _cpu_views(view: np.ndarray, keys: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
+def _cpu_views(view: torch.Tensor, keys: TensorSpec) -> list[torch.Tensor]:
     """Return the keys [block, head, dim, token] and values [block, head, token, dim] of the CPU
     kernels, out of the view [block, head, token, content]."""
-    blocks, heads, tokens, content = view.shape
-    key_dim = keys.full_extent(Axis.DIM)
-    flat = np.lib.stride_tricks.as_strided(view, (blocks, heads, tokens * content),
-                                           (*view.strides[:2], view.itemsize))
-    key_shape, value_shape = (key_dim, tokens), (tokens, content - key_dim)
-
-    def part(start: int, shape: tuple[int, int]) -> np.ndarray:
-        return np.lib.stride_tricks.as_strided(
-            flat[:, :, start:], (blocks, heads, *shape),
-            (*view.strides[:2], shape[1] * view.itemsize, view.itemsize))
-
-    return part(0, key_shape), part(key_dim * tokens, value_shape)
+    tokens, content = view.shape[2:]
+    key_dim, start = keys.full_extent(Axis.DIM), view.storage_offset()
+    return [view.as_strided((*view.shape[:2], *shape), (*view.stride()[:2], shape[1], 1), at)
+            for shape, at in (((key_dim, tokens), start),
+                              ((tokens, content - key_dim), start + key_dim * tokens))]
 
 
-def _carried(tensor: torch.Tensor, dtype: DType) -> np.ndarray:
-    """Return a torch tensor as numpy, in a type that numpy has."""
-    import torch
-    carriers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    held = tensor.view(carriers[dtype.item_bytes]).numpy()
-    return held.view(carrier(dtype))
-
-
-def _state_view(tensor: torch.Tensor, place: _Place) -> np.ndarray:
+def _state_view(tensor: torch.Tensor, place: _Place) -> torch.Tensor:
     dtype, shape = place.tensors[0].dtype, place.held_shape
     start, stop = place.content_bytes
-    flat = _carried(tensor, DType.BYTES)[:, 0, 0, start:stop].view(carrier(dtype))
-    steps = [dtype.item_bytes * math.prod(shape[index + 1:]) for index in range(len(shape))]
-    return np.lib.stride_tricks.as_strided(flat, (len(flat), *shape), (flat.strides[0], *steps))
+    flat = tensor.view(_torch_carrier(DType.BYTES))[:, 0, 0, start:stop].view(_torch_carrier(dtype))
+    return flat.unflatten(1, shape)
+
+
+def _torch_carrier(dtype: DType) -> torch.dtype:
+    import torch
+    return {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[dtype.item_bytes]
+
+
+def _array(view: torch.Tensor, dtype: DType) -> Array:
+    """Return a view of host memory as numpy, in a type that numpy has: that costs the engine less.
+    """
+    return view.numpy().view(carrier(dtype)) if view.device.type == "cpu" else view
 
 
 def _shape_words(tensor: object) -> str:

@@ -39,6 +39,8 @@ class Worker:
         self._vllm_config = vllm_config
         self._config, self._options, self._engine = kv_cache_config, options, engine
         self._sides = prefills, decodes
+        # vLLM's second model runner clears new blocks before it says whose they were.
+        self._clears_early = getattr(vllm_config, "use_v2_model_runner", False)
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
         self._sent: set[str] = set()   # whose bytes are no longer read
@@ -52,6 +54,7 @@ class Worker:
         engine = replace(self._engine, kernels=attention_kernels(self._vllm_config, self._config))
         pool = cache_pool(self._config, tensors, engine)
         options, rank = self._options, self._engine.rank
+        options.check_pool(pool)
         if self._sides[0]:
             self._prefill = PrefillSide(pool, connect=options.sender, offers=options.offers(rank),
                                         lease_s=options.lease_s)
@@ -64,7 +67,7 @@ class Worker:
         """Stop reading the blocks of requests that lose them before this step."""
         for request_id in step.preempted:
             if request_id in self._prefill:
-                self._prefill.suspend(request_id)
+                self._prefill.suspend(request_id, overwritten=self._clears_early)
 
     def begin(self, step: Step) -> None:
         """Before the forward pass: requests may have new blocks."""
