@@ -23,14 +23,16 @@ from kvwire.errors import KvwireError
 from kvwire.kernels import backends
 from kvwire.kernels.code_plan import CodePlan, Payload
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.narrow import e4m3_of_bf16
 from kvwire.layout import CacheSpec, DType, GroupKind, attention
 from kvwire.memory import CacheMemory
 from kvwire.presets import preset
-from kvwire.tiered import CodeTable, Part
+from kvwire.tiered import CodeTable, Part, element_format
 
 PAGE_BYTES = (4096, 16_384, 65_536)
 MODELS = ("kimi-linear-48b", "qwen3.5-397b")
 CHUNK_BYTES = 256 * 1024
+CHANNELS = 128
 SAMPLE_BYTES = 16 << 20
 ROUNDS = 5
 
@@ -38,8 +40,9 @@ ROUNDS = 5
 def content(count: int, dtype: DType) -> np.ndarray:
     """Return `count` bytes like a cache's: Gaussian, a scale for each of 128 channels, repeated."""
     rng = np.random.default_rng(7)
-    scale = np.exp2(rng.integers(-3, 4, 128)).astype(np.float32)
-    values = rng.standard_normal((min(count, SAMPLE_BYTES) // 512 + 1, 128), np.float32) * scale
+    scale = np.exp2(rng.integers(-3, 4, CHANNELS)).astype(np.float32)
+    rows = min(count, SAMPLE_BYTES) // 512 + 1
+    values = rng.standard_normal((rows, CHANNELS), np.float32) * scale
     bits = values.view(np.uint32)
     raw = (bits >> 16).astype(np.uint16) if dtype == DType.BF16 else bits
     return np.resize(raw.reshape(-1).view(np.uint8), count)
@@ -152,6 +155,15 @@ def measured(backend, case: Case) -> list[dict]:
     row("pack", lambda: backend.pack(case.plan, segment),
         lambda: (backend.download(segment)[:case.bytes] == raw).all())
     row("unpack", lambda: backend.unpack(case.plan, source), lambda: packed_again(backend, case))
+    if case.dtype == DType.BF16:
+        narrowed = backend.empty(case.bytes // 2)
+        row("pack to e4m3", lambda: backend.pack_e4m3(case.plan, narrowed),
+            lambda: (backend.download(narrowed) == e4m3_of_bf16(raw.view(np.uint16))).all())
+    if hasattr(backend, "exponent_histogram"):  # Triton's alone
+        channels = np.arange(CHANNELS)
+        row("histogram", lambda: backend.exponent_histogram(source, case.dtype, channels, CHANNELS),
+            lambda: (backend.exponent_histogram(source, case.dtype, channels, CHANNELS)
+                     == histogram_of(raw, case.dtype)).all())
     ranges = np.array([(at, min(CHUNK_BYTES, case.bytes - at))
                        for at in range(0, case.bytes, CHUNK_BYTES)], np.int64)
     wanted = [_native.crc32c(raw[at:at + count].tobytes()) for at, count in ranges.tolist()]
@@ -176,6 +188,18 @@ def measured(backend, case: Case) -> list[dict]:
         row("decode", lambda: backend.decode(payloads, out, target),
             lambda: (backend.download(target) == raw).all(), ratio)
     return rows
+
+
+def histogram_of(raw: np.ndarray, dtype: DType) -> np.ndarray:
+    """Return how often each exponent occurs in each channel."""
+    form = element_format(dtype)
+    items = raw.view(f"uint{8 * form.item_bytes}")
+    mask = (1 << form.exponent_bits) - 1
+    exponents = items >> 8 * form.item_bytes - 1 - form.exponent_bits & mask
+    channel = np.arange(len(items), dtype=np.int64) % CHANNELS
+    counts = np.bincount(channel << form.exponent_bits | exponents,
+                         minlength=CHANNELS << form.exponent_bits)
+    return counts.reshape(CHANNELS, -1)
 
 
 def packed_again(backend, case: Case) -> bool:

@@ -2,6 +2,8 @@
 
     python -m bench.gpu_staging --json FILE [--mib 256] [--page-bytes 65536]
 
+KVWIRE_BACKEND=triton times Triton's kernels there.
+
 Rows as of bench.gpu. `copy_gbps` is the plain copy of the same bytes to pinned memory, by the
 clock of the host like all else here; `share` is of that, and end to end of the slowest part: that
 copy, or kvwire's own loopback between two buffers of the host, times the code's ratio.
@@ -24,7 +26,6 @@ from kvwire import _native
 from kvwire.buffers import Buffer
 from kvwire.codec import Codec
 from kvwire.errors import KvwireError
-from kvwire.kernels import backends
 from kvwire.kernels.staged_sender import StagedSender
 from kvwire.layout import CacheSpec, DType, attention
 
@@ -162,7 +163,7 @@ def rows(device, mib: int, page_bytes: int, staging) -> list[dict]:
 
     def row(case: str, seconds: float, of_gbps: float, ratio: float, verified: bool) -> None:
         gbps = source.bytes / seconds / 1e9
-        found.append({"case": case, "backend": "cuda", "page_bytes": page_bytes,
+        found.append({"case": case, "backend": device.backend, "page_bytes": page_bytes,
                       "bytes": source.bytes, "gbps": round(gbps, 3),
                       "copy_gbps": round(copy_gbps, 3), "share": round(gbps / of_gbps, 4),
                       "ratio": round(ratio, 4), "verified": verified})
@@ -186,7 +187,6 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--page-bytes", type=int, nargs="+", default=[4096, 65_536])
     options = parser.parse_args(given)
     try:
-        backends.choose("cuda")
         staging = kvwire.Staging()
         device = staging.open("cuda:0")
     except KvwireError as error:
@@ -200,7 +200,7 @@ def main(given: list[str] | None = None) -> int:
                 print("{case:32} {page_bytes:6} B pages {bytes:11} B  {gbps:9.2f} GB/s  "
                       "{share:6.3f}  ratio {ratio}  verified {verified}".format(**row))
     if options.json:
-        record = {"machine": measure.machine() | {"backend": "cuda"}, "rows": found}
+        record = {"machine": measure.machine() | {"backend": device.backend}, "rows": found}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(row["verified"] for row in found) else 1
 

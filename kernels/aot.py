@@ -29,7 +29,7 @@ ARCHITECTURES = (80, 90)
 WARPS = 4
 _WORDS = {1: "*i8", 2: "*i16", 4: "*i32", 8: "*i64"}
 _COPY = dict(legs="*i64", tile_starts="*i64", leg_count="i64", block_ids="*i64",
-             bad_entry="*i64")
+             first_word="i64", stop_word="i64", bad_entry="*i64")
 _STRIPS = dict(strips="*i64", numbers="*i64", blob="*u8")
 _ENCODE = dict(raw="*u8", **_STRIPS, bodies="*u8", tails="*u8", waiting="*u8", lengths="*i64")
 _DECODE = dict(coded="*u8", **_STRIPS, waiting="*i16", distances="*u8", raw="*u8",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 from kvwire.errors import UnsupportedError, UsageError
 
-__all__ = ["BACKENDS", "choose", "load", "obstacle"]
+__all__ = ["BACKENDS", "choose", "load", "obstacle", "open_device"]
 
 BACKENDS = ("cuda", "triton", "cpu")  # fastest first
 VARIABLE = "KVWIRE_BACKEND"
@@ -57,3 +58,28 @@ def load(name: str | None = None):
         return TritonBackend()
     from kvwire.kernels.cpu_backend import CpuBackend
     return CpuBackend()
+
+
+def open_device(name: str):
+    """Return what stages caches on the device that tensors call `name`, e.g. "cuda:1", by the
+    kernels that `choose` names; the same object each time.
+
+    Raises:
+        UnsupportedError: they are the CPU's, which cannot reach the device's memory.
+    """
+    backend = choose()
+    if backend == "cpu":
+        why = obstacle("cuda") or f"{VARIABLE} asks for it"
+        raise UnsupportedError(f"the tensors are on {name}, and the back end is 'cpu', which "
+                               f"cannot reach them: {why}", expected=BACKENDS[:2], actual=backend)
+    return _device(backend, int(name.partition(":")[2] or 0))
+
+
+@lru_cache(maxsize=None)
+def _device(backend: str, ordinal: int):
+    if backend == "cuda":
+        from kvwire.kernels.cuda_device import CudaDevice
+        from kvwire.kernels.driver import Driver
+        return CudaDevice(Driver(ordinal))
+    from kvwire.kernels.triton_device import TritonDevice
+    return TritonDevice(f"cuda:{ordinal}")

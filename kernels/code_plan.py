@@ -18,7 +18,7 @@ from kvwire.structure import fail
 from kvwire.tiered import OPAQUE, PART, STRIP_ELEMENTS, CodeTable, Part, StripForm
 
 __all__ = ["CHUNK", "PART_ROW", "SLOT_ALIGNMENT", "STRIP", "CodePlan", "Payload", "ReadPlan",
-           "table_of_bytes"]
+           "padded", "table_of_bytes"]
 
 SLOT_ALIGNMENT = 16
 PERIOD_MAX = 1 << 24  # bytes of unrolled bases
@@ -37,6 +37,11 @@ STRIP = ("RAW_OFFSET", "COUNT", "BASES_AT", "CODE_AT", "CHUNK", "ITEM_BYTES", "F
 Format = tuple[int, tuple[int, ...]]
 """dtype and tier bits: kernels are compiled for each. (0, ()): opaque."""
 OPAQUE_FORMAT: Format = (0, ())
+
+
+def padded(count: int) -> int:
+    """Return the bytes of a slot for `count`."""
+    return count + -count % SLOT_ALIGNMENT
 
 
 @dataclass
@@ -171,7 +176,7 @@ class CodePlan:
             parts = () if isinstance(covering, int) else covering
             raw_bytes = covering if not parts else sum(part.raw_bytes for part in parts)
             chunk_rows.append([raw_offset, raw_bytes, out, len(part_rows), len(parts)])
-            out += raw_bytes + -raw_bytes % SLOT_ALIGNMENT
+            out += padded(raw_bytes)
             at = raw_offset
             for part in parts:
                 table, inside_at, inside_bytes = part.table, 0, 0

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kvwire.errors import UsageError
 from kvwire.kernels import crc_math
-from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
+from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan, padded
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staging import DeviceBytes
 
-__all__ = ["CudaBackend", "DeviceBytes", "NO_BAD_ENTRY", "check_bf16", "raise_bad_entry",
-           "tiles_of"]
+__all__ = ["CudaBackend", "DeviceBytes", "Launches", "NO_BAD_ENTRY", "check_bf16",
+           "raise_bad_entry", "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
 TILE_ROWS_WORDS = 2048  # room for addresses and words of a tile: kernels/cuda/kvwire.cu
@@ -43,6 +43,63 @@ def check_bf16(plan: CopyPlan) -> None:
                          expected=2, actual=plan.word_bytes)
 
 
+class Launches:
+    """A call whose tables lie on the device; `CudaBackend.prepare` makes it. Segments, tables and
+    pages live as long as it does."""
+
+    def __init__(self, backend: CudaBackend, report: Callable, pages: CopyPlan | None,
+                 *state: np.ndarray):
+        """`state`: what the kernels find at first, and report; in front comes the bad entry."""
+        self._driver, self._report, self._plan = backend._driver, report, pages
+        self._backend, self._calls, self._kept = backend, [], []
+        self._state = [np.array([NO_BAD_ENTRY]), *state]
+        self._starts = np.cumsum([0, *(padded(each.nbytes) for each in self._state)]).tolist()
+        initial = np.zeros(self._starts[-1], np.uint8)
+        for at, each in zip(self._starts, self._state):
+            initial[at:at + each.nbytes] = each.view(np.uint8)
+        self._initial, self._now = backend.upload(initial), backend.empty(len(initial))
+
+    def state(self, number: int) -> int:
+        """Return the address of an array; 0: the bad entry."""
+        return self._now.address + self._starts[number]
+
+    def front(self, segment: DeviceBytes | CopyPlan) -> list:
+        """Return the arguments that stand for a segment."""
+        if isinstance(segment, CopyPlan):
+            return [0, segment.legs, len(segment.legs), segment.block_ids, self.state(0)]
+        return [segment, 0, 0, 0, 0]
+
+    def add(self, kernel: str, grid: tuple[int, int], args: list) -> None:
+        """Add a launch. Arrays are uploaded; they and DeviceBytes go by address."""
+        held = [self._backend.upload(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+        self._kept += [arg for arg in held if isinstance(arg, DeviceBytes)]
+        plain = [arg.address if isinstance(arg, DeviceBytes) else arg for arg in held]
+        self._calls.append((kernel, grid, plain))
+
+    def enqueue(self, stream: int = 0) -> None:
+        """Enqueue it all. Neither allocates, nor waits, nor reads the host's memory: a CUDA graph
+        may capture it, once it has run once, and each replay works on what then lies there."""
+        self._driver.copy_async(self._now.address, self._initial.address, self._now.bytes, stream)
+        for kernel, grid, args in self._calls:
+            self._driver.launch(kernel, grid, args, stream)
+
+    def results(self):
+        """Return what the call returns. On another stream than the default one, wait for it first.
+
+        Raises UsageError: a block id is out of range.
+        """
+        held = self._backend.download(self._now)
+        bad, *state = (held[at:at + each.nbytes].view(each.dtype)
+                       for at, each in zip(self._starts, self._state))
+        if self._plan is not None:
+            raise_bad_entry(self._plan, int(bad[0]))
+        return self._report(*state)
+
+    def run(self):
+        self.enqueue()
+        return self.results()
+
+
 class CudaBackend:
     """The kernels of kernels/cuda/kvwire.cu, on the default stream; each call waits for its end.
 
@@ -69,9 +126,14 @@ class CudaBackend:
         self._driver.read(held.address, data)
         return data
 
+    def prepare(self, call: str, *args) -> Launches:
+        """Lay what a call needs on the device, to be enqueued again and again, e.g.
+        prepare("encode", codes, pages, out). Any of the calls below."""
+        return getattr(self, f"_{call}")(*args)
+
     def pack(self, plan: CopyPlan, segment: DeviceBytes) -> None:
         """Gather all of a segment from its pages."""
-        self._copy("pack", plan, segment)
+        self._pack(plan, segment).run()
 
     def pack_e4m3(self, plan: CopyPlan, segment: DeviceBytes) -> None:
         """As `pack` of bf16 elements, each narrowed to fp8 (`kvwire.kernels.narrow`): half the
@@ -79,58 +141,16 @@ class CudaBackend:
 
         Raises UsageError: runs of single bytes are no bf16.
         """
-        check_bf16(plan)
-        self._copy("narrow", plan, segment)
+        self._pack_e4m3(plan, segment).run()
 
     def unpack(self, plan: CopyPlan, segment: DeviceBytes) -> None:
         """Scatter all of a segment to its pages."""
-        self._copy("unpack", plan, segment)
-
-    def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes) -> None:
-        word_bytes = plan.word_bytes
-        if verb == "narrow":
-            word_bytes = 8 if word_bytes >= 8 else 2
-        rows, words, starts = tiles_of(plan, word_bytes)
-        if starts[-1] == 0:
-            return
-        pages, bad_entry = self._pages(plan)
-        tile_starts = self.upload(starts)
-        tiles = int(starts[-1])
-        self._driver.launch(f"kvwire_{verb}_{word_bytes}", (tiles, 1),
-                            [tiles, pages[0].address, tile_starts.address, len(plan.legs),
-                             pages[1].address, segment.address, bad_entry.address, rows, words])
-        raise_bad_entry(plan, int(self.download(bad_entry, np.int64)[0]))
-
-    def _pages(self, plan: CopyPlan) -> tuple[list[DeviceBytes], DeviceBytes]:
-        return ([self.upload(plan.legs), self.upload(plan.block_ids)],
-                self.upload(np.array([NO_BAD_ENTRY])))
-
-    def _run(self, kernel: str, grid: tuple[int, int], segment, args: list) -> None:
-        """Launch with a segment in front of the arguments; DeviceBytes go by address."""
-        if isinstance(segment, CopyPlan):
-            (legs, ids), bad_entry = self._pages(segment)
-            front = [0, legs.address, len(segment.legs), ids.address, bad_entry.address]
-        else:
-            front = [segment.address, 0, 0, 0, 0]
-        plain = [arg.address if isinstance(arg, DeviceBytes) else arg for arg in args]
-        self._driver.launch(kernel, grid, [grid[0], *front, *plain])
-        if isinstance(segment, CopyPlan):
-            raise_bad_entry(segment, int(self.download(bad_entry, np.int64)[0]))
-
-    def _beginnings(self, sizes: list[int]) -> DeviceBytes:
-        return self.upload(np.array([crc_math.beginning(size) for size in sizes], np.uint32))
+        self._unpack(plan, segment).run()
 
     def encode(self, plan: CodePlan, segment: DeviceBytes | CopyPlan, out: DeviceBytes
                ) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes that each chunk takes in its slot of `out`, and its raw CRC32C."""
-        count = len(plan.chunks)
-        sizes = self.upload(np.zeros(count, np.int64))
-        crcs = self._beginnings(plan.chunks[:, 1].tolist())
-        tails = self.empty(plan.out_bytes)
-        rows = [self.upload(each) for each in (plan.chunks, plan.parts, plan.blob)]
-        self._run("kvwire_encode", (count, 1), segment,
-                  [*rows, self._crc_tables, out, tails, sizes, crcs])
-        return self.download(sizes, np.int64), self.download(crcs, np.uint32)
+        return self._encode(plan, segment, out).run()
 
     def decode(self, payloads: Sequence[Payload], coded: DeviceBytes,
                segment: DeviceBytes | CopyPlan, table_of=lambda index: None
@@ -140,22 +160,69 @@ class CudaBackend:
         Raises:
             FormatError, RefusedError: as `ReadPlan.of_payloads`, before anything is written.
         """
-        plan = ReadPlan.of_payloads(payloads, table_of)
-        stops = self.upload(np.array([p.raw_offset + p.raw_bytes for p in payloads], np.int64))
-        crcs = self._beginnings([payload.raw_bytes for payload in payloads])
-        invalid = self.upload(np.zeros(len(payloads), np.int32))
-        strips, blob = self.upload(plan.strips), self.upload(plan.blob)
-        for (dtype, tier_bits), numbers in plan.strips_of.items():
-            bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
-            self._run("kvwire_decode", (len(numbers), 1), segment,
-                      [coded, strips, self.upload(numbers), dtype, bits, blob, self._crc_tables,
-                       stops, crcs, invalid])
-        return self.download(invalid, np.int32) != 0, self.download(crcs, np.uint32)
+        return self._decode(payloads, coded, segment, table_of).run()
 
     def crc32c(self, chunks: np.ndarray, segment: DeviceBytes | CopyPlan) -> np.ndarray:
         """Return the CRC32C of each chunk: int64 [chunks, 2], offset and bytes."""
-        crcs = self._beginnings(chunks[:, 1].tolist())
+        return self._crc32c(chunks, segment).run()
+
+    # ---- the same, prepared
+
+    def _pack(self, plan: CopyPlan, segment: DeviceBytes) -> Launches:
+        return self._copy("pack", plan, segment, plan.word_bytes)
+
+    def _pack_e4m3(self, plan: CopyPlan, segment: DeviceBytes) -> Launches:
+        check_bf16(plan)
+        return self._copy("narrow", plan, segment, 8 if plan.word_bytes >= 8 else 2)
+
+    def _unpack(self, plan: CopyPlan, segment: DeviceBytes) -> Launches:
+        return self._copy("unpack", plan, segment, plan.word_bytes)
+
+    def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes, word_bytes: int) -> Launches:
+        rows, words, starts = tiles_of(plan, word_bytes)
+        made, tiles = Launches(self, lambda: None, plan), int(starts[-1])
+        if tiles:
+            made.add(f"kvwire_{verb}_{word_bytes}", (tiles, 1), [
+                tiles, plan.legs, starts, len(plan.legs), plan.block_ids, segment, made.state(0),
+                rows, words])
+        return made
+
+    def _encode(self, plan: CodePlan, segment, out: DeviceBytes) -> Launches:
+        count = len(plan.chunks)
+        made = Launches(self, lambda *found: found, _pages(segment), np.zeros(count, np.int64),
+                        _beginnings(plan.chunks[:, 1].tolist()))
+        made.add("kvwire_encode", (count, 1), [
+            count, *made.front(segment), plan.chunks, plan.parts, plan.blob, self._crc_tables, out,
+            self.empty(plan.out_bytes), made.state(1), made.state(2)])
+        return made
+
+    def _decode(self, payloads: Sequence[Payload], coded: DeviceBytes, segment,
+                table_of=lambda index: None) -> Launches:
+        plan = ReadPlan.of_payloads(payloads, table_of)
+        stops = self.upload(np.array([p.raw_offset + p.raw_bytes for p in payloads], np.int64))
+        made = Launches(self, lambda crcs, invalid: (invalid != 0, crcs), _pages(segment),
+                        _beginnings([payload.raw_bytes for payload in payloads]),
+                        np.zeros(len(payloads), np.int32))
+        strips, blob = self.upload(plan.strips), self.upload(plan.blob)
+        for (dtype, tier_bits), numbers in plan.strips_of.items():
+            bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
+            made.add("kvwire_decode", (len(numbers), 1), [
+                len(numbers), *made.front(segment), coded, strips, numbers, dtype, bits, blob,
+                self._crc_tables, stops, made.state(1), made.state(2)])
+        return made
+
+    def _crc32c(self, chunks: np.ndarray, segment) -> Launches:
+        made = Launches(self, lambda crcs: crcs, _pages(segment),
+                        _beginnings(chunks[:, 1].tolist()))
         blocks = max(1, -(-int(chunks[:, 1].max(initial=0)) // STRIP_BYTES_MAX))
-        self._run("kvwire_crc", (len(chunks), blocks), segment,
-                  [self.upload(chunks), self._crc_tables, crcs])
-        return self.download(crcs, np.uint32)
+        made.add("kvwire_crc", (len(chunks), blocks), [
+            len(chunks), *made.front(segment), chunks, self._crc_tables, made.state(1)])
+        return made
+
+
+def _pages(segment: DeviceBytes | CopyPlan) -> CopyPlan | None:
+    return segment if isinstance(segment, CopyPlan) else None
+
+
+def _beginnings(sizes: list[int]) -> np.ndarray:
+    return np.array([crc_math.beginning(size) for size in sizes], np.uint32)

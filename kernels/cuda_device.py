@@ -59,6 +59,8 @@ class CudaDevice:
     Device memory is known by its address, a stream by its handle. What fails raises `error_of`.
     """
 
+    backend = "cuda"
+
     def __init__(self, driver: Driver):
         self._driver, self.library = driver, driver.library
 

@@ -97,10 +97,14 @@ class Driver:
     def copy(self, target: int, source: int, count: int) -> None:
         """Copy within the device, timed as kernels are."""
         marks = [self._mark(0)] if self.timed else []
-        self._call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
-                   ctypes.c_size_t(count), ctypes.c_void_p(0))
+        self.copy_async(target, source, count, 0)
         if marks:
             self.kernel_s += self._since(marks[0], self._mark(0))
+
+    def copy_async(self, target: int, source: int, count: int, stream: int) -> None:
+        """Enqueue a copy within the device; it is never timed."""
+        self._call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
+                   ctypes.c_size_t(count), ctypes.c_void_p(stream))
 
     def _mark(self, stream: int) -> ctypes.c_void_p:
         event = ctypes.c_void_p()

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from kvwire import _native
 from kvwire.codec import Codec
 from kvwire.errors import ErrorCode, InternalError, KvwireError, UsageError
-from kvwire.kernels import crc_math
-from kvwire.kernels.code_plan import SLOT_ALIGNMENT, Payload, ReadPlan, table_of_bytes
+from kvwire.kernels.code_plan import Payload, ReadPlan, padded, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.stages import DecodeStage
-from kvwire.kernels.staging import Arena, Staging, typed
+from kvwire.kernels.stages import DecodeStage, stages_of
+from kvwire.kernels.staging import Staging, typed
 
 __all__ = ["StagedReceiver", "Target"]
 
 STAGES = 2
-ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones land in memory that is not pinned
+ROOM_BYTES = 256 << 10  # a chunk of the usual size; larger ones take neighbouring rooms
 COPIES_KEPT = 16  # plans of segments, for each ticket
 POLL_S = 0.05
 REPAIRED = {ErrorCode.PAYLOAD_CORRUPT, ErrorCode.RAW_CORRUPT, ErrorCode.CODED_INVALID,
@@ -56,7 +55,7 @@ class StagedReceiver:
     """Decodes what lands, chunk by chunk, and tells the receiver what came of it.
 
     Args:
-        verdict: verdict(landed, error code, raw CRC32C).
+        verdict: verdict([(landed, error code, raw CRC32C), ...]); receipts of one call go together.
         chunk_bytes_max: the largest payload.
 
     Raises LimitError where the device, or page-locked memory, has no room.
@@ -66,16 +65,14 @@ class StagedReceiver:
         device.attach()
         self._device, self._verdict = device, verdict
         self._stream = device.stream()
-        self._constants = Arena(device)
-        tables, = self._constants.lay([crc_math.cuda_tables()], self._stream)
-        blocks = device.blocks_max(staging.sm_share)
         coded_bytes = max(staging.slice_bytes, chunk_bytes_max)
-        self._stages = [DecodeStage(device, tables, blocks, coded_bytes) for _ in range(STAGES)]
+        _, decode_stage = stages_of(device)
+        self._stages = [decode_stage(device, staging.sm_share, coded_bytes, self._stream)
+                        for _ in range(STAGES)]
         rooms = staging.ring_bytes // ROOM_BYTES
         self._pinned = device.pinned(rooms * ROOM_BYTES)
         self.room_count = rooms
-        self.zone = _native.LandingZone(
-            [self._pinned.ctypes.data + at * ROOM_BYTES for at in range(rooms)], ROOM_BYTES)
+        self.zone = _native.LandingZone(self._pinned.ctypes.data, rooms, ROOM_BYTES)
         self.changed = threading.Condition()
         self._targets: dict[bytes, Target] = {}
         self._under_way: deque[_Batch] = deque()
@@ -176,12 +173,13 @@ class StagedReceiver:
         busy = {batch.stage for batch in self._under_way}
         stage = next(stage for stage in self._stages if stage not in busy)
         batch = _Batch(target, stage, [landed])
-        room = stage.coded_bytes - _padded(landed.payload_bytes)
+        room = stage.coded_bytes - stage.takes_bytes(landed.payload_bytes, landed.raw_bytes)
         while (more := self._take(0.0)) is not None:
-            if _segment(more) != _segment(landed) or _padded(more.payload_bytes) > room:
+            taken_bytes = stage.takes_bytes(more.payload_bytes, more.raw_bytes)
+            if _segment(more) != _segment(landed) or taken_bytes > room:
                 self._ahead.appendleft(more)
                 break
-            room -= _padded(more.payload_bytes)
+            room -= taken_bytes
             batch.landed.append(more)
         try:
             self._enqueue(batch)
@@ -219,7 +217,7 @@ class StagedReceiver:
                 half = len(batch.landed) // 2
                 if half == 0:
                     code = error.code if error.code in REPAIRED else ErrorCode.CODED_INVALID
-                    self._verdict(batch.landed[0], int(code), 0)
+                    self._verdict([(batch.landed[0], int(code), 0)])
                     batch.landed.pop().release()
                     return [], None
                 self._ahead.extendleft(reversed(batch.landed[half:]))
@@ -227,11 +225,15 @@ class StagedReceiver:
 
     def _settle_oldest(self) -> None:
         batch = self._under_way[0]
-        results = batch.stage.results()
+        try:
+            results = batch.stage.results()
+        except UsageError as error:  # of this ticket's block ids
+            results = []
+            self._fail(batch.target, error)
         self._under_way.popleft()
         self._not_written(batch.target)
-        for landed, (code, crc) in zip(batch.landed, results):
-            self._verdict(landed, code, crc)
+        self._verdict([(landed, *result) for landed, result in zip(batch.landed, results)])
+        for landed in batch.landed:
             landed.release()
 
     def _not_written(self, target: Target) -> None:
@@ -267,10 +269,6 @@ def _segment(landed) -> tuple[bytes, int]:
     return landed.transfer_id, landed.segment_index
 
 
-def _padded(count: int) -> int:
-    return count + -count % SLOT_ALIGNMENT
-
-
 def _payloads(landed: list) -> list[Payload]:
     """Return the payloads as they will lie in a stage, one after another."""
     payloads, at = [], 0
@@ -278,7 +276,7 @@ def _payloads(landed: list) -> list[Payload]:
         room = (ctypes.c_uint8 * each.payload_bytes).from_address(each.address)
         payloads.append(Payload(memoryview(room).cast("B"), at, each.raw_offset, each.raw_bytes,
                                 each.codec == Codec.RAW))
-        at += _padded(each.payload_bytes)
+        at += padded(each.payload_bytes)
     return payloads
 
 

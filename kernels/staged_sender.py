@@ -20,11 +20,10 @@ from kvwire.control import Item
 from kvwire.errors import (
     ErrorCode, InternalError, KvwireError, TransferCancelled, UnsupportedError, UsageError,
 )
-from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.stages import EncodeStage
-from kvwire.kernels.staging import Arena, PinnedRing, Slot, Staging, check_fits, typed
+from kvwire.kernels.stages import EncodeStage, stages_of
+from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits, typed
 from kvwire.layout import CacheSpec
 from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import Part
@@ -165,10 +164,8 @@ class StagedSender:
         device.attach()
         self._device, self._staging, self._book = device, staging, code_book
         self._compute, self._copy = device.stream(), device.stream()
-        self._constants = Arena(device)
-        tables, = self._constants.lay([crc_math.cuda_tables()], self._compute)
-        blocks = device.blocks_max(staging.sm_share)
-        self._stages = [EncodeStage(device, tables, blocks, staging.slice_bytes)
+        encode_stage, _ = stages_of(device)
+        self._stages = [encode_stage(device, staging.sm_share, staging.slice_bytes, self._compute)
                         for _ in range(STAGES)]
         self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
                                staging.slice_bytes)
@@ -346,7 +343,7 @@ class StagedSender:
             chunks.append((at, [Part(size, table_of_bytes(table) if table else None, position)
                                 for size, table, position in parts]))
         try:
-            return CodePlan.of_chunks(chunks, with_strips=False)
+            return CodePlan.of_chunks(chunks, with_strips=slice_.stage.needs_strips)
         except UnsupportedError:  # bases that repeat too late
             return CodePlan.of_chunks(ranges)
 

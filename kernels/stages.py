@@ -1,5 +1,8 @@
 """What one launch works on: a slice to be coded, or payloads to be decoded. Nothing here waits
-before results() does; nothing is allocated once the largest plan has been seen."""
+before results() does; nothing is allocated once the largest plan has been seen.
+
+These are of the CUDA kernels; `kvwire.kernels.triton_stages` has the same of Triton's.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,33 @@ import numpy as np
 
 from kvwire.errors import ErrorCode
 from kvwire.kernels import crc_math
-from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
+from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan, padded
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, raise_bad_entry, tiles_of
 from kvwire.kernels.staging import Arena, DeviceBytes
 
-__all__ = ["DecodeStage", "EncodeStage"]
+__all__ = ["DecodeStage", "EncodeStage", "stages_of"]
 
 RUN_BYTES_MIN = 512  # shorter ones are packed before they are coded
 
 
-class _Stage:
-    """Device memory for one launch. `tables`: address of `crc_math.cuda_tables()`."""
+def stages_of(device) -> tuple[type, type]:
+    """Return the classes of the device's back end that encode and decode."""
+    if device.backend == "triton":
+        from kvwire.kernels import triton_stages
+        return triton_stages.EncodeStage, triton_stages.DecodeStage
+    return EncodeStage, DecodeStage
 
-    def __init__(self, device, tables: int, blocks_max: int):
-        self._device, self._tables, self._blocks_max = device, tables, blocks_max
-        self._arena = Arena(device)
+
+class _Stage:
+    """Device memory for one launch. `stream`: where it is made ready."""
+
+    needs_strips = False  # in the CodePlan
+
+    def __init__(self, device, sm_share: float, stream):
+        self._device, self._blocks_max = device, device.blocks_max(sm_share)
+        self._arena, self._constants = Arena(device), Arena(device)
+        self._tables, = self._constants.lay([crc_math.cuda_tables()], stream)
         self._event = None
 
     def wait(self) -> None:
@@ -39,8 +53,8 @@ class _Stage:
 class EncodeStage(_Stage):
     """Gathers, checks and codes one slice. After results() its payloads lie at `payload_at`."""
 
-    def __init__(self, device, tables: int, blocks_max: int, slice_bytes: int):
-        super().__init__(device, tables, blocks_max)
+    def __init__(self, device, sm_share: float, slice_bytes: int, stream):
+        super().__init__(device, sm_share, stream)
         self._out = DeviceBytes(device, slice_bytes)
         self._tails = DeviceBytes(device, slice_bytes)
         self._packed = None  # where runs are too short to be coded from their pages
@@ -98,13 +112,18 @@ class EncodeStage(_Stage):
 class DecodeStage(_Stage):
     """Copies payloads to the device, decodes and checks them, and scatters them to their pages."""
 
-    def __init__(self, device, tables: int, blocks_max: int, coded_bytes: int):
-        super().__init__(device, tables, blocks_max)
+    def __init__(self, device, sm_share: float, coded_bytes: int, stream):
+        super().__init__(device, sm_share, stream)
         self._coded = DeviceBytes(device, coded_bytes)
 
     @property
     def coded_bytes(self) -> int:
         return self._coded.bytes
+
+    @staticmethod
+    def takes_bytes(payload_bytes: int, raw_bytes: int) -> int:
+        """Return what a payload takes of `coded_bytes`."""
+        return padded(payload_bytes)
 
     def enqueue(self, copies: CopyPlan, payloads: Sequence[Payload], plan: ReadPlan, stream
                 ) -> None:

@@ -5,7 +5,7 @@
 
 All device work is enqueued by a thread of kvwire's own, on a stream of the lowest priority. The
 engine's thread is never waited for; its stream is, by the device, through an event. A device is
-`kvwire.kernels.cuda_device.CudaDevice`, or what has its methods.
+`CudaDevice`, `TritonDevice`, or what has their methods.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
 from kvwire.errors import (
-    ErrorCode, InternalError, KvwireError, LimitError, TransferCancelled, UnsupportedError,
-    UsageError,
+    ErrorCode, InternalError, KvwireError, LimitError, TransferCancelled, UsageError,
 )
 
 __all__ = ["Arena", "DeviceBytes", "PinnedRing", "Slot", "Staging"]
@@ -35,6 +33,7 @@ class Staging:
         ring_bytes: page-locked host memory of a `Sender`, and of a `Receiver`.
         slice_bytes: what one launch takes; no state tensor may be larger.
         sm_share: of the device's multiprocessors that the kernels may use, above 0 and up to 1.
+            Triton's take what is free.
         device: what to work with; None: the GPU whose number the tensors say.
     """
 
@@ -56,23 +55,12 @@ class Staging:
     def open(self, name: str):
         """Return the device that tensors call `name`, e.g. "cuda:1".
 
-        Raises:
-            UnsupportedError: the CUDA kernels cannot run here; or KVWIRE_BACKEND names others.
+        Raises: as `kvwire.kernels.backends.open_device`.
         """
         if self.device is not None:
             return self.device
         from kvwire.kernels import backends
-        if (chosen := backends.choose()) != "cuda":
-            raise UnsupportedError(f"the tensors are on {name}, but the back end is {chosen!r}: "
-                                   f"staging takes 'cuda'; {backends.obstacle('cuda')}")
-        return _cuda_device(int(name.partition(":")[2] or 0))
-
-
-@lru_cache(maxsize=None)
-def _cuda_device(ordinal: int):
-    from kvwire.kernels.cuda_device import CudaDevice
-    from kvwire.kernels.driver import Driver
-    return CudaDevice(Driver(ordinal))
+        return backends.open_device(name)
 
 
 class DeviceBytes:

@@ -9,7 +9,9 @@ import numpy as np
 from kvwire.errors import UsageError
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, check_bf16, raise_bad_entry
+from kvwire.kernels.cuda_backend import check_bf16, raise_bad_entry
+from kvwire.kernels.triton.upload import upload
+from kvwire.layout import DType
 
 __all__ = ["TritonBackend"]
 
@@ -59,18 +61,13 @@ class TritonBackend:
         self._copy(plan, segment, pack=False)
 
     def _copy(self, plan: CopyPlan, segment, pack: bool) -> None:
-        import torch
-
-        from kvwire.kernels.triton.copy import copy_segment, launch_of
+        from kvwire.kernels.triton.copy import DeviceRows, copy_segment
         self._check("segment", segment)
         if segment.numel() < plan.bytes:
             raise UsageError("segment is too short", expected=plan.bytes, actual=segment.numel())
-        rows = {"legs": plan.legs, "block_ids": plan.block_ids,
-                "tile_starts": plan.tile_starts(*launch_of(plan))}
-        tensors = {name: torch.from_numpy(each).to(self._device) for name, each in rows.items()}
-        bad_entry = torch.full((1,), NO_BAD_ENTRY, dtype=torch.int64, device=self._device)
-        copy_segment(plan, tensors, segment, bad_entry, pack=pack)
-        raise_bad_entry(plan, int(bad_entry))
+        rows = DeviceRows(plan, segment.device)
+        copy_segment(rows, segment, pack=pack)
+        raise_bad_entry(plan, int(rows.bad_entry))
 
     def _packed(self, segment):
         if not isinstance(segment, CopyPlan):
@@ -102,6 +99,15 @@ class TritonBackend:
         if paged:
             self.unpack(segment, raw)
         return invalid, crcs
+
+    def exponent_histogram(self, raw, dtype: DType, channels: np.ndarray, channel_count: int
+                           ) -> np.ndarray:
+        """Return how often each exponent occurs in each channel, int64 [channel_count, exponents]:
+        what `CodeTable`s are made of. Element i counts in channels[i % len(channels)]."""
+        from kvwire.kernels.triton.histogram import exponent_histogram
+        self._check("raw", raw)
+        return exponent_histogram(raw, dtype, upload(channels, raw.device), channel_count
+                                  ).cpu().numpy()
 
     def crc32c(self, chunks: np.ndarray, segment) -> np.ndarray:
         from kvwire.kernels.triton.crc import crc32c_chunks

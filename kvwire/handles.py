@@ -126,8 +126,13 @@ class Endpoint:
         zero_copies_copied (notices that the kernel copied all the same), zero_copies_refused (sends
         that it copied at once). `io`: what the I/O threads wait with, "epoll" or "io_uring";
         `io_note`: why not with what KVWIRE_IO asks for. `zero_copy`: "off", "on" or "always" (what
-        KVWIRE_ZEROCOPY=1 forces); `zero_copy_note`: why a lane did without when asked."""
-        return self._checked().stats()
+        KVWIRE_ZEROCOPY=1 forces); `zero_copy_note`: why a lane did without when asked. `staging`:
+        each device whose memory it brings to the wire or from it, and whose kernels do so, as in
+        "cuda:0 triton"."""
+        native = self._checked()
+        with self._staged_lock:
+            staging = [f"{name} {device.backend}" for name, (_, device) in self._staged.items()]
+        return native.stats() | {"staging": ", ".join(staging)}
 
     def links(self) -> list[Link]:
         """Return the links that have a lane; the same `Link` for the same link each time."""

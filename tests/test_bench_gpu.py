@@ -13,6 +13,8 @@ from triton_interpreter import torch
 import kvwire
 from bench import gpu, gpu_peers, gpu_staging, splitzip
 from kvwire.kernels import backends
+from kvwire.kernels.triton_backend import TritonBackend
+from kvwire.layout import CacheSpec, attention
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,10 +26,19 @@ def test_rows_of_the_cpu_are_verified(tmp_path, capsys):
     record = json.loads(path.read_text())
     assert record["machine"]["backend"] == "cpu"
     assert [row["case"] for row in record["rows"]] == [
-        f"{what}, pages" for what in ("pack", "unpack", "crc", "encode", "decode")]
+        f"{what}, pages" for what in ("pack", "unpack", "pack to e4m3", "crc", "encode", "decode")]
     for row in record["rows"]:
         assert row["verified"] and row["gbps"] > 0 and row["bytes"] == 1 << 20
-    assert record["rows"][3]["ratio"] > 1.2
+    assert record["rows"][4]["ratio"] > 1.2
+
+
+def test_rows_of_triton_are_verified(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    backend = TritonBackend("cpu")
+    spec = CacheSpec("m", (attention([0], kv_heads=1, head_dim=128, block_tokens=4),))
+    rows = gpu.measured(backend, gpu.Case(backend, "pages", 1024, spec, 8))
+    assert "histogram, pages" in {row["case"] for row in rows}
+    assert len(rows) == 7 and all(row["verified"] for row in rows)
 
 
 @pytest.mark.long

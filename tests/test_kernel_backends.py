@@ -44,7 +44,10 @@ class HostDriver:
     def read(self, address, data):
         data.view(np.uint8)[:] = self.rooms[address][:data.nbytes]
 
-    def launch(self, kernel, grid, args):
+    def copy_async(self, target, source, count, stream):
+        self.rooms[target][:count] = self.rooms[source][:count]
+
+    def launch(self, kernel, grid, args, stream):
         verb, _, word = kernel.removeprefix("kvwire_").partition("_")
         if word:
             args = [VERBS.index(verb), int(word), *args]
@@ -147,6 +150,40 @@ def test_a_bad_block_id_is_an_error(backend):
     for verb in (backend.pack, backend.unpack):
         with pytest.raises(UsageError, match="entry 1 of the segment's block tables"):
             verb(copies, backend.empty(copies.bytes))
+
+
+def test_prepared_calls_run_again_and_touch_nothing_else(monkeypatch):
+    host = HostDriver()
+    backend, (spec, side) = CudaBackend(host), paged(1, 8)
+    items = [Item(0, 0, 3, 0, 11), Item(0, 1, 3, 0, 11)]
+    pages = CopyPlan.of_items(spec, items, side.memory)
+    segment, target = backend.empty(pages.bytes), backend.empty(pages.bytes)
+    table = CodeTable.of_elements(kinds_of_bytes("gauss", pages.bytes, 2, 5), DType.BF16)
+    codes = CodePlan.of_chunks([(0, [Part(pages.bytes, table)])])
+    out = backend.empty(codes.out_bytes)
+    coded = encode_tiered(bytes(pages.bytes), [Part(pages.bytes, table)])
+    payload = backend.upload(np.frombuffer(coded, np.uint8))
+    calls = [backend.prepare("pack", pages, segment), backend.prepare("encode", codes, pages, out),
+             backend.prepare("crc32c", np.array([(0, 16)]), segment),
+             backend.prepare("decode", [Payload(coded, 0, 0, pages.bytes)], payload, target)]
+    for seed in (6, 7):
+        for array in side.arrays.values():
+            array[...] = np.frombuffer(kinds_of_bytes("gauss", 2 * array.size, 2, seed),
+                                       np.uint16).reshape(array.shape)
+        raw = plan.gather(spec, items, side.memory.leaves)
+        host.write(target.address, np.full(pages.bytes, 7, np.uint8))
+        with monkeypatch.context() as forbidden:  # as while a graph captures, or replays
+            for name in ("allocate", "free", "write", "read"):
+                forbidden.setattr(host, name, None)
+            for call in calls:
+                call.enqueue(5)
+        packed, (sizes, crcs), first, decoded = (call.results() for call in calls)
+        assert packed is None and backend.download(segment).tobytes() == raw
+        assert crcs.tolist() == [_native.crc32c(raw)]
+        assert backend.download(out)[:sizes[0]].tobytes() == encode_tiered(
+            raw, [Part(len(raw), table)])
+        assert first.tolist() == [_native.crc32c(raw[:16])]
+        assert decoded[0].tolist() == [False] and not backend.download(target).any()
 
 
 def test_device_memory_is_freed():

@@ -15,12 +15,11 @@ from kvwire.errors import (
     ChecksumError, FormatError, InternalError, LimitError, SpecMismatchError, TransferCancelled,
     UnsupportedError, UsageError,
 )
-from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staged_sender import slices_of
 from kvwire.kernels.stages import EncodeStage
-from kvwire.kernels.staging import Arena, PinnedRing
+from kvwire.kernels.staging import PinnedRing
 from kvwire.layout import CacheSpec, attention, convolution, latent, recurrent, sliding_window
 from kvwire.tensor_parallel import shard
 
@@ -362,9 +361,7 @@ def test_what_device_memory_does_not_do_is_refused(device, tmp_path):
 def test_a_launch_neither_allocates_nor_waits(device, monkeypatch):
     spec, gate = hybrid(), Event()
     source, stream = Cache(spec, device, 1), device.stream()
-    arena = Arena(device)
-    tables, = arena.lay([crc_math.cuda_tables()], stream)
-    stage = EncodeStage(device, tables, 4, 128 << 10)
+    stage = EncodeStage(device, 0.25, 128 << 10, stream)
     copies = CopyPlan.of_items(spec, source.memory.items(1, (0, 128)), source.memory)
     codes = CodePlan.of_chunks([(0, copies.bytes)])
     stage.enqueue(copies, codes, stream)

@@ -1,5 +1,6 @@
 """Staging where something goes wrong: refused calls, tables that are too large, forks."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -11,8 +12,10 @@ from standin_device import Event
 from test_staging import Cache, device, eventually, gauss, hybrid, staging
 
 import kvwire
-from kvwire.errors import ErrorCode, FormatError, InternalError, UnsupportedError, UsageError
-from kvwire.kernels import code_plan
+from kvwire.errors import (
+    ErrorCode, FormatError, InternalError, TransferCancelled, UnsupportedError, UsageError,
+)
+from kvwire.kernels import code_plan, staged_receiver
 from kvwire.kernels.code_plan import Payload, ReadPlan
 from kvwire.layout import CacheSpec, DType, attention
 from kvwire.tiered import CodeTable, Part, encode_tiered
@@ -70,6 +73,43 @@ def test_a_device_that_refuses_a_call_leaves_nobody_waiting_to_receive(device, m
         eventually(lambda: ticket._staged._broken and ticket._target.writing == 0)
         with pytest.raises(InternalError, match="RuntimeError: it is lost"):
             ticket.result(30)
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_a_bad_block_id_on_the_device_fails_its_own_transfer_only(device, monkeypatch, side):
+    spec, true = small_spec(), device.launch
+    sending, receiving = (device if side == one else None for one in ("sender", "receiver"))
+    sources = [Cache(spec, sending, seed) for seed in (1, 2)]
+    targets = [Cache(spec, receiving, seed, writable=True) for seed in (3, 4)]
+
+    def launch(kernel, grid, args, stream):
+        table = ctypes.c_int64.from_address(args[4])
+        device.enqueue(stream, lambda: setattr(table, "value", 1 << 40))
+        true(kernel, grid, args, stream)
+
+    def all_is_back(staged):
+        return staged.ring.free_count == staged.ring.count if side == "sender" else \
+            staged.zone.rooms_free == staged.room_count
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec="raw", staging=staging(device)) as sender:
+        tickets = [receiver.expect(target.memory) for target in targets]
+        transfers = [sender.open(ticket.id, source.memory)
+                     for ticket, source in zip(tickets, sources)]
+        monkeypatch.setattr(device, "launch", launch)
+        transfers[0].push_all().finish()
+        mine, theirs = (transfers, tickets) if side == "sender" else (tickets, transfers)
+        with pytest.raises(UsageError, match="entry 0 of the segment's block tables"):
+            mine[0].result(30)
+        with pytest.raises(TransferCancelled):
+            theirs[0].result(30)
+        staged = mine[0]._staged
+        eventually(lambda: all_is_back(staged))
+        monkeypatch.setattr(device, "launch", true)
+        transfers[1].push_all().finish().result(30)
+        tickets[1].result(30)
+        assert not staged._broken
+        eventually(lambda: all_is_back(staged))
+    assert targets[1].content(spec, [0]) == sources[1].content(spec, [0])
 
 
 def test_a_ticket_id_that_is_open_stays_with_its_first_ticket(device):
@@ -148,6 +188,35 @@ def test_payloads_that_are_too_much_together_are_decoded_apart(device, monkeypat
         assert ticket.result(60).repaired_chunks == 0
         assert max(most) > 1
         eventually(lambda: zone.rooms_free == count)
+    assert target.content(spec, [0]) == source.content(spec, [0])
+
+
+def test_chunks_larger_than_a_room_are_pinned_and_answered_together(device, monkeypatch):
+    spec, gate, addresses, said = small_spec(), Event(), [], []
+    monkeypatch.setattr(staged_receiver, "ROOM_BYTES", 4096)
+    source, target = Cache(spec, None, 1), Cache(spec, device, 2, writable=True)
+    left = len(source.content(spec, [0])[0])
+    chunks = [min(12 << 10, left - at) for at in range(0, left, 12 << 10)]
+    device.wait_for(device.engine, gate)  # so that chunks gather behind the first
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec="raw", chunk_bytes=12 << 10) as sender:
+        ticket = receiver.expect(target.memory)
+        staged, verdict = ticket._staged, ticket._staged._verdict
+
+        def recorded(verdicts):
+            said.append(len(verdicts))
+            addresses.extend(landed.address for landed, _, _ in verdicts)
+            verdict(verdicts)
+        monkeypatch.setattr(staged, "_verdict", recorded)
+        sender.send(ticket.id, source.memory)
+        rooms = sum(-(-count // 4096) for count in chunks)
+        eventually(lambda: staged.zone.rooms_free == staged.room_count - rooms)
+        gate.reached.set()
+        ticket.result(30)
+        eventually(lambda: staged.zone.rooms_free == staged.room_count)
+    first = staged._pinned.ctypes.data
+    assert all(first <= at < first + staged._pinned.nbytes for at in addresses)
+    assert sum(said) == len(addresses) == len(chunks) > len(said)
     assert target.content(spec, [0]) == source.content(spec, [0])
 
 

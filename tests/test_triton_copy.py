@@ -10,18 +10,16 @@ from triton_interpreter import torch
 from kvwire import plan
 from kvwire.control import Item
 from kvwire.kernels.copy_plan import BLOCK_COUNT, CopyPlan
-from kvwire.kernels.triton.copy import NO_BAD_ENTRY, copy_segment, launch_of
+from kvwire.kernels.triton.copy import NO_BAD_ENTRY, DeviceRows, copy_segment
 from kvwire.layout import CacheSpec, attention, convolution, recurrent
 from kvwire.memory import CacheMemory
 
 
-def run(copies, segment, pack):
+def run(copies, segment, pack, **part):
     """Return the least bad entry of the block tables."""
-    tensors = {"legs": torch.from_numpy(copies.legs), "block_ids": torch.from_numpy(
-        copies.block_ids), "tile_starts": torch.from_numpy(copies.tile_starts(*launch_of(copies)))}
-    bad_entry = torch.tensor([NO_BAD_ENTRY])
-    copy_segment(copies, tensors, torch.from_numpy(segment), bad_entry, pack=pack)
-    return int(bad_entry)
+    rows = DeviceRows(copies, torch.device("cpu"))
+    copy_segment(rows, torch.from_numpy(segment), pack=pack, **part)
+    return int(rows.bad_entry)
 
 
 def aligned(size):
@@ -92,6 +90,24 @@ def test_all_states_and_tails_in_one_launch():
     segment = aligned(copies.bytes)
     run(copies, segment, pack=True)
     assert segment.tobytes() == plan.gather(spec, items, memory.leaves)
+
+
+def test_a_part_of_a_segment_touches_nothing_else():
+    spec = kv(block_tokens=4, order="HND")
+    side = Side(spec, (0, 18), 3, writable=True)
+    items = side.memory.items(1)
+    copies = CopyPlan.of_items(spec, items, side.memory)
+    data = np.random.default_rng(1).bytes(copies.bytes)
+    start, stop = 6 * 16 + 8, copies.bytes - 3 * 8  # inside of runs
+    plan.scatter(spec, items, side.memory.leaves, bytes(copies.bytes))
+    segment = aligned(stop - start)
+    segment[:] = np.frombuffer(data[start:stop], np.uint8)
+    run(copies, segment, pack=False, start=start, stop=stop)
+    want = bytes(start) + data[start:stop] + bytes(copies.bytes - stop)
+    assert plan.gather(spec, items, side.memory.leaves) == want
+    segment[:] = 0
+    run(copies, segment, pack=True, start=start, stop=stop)
+    assert segment.tobytes() == data[start:stop]
 
 
 @pytest.mark.parametrize("bad", [-1, 1 << 40, "count"])

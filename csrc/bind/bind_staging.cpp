@@ -16,10 +16,9 @@ namespace {
 
 using Landed = LandingZone::Landed;
 
-std::shared_ptr<LandingZone> make_zone(const std::vector<uintptr_t>& rooms, size_t room_bytes) {
-    std::vector<uint8_t*> taken;
-    for (const uintptr_t room : rooms) taken.push_back(reinterpret_cast<uint8_t*>(room));
-    return std::make_shared<LandingZone>(std::move(taken), room_bytes);
+std::shared_ptr<LandingZone> make_zone(uintptr_t address, size_t room_count, size_t room_bytes) {
+    return std::make_shared<LandingZone>(reinterpret_cast<uint8_t*>(address), room_count,
+                                         room_bytes);
 }
 
 std::unique_ptr<Landed> pop(LandingZone& zone, double timeout_s) {
@@ -67,8 +66,8 @@ void register_staging(py::module_& module) {
         .def_property_readonly("tables", &tables_of)
         .def("release", [](Landed& l) { l.payload.reset(); });
     py::class_<LandingZone, std::shared_ptr<LandingZone>>(
-        module, "LandingZone", "Rooms for payloads on their way to a device. Borrows the rooms.")
-        .def(py::init(&make_zone), py::arg("rooms"), py::arg("room_bytes"))
+        module, "LandingZone", "Rooms for payloads on their way to a device. Borrows the memory.")
+        .def(py::init(&make_zone), py::arg("address"), py::arg("room_count"), py::arg("room_bytes"))
         .def("pop", &pop, py::arg("timeout_s"))
         .def("close", &LandingZone::close, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("rooms_free", &LandingZone::rooms_free);

@@ -4,6 +4,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "bind/bind_plan.hpp"
 #include "bind/bind_staging.hpp"
@@ -30,6 +32,7 @@ private:
     PyThreadState* state_;
 };
 using NoGil = py::call_guard<WithoutGil>;
+using VerdictTuple = std::tuple<const LandingZone::Landed*, uint16_t, uint32_t>;
 
 Bytes bytes_from(const std::string& text) { return Bytes(text.begin(), text.end()); }
 
@@ -291,10 +294,12 @@ void bind_receiver(py::module_& module) {
              py::arg("token_stop"), py::arg("source_ranks"), py::arg("source_rank_count"),
              py::arg("destination_rank"), py::arg("destination_rank_count"), py::arg("memory"),
              py::arg("deadline_s"), py::arg("zone") = nullptr, NoGil())
-        .def("landed", [](ReceiverEndpoint& self, const LandingZone::Landed& landed,
-                          uint16_t verdict, uint32_t crc) {
-            self.landed(landed, ErrorCode(verdict), crc);
-        }, py::arg("landed"), py::arg("verdict"), py::arg("crc"), NoGil())
+        .def("landed", [](ReceiverEndpoint& self, const std::vector<VerdictTuple>& verdicts) {
+            std::vector<ReceiverEndpoint::Verdict> found;
+            for (const auto& [landed, code, crc] : verdicts)
+                found.push_back({landed, ErrorCode(code), crc});
+            self.landed(found);
+        }, py::arg("verdicts"), NoGil())
         .def("pull", [](ReceiverEndpoint& self, const std::string& link, const std::string& ticket,
                         const std::string& offer, uint64_t token_start, uint64_t token_stop,
                         uint16_t source_rank, uint16_t destination_rank,

@@ -92,8 +92,7 @@ TEST(landed_chunks_count_when_the_device_says_so_whatever_lanes_do) {
         const bool is_staged = seed % 2 == 0;
         const Manifest manifest = small_hybrid(0, 1, 0, false);
         Bytes rooms(2 * ROOM_BYTES);
-        const auto zone = std::make_shared<LandingZone>(
-            std::vector<uint8_t*>{rooms.data(), rooms.data() + ROOM_BYTES}, ROOM_BYTES);
+        const auto zone = std::make_shared<LandingZone>(rooms.data(), 2, ROOM_BYTES);
         ReceiverEnd receiver;
         receiver.zone = zone;
         receiver.bind(manifest, random);
@@ -124,6 +123,24 @@ TEST(landed_chunks_count_when_the_device_says_so_whatever_lanes_do) {
     }
 }
 
+TEST(a_payload_takes_neighbouring_rooms_or_memory_of_its_own) {
+    Bytes rooms(4 * ROOM_BYTES);
+    const auto zone = std::make_shared<LandingZone>(rooms.data(), 4, ROOM_BYTES);
+    const auto take = [&](size_t bytes) { return LandingZone::take(zone, bytes); };
+    LandingZone::Room small = take(1), large = take(2 * ROOM_BYTES), last = take(ROOM_BYTES);
+    CHECK(small.get() == rooms.data() && large.get() == rooms.data() + ROOM_BYTES);
+    CHECK(last.get() == rooms.data() + 3 * ROOM_BYTES && zone->rooms_free() == 0);
+    small.reset();
+    last.reset();
+    const LandingZone::Room own = take(ROOM_BYTES + 1);  // two rooms, but no neighbours
+    CHECK(own.get() < rooms.data() || own.get() >= rooms.data() + rooms.size());
+    CHECK_EQ(zone->rooms_free(), size_t(2));
+    large.reset();
+    CHECK(take(4 * ROOM_BYTES).get() == rooms.data());
+    CHECK_EQ(zone->rooms_free(), size_t(4));
+    CHECK(take(4 * ROOM_BYTES + 1).get() != rooms.data());
+}
+
 // A transfer over one lane.
 struct OneLane {
     explicit OneLane(std::shared_ptr<LandingZone> zone = nullptr) {
@@ -148,7 +165,7 @@ struct OneLane {
 };
 
 TEST(a_ticket_that_fails_takes_no_verdict_any_more) {
-    OneLane ends(std::make_shared<LandingZone>(std::vector<uint8_t*>{}, 0));
+    OneLane ends(std::make_shared<LandingZone>(nullptr, 0, ROOM_BYTES));
     ReceiveLink& link = ends.receiver.link;
     ends.source.push(ends.sender.link, all_items(ends.manifest));
     LandingZone::Landed landed;

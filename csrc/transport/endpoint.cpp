@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <sys/epoll.h>
 
 #include "base/random.hpp"
@@ -304,12 +305,17 @@ void ReceiverEndpoint::pull(const Id& link_id, const Id& ticket_id, const Pull& 
     });
 }
 
-void ReceiverEndpoint::landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc) {
+void ReceiverEndpoint::landed(const std::vector<Verdict>& verdicts) {
     loops_->call([&] {
-        for (const auto& [id, held] : links_) {
-            const auto link = held;  // pumping may end it
-            if (link->receive->landed(landed, verdict, crc)) return link->pump();
-        }
+        const auto links = links_;  // pumping may end them
+        std::set<Id> answering;
+        for (const Verdict& verdict : verdicts)
+            for (const auto& [id, link] : links)
+                if (link->receive->landed(*verdict.landed, verdict.code, verdict.crc)) {
+                    answering.insert(id);
+                    break;
+                }
+        for (const Id& id : answering) links.at(id)->pump();
     });
 }
 

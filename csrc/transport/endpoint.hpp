@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "transport/handles.hpp"
 #include "transport/link.hpp"
@@ -134,7 +135,12 @@ public:
     void pull(const Id& link_id, const Id& ticket_id, const Pull& pull);
 
     // What came of a chunk that landed in a zone; `crc` is that of its raw bytes, as written.
-    void landed(const LandingZone::Landed& landed, ErrorCode verdict, uint32_t crc);
+    struct Verdict {
+        const LandingZone::Landed* landed;
+        ErrorCode code;
+        uint32_t crc;
+    };
+    void landed(const std::vector<Verdict>& verdicts);  // their receipts go together
 
     void cancel(TicketHandle& handle, const Error& error);  // with the lock
     void ticket_ended(const Id& ticket_id);                 // with the lock

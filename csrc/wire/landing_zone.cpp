@@ -1,21 +1,24 @@
 #include "wire/landing_zone.hpp"
 
+#include <algorithm>
 #include <chrono>
 
 namespace kvwire {
 
-LandingZone::LandingZone(std::vector<uint8_t*> rooms, size_t room_bytes)
-    : free_(std::move(rooms)), room_bytes_(room_bytes) {}
+LandingZone::LandingZone(uint8_t* memory, size_t room_count, size_t room_bytes)
+    : memory_(memory), room_bytes_(room_bytes), is_free_(room_count, true) {}
 
 LandingZone::Room LandingZone::take(const std::shared_ptr<LandingZone>& zone, size_t bytes) {
     std::lock_guard<std::mutex> lock(zone->mutex_);
-    if (bytes > zone->room_bytes_ || zone->free_.empty())
-        return Room(new uint8_t[bytes], std::default_delete<uint8_t[]>());
-    uint8_t* const room = zone->free_.back();
-    zone->free_.pop_back();
-    return Room(room, [zone](uint8_t* returned) {
+    auto& is_free = zone->is_free_;
+    const size_t count = (bytes + zone->room_bytes_ - 1) / zone->room_bytes_;
+    const auto found = std::search_n(is_free.begin(), is_free.end(), count, true);
+    if (found == is_free.end()) return Room(new uint8_t[bytes], std::default_delete<uint8_t[]>());
+    std::fill_n(found, count, false);
+    const size_t first = size_t(found - is_free.begin());
+    return Room(zone->memory_ + first * zone->room_bytes_, [zone, first, count](uint8_t*) {
         std::lock_guard<std::mutex> held(zone->mutex_);
-        zone->free_.push_back(returned);
+        std::fill_n(zone->is_free_.begin() + ptrdiff_t(first), count, true);
     });
 }
 
@@ -50,7 +53,7 @@ void LandingZone::close() {
 
 size_t LandingZone::rooms_free() const {
     std::lock_guard<std::mutex> lock(mutex_);
-    return free_.size();
+    return size_t(std::count(is_free_.begin(), is_free_.end(), true));
 }
 
 }  // namespace kvwire

@@ -19,9 +19,10 @@ namespace kvwire {
 
 class LandingZone {
 public:
-    // `rooms`: addresses of `room_bytes` each, the caller's. When all are out, memory that is not
-    // page-locked stands in: how much there can be out is the receive windows' to say.
-    LandingZone(std::vector<uint8_t*> rooms, size_t room_bytes);
+    // `memory`: the caller's, of `room_count` rooms side by side. A payload takes as many of them,
+    // neighbours, as hold it. Where they are out, memory that is not page-locked stands in: how
+    // much there can be out is the receive windows' to say.
+    LandingZone(uint8_t* memory, size_t room_count, size_t room_bytes);
 
     using Room = std::shared_ptr<uint8_t>;  // goes back when the last owner lets go of it
     static Room take(const std::shared_ptr<LandingZone>& zone, size_t bytes);
@@ -44,8 +45,9 @@ public:
 private:
     mutable std::mutex mutex_;
     std::condition_variable changed_;
-    std::vector<uint8_t*> free_;
+    uint8_t* const memory_;
     const size_t room_bytes_;
+    std::vector<bool> is_free_;  // of each room
     std::deque<Landed> landed_;
     bool closed_ = false;
 };

@@ -1,12 +1,14 @@
 """Pack and unpack: all legs of a segment between pages and one contiguous buffer, in one launch."""
 
+import numpy as np
 import triton
 import triton.language as tl
 
 from kvwire.kernels import copy_plan
 from kvwire.kernels.copy_plan import LEG_COLUMNS, LEVELS, CopyPlan
+from kvwire.kernels.triton.upload import upload
 
-__all__ = ["NO_BAD_ENTRY", "copy_segment", "launch_of"]
+__all__ = ["NO_BAD_ENTRY", "DeviceRows", "copy_segment", "launch_of"]
 
 TILE_WORDS = 2048
 NO_BAD_ENTRY = (1 << 63) - 1
@@ -41,10 +43,11 @@ def last_at_most(starts, count, value):
 
 
 @triton.jit
-def copy_kernel(legs, tile_starts, leg_count, block_ids, segment, bad_entry,
+def copy_kernel(legs, tile_starts, leg_count, block_ids, segment, first_word, stop_word, bad_entry,
                 ROWS: tl.constexpr, WORDS: tl.constexpr, WORD_BYTES: tl.constexpr,
                 PACK: tl.constexpr):
-    """A program moves ROWS iterations by WORDS words of one leg. `segment`: words."""
+    """A program moves ROWS iterations by WORDS words of one leg. `segment`: its words from
+    `first_word` to `stop_word`; no others are moved."""
     tile = tl.program_id(0).to(tl.int64)
     number = last_at_most(tile_starts, leg_count, tile)
     leg = legs + number * _COLUMNS
@@ -79,8 +82,10 @@ def copy_kernel(legs, tile_starts, leg_count, block_ids, segment, bad_entry,
 
     pages = address.to(tl.pointer_type(segment.dtype.element_ty))[:, None] + word[None, :]
     wire = (tl.load(leg) + iteration * tl.load(leg + _WIRE_STEP)) // WORD_BYTES
-    wire = segment + wire[:, None] + word[None, :]
+    wire = wire[:, None] + word[None, :]
     on_wire = held[:, None] & (word < run_words)[None, :]
+    on_wire &= (wire >= first_word) & (wire < stop_word)
+    wire = segment + (wire - first_word)
     in_place = on_wire & (held & (bad == 0) & (base != 0))[:, None]
     if PACK:
         tl.store(wire, tl.load(pages, mask=in_place, other=0), mask=on_wire)
@@ -95,22 +100,36 @@ def launch_of(plan: CopyPlan) -> tuple[int, int, int]:
     return min(shapes, key=lambda shape: plan.tile_starts(*shape)[-1])
 
 
-def copy_segment(plan: CopyPlan, device_plan: dict, segment, bad_entry, *, pack: bool) -> None:
-    """Enqueue the copy of a whole segment on the current stream.
+class DeviceRows:
+    """A plan on the device. `bad_entry`: int64 tensor [1], NO_BAD_ENTRY; becomes the least index in
+    `block_ids` whose id lies outside its array."""
+
+    def __init__(self, plan: CopyPlan, device):
+        self.plan, self.launch = plan, launch_of(plan)
+        starts = plan.tile_starts(*self.launch)
+        self.tiles = int(starts[-1])
+        self.legs, self.block_ids, self.tile_starts, self.bad_entry = (
+            upload(rows, device) for rows in (plan.legs, plan.block_ids, starts,
+                                              np.array([NO_BAD_ENTRY])))
+
+
+def copy_segment(rows: DeviceRows, segment, *, pack: bool, start: int = 0,
+                 stop: int | None = None) -> None:
+    """Enqueue the copy of a segment, or of a part of it, on the current stream. At a bad block id
+    nothing is read or written.
 
     Args:
-        device_plan: `legs`, `block_ids` and `tile_starts` (of `launch_of`) as int64 tensors.
-        segment: uint8 tensor of plan.bytes, aligned to plan.word_bytes.
-        bad_entry: int64 tensor [1], NO_BAD_ENTRY; becomes the least index in `block_ids` whose id
-            lies outside its array. Nothing is read or written there.
+        segment: uint8 tensor of the bytes from `start` to `stop` (None: the segment's end), both
+            and its address multiples of the plan's word_bytes.
         pack: from the pages into `segment`; else the other way.
     """
     import torch
-    rows, words, word_bytes = launch_of(plan)
-    tiles = int(plan.tile_starts(rows, words, word_bytes)[-1])
-    if tiles == 0:
+    tile_rows, words, word_bytes = rows.launch
+    stop = rows.plan.bytes if stop is None else stop
+    if rows.tiles == 0:
         return
     word = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word_bytes]
-    copy_kernel[(tiles,)](device_plan["legs"], device_plan["tile_starts"], len(plan.legs),
-                          device_plan["block_ids"], segment[:plan.bytes].view(word), bad_entry,
-                          ROWS=rows, WORDS=words, WORD_BYTES=word_bytes, PACK=pack)
+    copy_kernel[(rows.tiles,)](
+        rows.legs, rows.tile_starts, len(rows.plan.legs), rows.block_ids,
+        segment[:stop - start].view(word), start // word_bytes, stop // word_bytes, rows.bad_entry,
+        ROWS=tile_rows, WORDS=words, WORD_BYTES=word_bytes, PACK=pack)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from kvwire.kernels import crc_math
 from kvwire.kernels.crc_math import LANES, TILE_BYTES
+from kvwire.kernels.triton.upload import upload
 
 __all__ = ["crc32c_chunks"]
 
@@ -36,7 +37,7 @@ def crc_kernel(raw, chunks, row_step, lane_weights, tile_weights, crcs, ROWS: tl
         register = tl.zeros((_LANES,), tl.uint32)
         lane = tl.arange(0, _LANES).to(tl.int64)
         at = size - (behind + 1) * _TILE_BYTES
-        for row in range(ROWS):
+        for row in range(tl.maximum(-at, 0) // (4 * _LANES), ROWS):
             stepped = tl.zeros((_LANES,), tl.uint32)
             for bit in tl.static_range(32):
                 stepped ^= (register >> bit & 1) * tl.load(row_step + bit)
@@ -60,12 +61,12 @@ def crc32c_chunks(raw, chunks):
     """
     import torch
     tiles = max(-(-int(chunks[:, 1].max(initial=0)) // TILE_BYTES), 1)
-    tables = [torch.from_numpy(table.view(np.int32)).to(raw.device).view(torch.uint32)
+    tables = [upload(table.view(np.int32), raw.device).view(torch.uint32)
               for table in (crc_math.row_step(), crc_math.lane_weights(),
                             crc_math.tile_weights(tiles))]
     begin = {size: crc_math.beginning(size) for size in set(chunks[:, 1].tolist())}
     crcs = np.array([begin[size] for size in chunks[:, 1].tolist()], np.uint32).view(np.int32)
-    crcs = torch.from_numpy(crcs).to(raw.device)
-    crc_kernel[(len(chunks), tiles)](raw, torch.from_numpy(chunks).to(raw.device), *tables, crcs,
+    crcs = upload(crcs, raw.device)
+    crc_kernel[(len(chunks), tiles)](raw, upload(chunks, raw.device), *tables, crcs,
                                      ROWS=TILE_BYTES // (4 * LANES))
     return crcs

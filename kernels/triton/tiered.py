@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kvwire.kernels.code_plan import CHUNK, PART_ROW, STRIP, CodePlan, ReadPlan
+from kvwire.kernels.triton.upload import upload
 from kvwire.tiered import STRIP_ELEMENTS, StripForm, element_format
 
 __all__ = ["BODY_SLOT", "TAIL_SLOT", "decode_chunks", "encode_chunks"]
@@ -267,14 +268,14 @@ def move_kernel(raw, chunks, strips, bodies, tails, lengths, places, out):
     strip = strips + number * _STRIP
     raw_offset = tl.load(strip)
     form = tl.load(lengths + number * 3)
-    body_bytes = tl.load(lengths + number * 3 + 1)
-    tail_bytes = tl.load(lengths + number * 3 + 2)
+    body_bytes = tl.load(lengths + number * 3 + 1).to(tl.int32)
+    tail_bytes = tl.load(lengths + number * 3 + 2).to(tl.int32)
     body_at = tl.load(places + number * 2)
     if body_at < 0:
         chunk = chunks + tl.load(strip + _STRIP_CHUNK) * _CHUNK
         target = tl.load(chunk + _OUT_OFFSET) + raw_offset - tl.load(chunk)
         move(raw + raw_offset, out + target,
-             tl.load(strip + _COUNT) * tl.load(strip + _ITEM_BYTES))
+             (tl.load(strip + _COUNT) * tl.load(strip + _ITEM_BYTES)).to(tl.int32))
     else:
         tail_at = tl.load(places + number * 2 + 1)
         if form == _TIERED:
@@ -345,8 +346,8 @@ def decode_kernel(coded, strips, numbers, blob, waiting, distances, raw, chunk_i
     if form == _CONSTANT:
         for byte in tl.static_range(ITEM_BYTES):
             tl.store(target + i * ITEM_BYTES + byte, tl.load(tail + byte + i * 0), mask=held)
-    elif form == _EXACT:
-        move(body, target, count * ITEM_BYTES)
+    elif form == _EXACT:  # of chunks that stay raw too: they have words in place of elements
+        move(body, target, count * tl.load(strip + _ITEM_BYTES).to(tl.int32))
     elif TIER_BITS != 0:
         BITS: tl.constexpr = 8 * ITEM_BYTES
         VERBATIM: tl.constexpr = BITS - EXPONENT_BITS
@@ -416,7 +417,7 @@ def encode_chunks(plan: CodePlan, raw, out):
     """
     import torch
     device, strip_count = raw.device, len(plan.strips)
-    chunks, parts, strips, blob = (torch.from_numpy(rows.copy()).to(device) for rows in (
+    chunks, parts, strips, blob = (upload(rows, device) for rows in (
         plan.chunks, plan.parts, plan.strips, plan.blob))
     bodies, tails, waiting = (torch.empty(strip_count * each, dtype=torch.uint8, device=device)
                               for each in (BODY_SLOT, TAIL_SLOT, TIERS_MAX * STRIP_ELEMENTS))
@@ -424,8 +425,8 @@ def encode_chunks(plan: CodePlan, raw, out):
     places = torch.empty((strip_count, 2), dtype=torch.int64, device=device)
     coded_bytes = torch.empty(len(chunks), dtype=torch.int64, device=device)
     for form, numbers in plan.strips_of.items():
-        encode_kernel[(len(numbers),)](raw, strips, torch.from_numpy(numbers).to(device), blob,
-                                       bodies, tails, waiting, lengths, **cut_of(form))
+        encode_kernel[(len(numbers),)](raw, strips, upload(numbers, device), blob, bodies, tails,
+                                       waiting, lengths, **cut_of(form))
     layout_kernel[(len(chunks),)](chunks, parts, blob, lengths, places, out, coded_bytes,
                                   BLOCK=LAYOUT_STRIPS)
     move_kernel[(strip_count,)](raw, chunks, strips, bodies, tails, lengths, places, out)
@@ -440,12 +441,12 @@ def decode_chunks(plan: ReadPlan, coded, raw, chunk_count: int):
     """
     import torch
     device, strip_count = coded.device, len(plan.strips)
-    strips, blob = (torch.from_numpy(rows.copy()).to(device) for rows in (plan.strips, plan.blob))
+    strips, blob = upload(plan.strips, device), upload(plan.blob, device)
     waiting = torch.empty(strip_count * TIERS_MAX * STRIP_ELEMENTS, dtype=torch.int16,
                           device=device)
     distances = torch.empty(strip_count * STRIP_ELEMENTS, dtype=torch.uint8, device=device)
     chunk_invalid = torch.zeros(chunk_count, dtype=torch.int32, device=device)
     for form, numbers in plan.strips_of.items():
-        decode_kernel[(len(numbers),)](coded, strips, torch.from_numpy(numbers).to(device), blob,
-                                       waiting, distances, raw, chunk_invalid, **cut_of(form))
+        decode_kernel[(len(numbers),)](coded, strips, upload(numbers, device), blob, waiting,
+                                       distances, raw, chunk_invalid, **cut_of(form))
     return chunk_invalid
