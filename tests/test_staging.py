@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import time
 
 import numpy as np
 import pytest
+from faults import eventually
 from standin_device import Event, StandInDevice
 
 import kvwire
@@ -32,14 +32,6 @@ def device():
     made = StandInDevice()
     yield made
     made.close()
-
-
-def eventually(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come about in 20 s")
 
 
 def hybrid(block_tokens=16, order="NHD", kernel=4):

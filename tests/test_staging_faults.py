@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faults import eventually
 from standin_device import Event
-from test_staging import Cache, device, eventually, gauss, hybrid, staging
+from test_staging import Cache, device, gauss, hybrid, staging
 
 import kvwire
 from kvwire.errors import (

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from faults import eventually
 from standin_device import Event
-from test_staging import TOKENS, Cache, device, eventually, hybrid, staging
+from test_staging import TOKENS, Cache, device, hybrid, staging
 
 import kvwire
 from kvwire import plan
