@@ -64,6 +64,15 @@ def test_policies_are_compared_at_a_bandwidth():
     assert "link" in rows["published"]["plan_bound_by"]
 
 
+def test_rebalancing_is_compared_with_none_on_the_same_requests():
+    traffic = prfaas_sim_cases.agentic(fit_case_study(), 400, 1)
+    rows = list(prfaas_sim_cases.rebalance(traffic, Link(10.0), steps=1))
+    assert [(row["pools"], row["rebalanced"]) for row in rows] == [
+        ("one a cluster", False), ("one a node", False), ("one a node", True)]
+    assert [row["copies"] > 0 for row in rows] == [False, False, True]
+    assert all(row["leaks"] == [] and row["same_rps"] == rows[0]["same_rps"] for row in rows)
+
+
 @needs_matplotlib
 def test_plots_are_png(tmp_path):
     code = prfaas_sim.main(["--requests", "150", "--parts", "policies,faults", "--plots",
