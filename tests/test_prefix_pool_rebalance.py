@@ -1,4 +1,4 @@
-"""What the rebalancer plans moves: real pools, kvwire transfers over loopback, every byte checked."""
+"""What the rebalancer plans moves: real pools, transfers over loopback, every byte checked."""
 
 import random
 

@@ -116,7 +116,7 @@ class ClusterCache:
 
 
 class ClusterIndex:
-    """The router's `PrefixIndex` over all pools: a node holds what the pool holds that it reaches."""
+    """The router's `PrefixIndex` over all pools: nodes hold what the pool holds that they reach."""
 
     def __init__(self, nodes: dict[str, list[str]], caches: dict[str, ClusterCache]):
         self._pools = [(nodes[name][number::len(cache.pools)], pool)
