@@ -101,6 +101,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     if options.requests is not None and options.requests < 100:
         parser.error("--requests must be at least 100")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
     return options
 
 

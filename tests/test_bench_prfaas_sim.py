@@ -96,7 +96,8 @@ def test_a_bad_trace_is_named_with_line_and_field(tmp_path, capsys):
     assert prfaas_sim.main(["--trace", str(tmp_path / "absent")]) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--parts", "nonsense"], ["--requests", "3"]])
+@pytest.mark.parametrize("arguments", [["--parts", "nonsense"], ["--requests", "3"],
+                                       ["--seed", "-1"]])
 def test_a_bad_call_is_refused(arguments):
     with pytest.raises(SystemExit) as caught:
         prfaas_sim.main(arguments)
