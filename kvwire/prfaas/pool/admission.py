@@ -34,10 +34,9 @@ class CostPerByte:
 
     Args:
         recompute_s: (cached tokens, total tokens) -> seconds of prefill for the difference.
-        s_per_gb_min: prefill seconds per GB. 0.25 (a disk of 4 GB/s reads what would be prefilled
-            in the same time) by measurement: at most 1 % of what files save is lost for any model
-            of bench.prefix_pool, and 13 to 15 % fewer bytes are written; 1 halves the writes of
-            models with states. 0: all.
+        s_per_gb_min: prefill seconds per GB. 0.25 (a disk of 4 GB/s reads in the same time) by
+            measurement: the most that costs no model of bench.prefix_pool 0.1 % of the seconds
+            saved, with 12 to 14 % fewer bytes written where there are states. 0: all.
     """
 
     def __init__(self, recompute_s: Callable[[int, int], float], *, s_per_gb_min: float = 0.25):
