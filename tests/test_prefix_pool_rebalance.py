@@ -29,7 +29,7 @@ class Node:
         self.store = new_store(observer=IndexObserver(index, name))
         self.sender = kvwire.Sender(listen="127.0.0.1:0")
         self.source = PrefixSource(self.store, self.sender, deadline_s=60)
-        self.receiver = kvwire.Receiver(None, connect_timeout_s=2.0)
+        self.receiver = kvwire.Receiver(None, connect_timeout_s=30.0)
 
     def close(self):
         self.source.close()

@@ -379,6 +379,8 @@ class SsdTier:
         """Find the runs that an earlier process left, and remove what is no whole run."""
         found = []
         for path in self._folder.rglob("*"):
+            if not path.is_file():
+                continue  # a folder, a pipe: none of ours, whatever it is called
             if path.suffix == ".tmp":
                 path.unlink(missing_ok=True)
             elif path.suffix == _SUFFIX:
