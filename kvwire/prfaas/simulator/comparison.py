@@ -51,7 +51,7 @@ def requests_of(described: Deployment, trace: Trace | None, *, count: int = 10_0
         count: of these, or how many of the trace at most.
         rate_rps: mean rate of arrival; None: as recorded, or 0.8 of what the plan sustains.
 
-    Raises: UsageError: too few or too many requests, no rate, or no end of them within `SPAN_S_MAX`.
+    Raises: UsageError: too few or too many requests, no rate, or no end within `SPAN_S_MAX`.
     """
     if rate_rps is not None and not 0 < rate_rps <= RATE_RPS_MAX:
         raise UsageError(f"the rate is {rate_rps:g} requests/s; it must be above 0, and at most "
