@@ -8,6 +8,8 @@
 - trace: what LRU and the cost-aware policy save on a trace of requests in the format of
          Mooncake's (JSON lines, `input_length` and `hash_ids` of 512 tokens), in memory and, by
          `SsdTier`'s accounts without its files, on SSD ("ssd trace").
+- admission: what rules for writing to SSD save, and how much they write, below memory of a tenth of
+         its size, on a generated trace of conversations.
 - ssd:   runs of a real geometry through `SsdTier`, against plain writes and reads of as many bytes
          in the same folder and round, through the page cache and past it (O_DIRECT, two pieces at
          once): the share is of the faster. Nothing is left of the page cache before reads.
@@ -33,12 +35,14 @@ import numpy as np
 
 import kvwire
 from bench.measure import machine, progress
+from kvwire.prfaas.pool.admission import AdmissionPolicy, CostPerByte
 from kvwire.prfaas.pool.blocks import BlockGeometry, Chain
 from kvwire.prfaas.pool.eviction import CostAware, EvictionPolicy, Lru
 from kvwire.prfaas.pool.host_tier import HostTier
 from kvwire.prfaas.pool.metadata import EmbeddedIndex
 from kvwire.prfaas.pool.pool import PrefixPool
 from kvwire.prfaas.pool.ssd_tier import SsdTier
+from kvwire.prfaas.simulator import generator
 
 POOL_BLOCKS = 1_000_000
 CHAIN_BLOCKS = 24        # 12K tokens in blocks of 512, the mean of Mooncake's trace
@@ -54,6 +58,10 @@ MODELS = {  # bytes per token, bytes of states
 }
 TRACE_CAPACITIES_GB = (100, 300, 1000)
 SSD_CAPACITIES_GB = (300, 1000, 3000)
+
+ADMISSION_REQUESTS = 6000
+ADMISSION_CAPACITIES_GB = 50, 500  # memory, SSD
+S_PER_GB_MINS = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 def prefill_s(cached: int, total: int) -> float:
@@ -175,8 +183,11 @@ def ssd_trace_rows(path: Path) -> Iterator[dict]:
 class _SsdAccounts(SsdTier):
     """An `SsdTier` whose files have sizes, and nothing else."""
 
+    saved_bytes = 0
+
     def _save(self, run, memory):
         blocks = len(run.hashes) + run.state * self.geometry.state_blocks
+        self.saved_bytes += blocks * self.geometry.block_bytes
         return blocks * self.geometry.block_bytes
 
     def _read_run(self, run, memory, start, stop):
@@ -216,6 +227,59 @@ def _prompts(path: Path) -> Iterator[tuple[list[bytes], int]]:
             raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
         if hashes:
             yield hashes, tokens
+
+
+# ---- admission
+
+def admission_rows(requests: int) -> Iterator[dict]:
+    """Yield what each rule has written, and what memory and files then save together."""
+    trace = generator.session_trace(generator.CONVERSATION, requests, 3.4, 1)
+    prompts = [hashes for hashes in map(trace.keys, range(len(trace))) if hashes]
+    rules: dict[str, AdmissionPolicy | None] = {"all": None, "second use": None, "none": None}
+    rules |= {f"{least:g} s/GB": CostPerByte(prefill_s, s_per_gb_min=least)
+              for least in S_PER_GB_MINS}
+    memory_gb, ssd_gb = ADMISSION_CAPACITIES_GB
+    for model, sizes in MODELS.items():
+        geometry = BlockGeometry.of_sizes(TRACE_TOKENS, *sizes)
+        for label, admission in rules.items():
+            pool = PrefixPool(geometry, int(memory_gb * 1e9) // geometry.block_bytes,
+                              policy=CostAware(prefill_s))
+            with tempfile.TemporaryDirectory() as folder:
+                tier = _SsdAccounts(folder, bytes(8), geometry,
+                                    0 if label == "none" else int(ssd_gb * 1e9),
+                                    policy=CostAware(prefill_s), admission=admission)
+                seconds = _replay_both(pool, tier, prompts, at_hits=label == "second use")
+                tier.close()
+            progress(f"admission: {model}, {label}")
+            yield {"case": "admission", "model": model, "memory_gb": memory_gb, "ssd_gb": ssd_gb,
+                   "rule": label, "written_gb": round(tier.saved_bytes / 1e9, 1),
+                   "prefill_s_saved": round(seconds, 1)}
+
+
+def _replay_both(pool: PrefixPool, tier: SsdTier, prompts: list[list[bytes]], at_hits: bool
+                 ) -> float:
+    """Return the prefill seconds saved. Prefixes are offered to the files when they are committed,
+    or `at_hits`, when they are found in memory."""
+    seconds, with_states = 0.0, bool(tier.geometry.state_blocks)
+
+    def write(hashes: list[bytes]) -> None:
+        tier.write(hashes, b"", (len(hashes),) if with_states else (), lambda *run: None)
+
+    for hashes in prompts:
+        on_ssd = tier.match(hashes, b"").usable_tokens
+        if on_ssd > pool.match(hashes).usable_tokens:
+            found = hashes[:on_ssd // TRACE_TOKENS]
+            tier.read(found, b"", 0, lambda *run: None)
+            pool.insert(found)
+        with pool.lease(hashes) as lease:
+            seconds += prefill_s(0, lease.tokens)
+            if at_hits and lease.tokens:
+                write(hashes[:lease.blocks])
+            checkpoints = pool.boundaries(hashes)
+            pool.insert(hashes, checkpoints=checkpoints or None)
+        for depth in () if at_hits else sorted({*checkpoints, len(hashes)}):
+            write(hashes[:depth])
+    return seconds
 
 
 # ---- SSD
@@ -364,22 +428,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--trace", metavar="FILE", type=Path)
     parser.add_argument("--folder", metavar="DIR", help="on the disk to measure")
-    parser.add_argument("--cases", default="pool,trace,ssd", metavar="CASE,...")
+    parser.add_argument("--cases", default="pool,trace,admission,ssd", metavar="CASE,...")
     parser.add_argument("--blocks", type=int, default=POOL_BLOCKS, help="of the full pool")
     parser.add_argument("--samples", type=int, default=2000, help="calls of each operation")
+    parser.add_argument("--requests", type=int, default=ADMISSION_REQUESTS,
+                        help="of the trace for admission (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="of SSD writes and reads")
     parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="before each "
                         "of them, where a disk lends a burst that the first would use up")
     parser.add_argument("--run-blocks", type=int, default=100, help="of 320 tokens, in a file")
     options = parser.parse_args(arguments)
     cases = options.cases.split(",")
-    if unknown := set(cases) - {"pool", "trace", "ssd"}:
+    if unknown := set(cases) - {"pool", "trace", "admission", "ssd"}:
         parser.error(f"--cases: {', '.join(sorted(unknown))} are not known")
     rows = []
     if "pool" in cases:
         rows += pool_rows(options.blocks, options.samples)
     if "trace" in cases and options.trace is not None:
         rows += [*trace_rows(options.trace), *ssd_trace_rows(options.trace)]
+    if "admission" in cases:
+        rows += admission_rows(options.requests)
     if "ssd" in cases:
         rows += ssd_rows(options.folder, options.rounds, options.run_blocks, options.pause)
     for row in rows:

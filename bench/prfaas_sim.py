@@ -4,8 +4,8 @@
     python -m bench.prfaas_sim --speed          # seconds and memory of large simulations
 
 The closed form checked, the times to first token of table 6, the four policies on a trace, kvwire's
-against the published one at several bandwidths, nodes that change their roles, and what happens
-when something breaks.
+against the published one at several bandwidths, nodes that change their roles, hot prefixes copied
+between nodes, and what happens when something breaks.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from kvwire.prfaas.throughput import Link
 
 __all__ = ["main", "table_6_ttft"]
 
-PARTS = ("closed-form", "table-6", "policies", "conversion", "faults", "beyond-cold",
+PARTS = ("closed-form", "table-6", "policies", "conversion", "faults", "rebalance", "beyond-cold",
          "beyond-agentic", "beyond-conversation")
 LINKS_GBPS = {"cold": (100, 25, 10, 7, 5), "agentic": (100, 25, 10), "conversation": (100, 10)}
+REBALANCE_GBPS = (100, 10)
 COUNT = 6000
 COLD_COUNT = 10_000  # long enough that a queue that grows is seen to
 CASE_COUNT = 20_000
@@ -100,6 +101,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     if options.requests is not None and options.requests < 100:
         parser.error("--requests must be at least 100")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
     return options
 
 
@@ -125,7 +128,7 @@ def simulated(options: argparse.Namespace) -> list[Row]:
     case, rows = fit_case_study(), []
     parts: dict[str, Callable[..., Iterable[Row]]] = {
         "closed-form": _closed_form, "table-6": _table_6, "policies": _policies,
-        "conversion": _conversion, "faults": _faults} | {
+        "conversion": _conversion, "faults": _faults, "rebalance": _rebalance} | {
             f"beyond-{name}": _beyond(name) for name in LINKS_GBPS}
     for part in options.parts:
         for row in parts[part](case, trace, options):
@@ -212,6 +215,14 @@ def _faults(case: CaseStudy, trace: Trace | None, options: argparse.Namespace) -
     for number, (name, (_, fault)) in enumerate(cases.FAULTS.items(), 1):
         _plot(options, f"fault-{number}", plots.plot_timeline, name, times[name],
               [(fault.begin_s, fault.end_s)])
+
+
+def _rebalance(case: CaseStudy, trace: Trace | None, options: argparse.Namespace
+               ) -> Iterator[Row]:
+    traffic = cases.agentic(case, options.requests or COUNT, options.seed)
+    for gbps in REBALANCE_GBPS:
+        progress(f"rebalance, {gbps} Gbit/s")
+        yield from cases.rebalance(traffic, Link(float(gbps)), steps=5)
 
 
 def _plot(options: argparse.Namespace, name: str, plot: Callable, *arguments: object) -> None:

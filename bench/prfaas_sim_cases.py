@@ -22,7 +22,7 @@ from kvwire.prfaas.simulator.traces import Trace
 from kvwire.prfaas.throughput import Deployment, Link, Plan, evaluate, solve
 
 __all__ = ["FAULTS", "Traffic", "agentic", "beyond", "closed_form", "cold", "conversation",
-           "conversion", "faults", "four_policies", "table_6"]
+           "conversion", "faults", "four_policies", "rebalance", "table_6"]
 
 TTFT_PAPER_S = {"PrfaaS-PD": (2.22, 3.51), "homogeneous PD": (4.44, 9.73),
                 "naive heterogeneous PD": (1.74, 3.51)}
@@ -138,19 +138,24 @@ class Traffic:
     ttft_p90_max_s: float
 
     def simulation(self, policy: Policy, link: Link | None, prefill_nodes: int, rate_rps: float,
-                   deployment: Deployment | None = None, **more: object) -> Simulation:
-        """Return a simulation of this traffic at a mean rate, not yet run."""
+                   deployment: Deployment | None = None, *, own_pools: bool = False,
+                   **more: object) -> Simulation:
+        """Return a simulation of this traffic at a mean rate, not yet run.
+
+        Args:
+            own_pools: each prefill node has its share of its cluster's pool to itself.
+        """
         given = deployment or replace(self.deployment, link=link)
         trace = self.trace.at_rate(rate_rps)
         if self.slow_share:
             trace = generator.with_slow_start(trace, self.slow_share, max(1.0, rate_rps))
             more = {"warm_up_share": self.slow_share + 0.05} | more
         if self.pool_bytes:
-            caches = [ClusterCache.of_bytes(given.local.profile, self.pool_bytes,
-                                            trace.block_tokens,
-                                            cost_aware=isinstance(policy, Kvwire))
-                      for _ in range(2)]
-            more |= {"remote_cache": caches[0], "local_cache": caches[1]}
+            nodes = {"remote_cache": given.prfaas.nodes, "local_cache": prefill_nodes}
+            more |= {name: ClusterCache.of_bytes(
+                given.local.profile, self.pool_bytes, trace.block_tokens,
+                cost_aware=isinstance(policy, Kvwire), pool_count=count if own_pools else 1)
+                for name, count in nodes.items()}
         return Simulation(trace, given, prefill_nodes, policy, **more)
 
     def run(self, *arguments: object, **more: object) -> Summary:
@@ -232,6 +237,33 @@ def beyond(traffic: Traffic, link: Link, steps: int) -> Iterator[Row]:
                "remote_share": _short(at_best.remote_share),
                "cached_share": _short(at_best.cached_share), "same_rps": _short(same_rps),
                "ttft_mean_s": _short(same.ttft_mean_s), "ttft_p90_s": _short(same.ttft_p90_s)}
+
+
+def rebalance(traffic: Traffic, link: Link, steps: int) -> Iterator[Row]:
+    """Yield what kvwire's policy bears with one pool a cluster, and with one on each prefill node,
+    without and with copies of hot prefixes from node to node; all at nine tenths of the plan too.
+    """
+    coded = Kvwire.wire_of(replace(traffic.deployment, link=link))
+    plan = solve(coded)
+    for pools, own_pools, copied in (("one a cluster", False, False),
+                                     ("one a node", True, False), ("one a node", True, True)):
+        def simulated(rate_rps: float) -> tuple[Simulation, Summary]:
+            simulation = traffic.simulation(Kvwire(coded, plan, rebalance=copied), link,
+                                            plan.prefill_nodes, rate_rps, own_pools=own_pools)
+            simulation.run()
+            return simulation, summarise(simulation)
+
+        rate, _ = bearable_rate(lambda rate_rps: simulated(rate_rps)[1],
+                                0.5 * plan.lambda_max_rps, 1.1 * plan.lambda_max_rps,
+                                traffic.ttft_p90_max_s, steps)
+        simulation, found = simulated(0.9 * plan.lambda_max_rps)
+        yield {"part": "rebalance", "traffic": traffic.name, "link_gbps": link.gbps,
+               "pools": pools, "rebalanced": copied, "ttft_p90_max_s": traffic.ttft_p90_max_s,
+               "bearable_rps": _short(rate), "same_rps": _short(0.9 * plan.lambda_max_rps),
+               "ttft_mean_s": _short(found.ttft_mean_s), "ttft_p90_s": _short(found.ttft_p90_s),
+               "cached_share": _short(found.cached_share), "copies": simulation.copies.count,
+               "copied_gb": _short(simulation.copies.sent_bytes / 1e9),
+               "leaks": simulation.leaks()}
 
 
 def four_policies(case: CaseStudy, traffic: Traffic, link: Link,

@@ -215,9 +215,11 @@ def _simulate(options: argparse.Namespace) -> int:
     from kvwire.prfaas import deployment
     from kvwire.prfaas.simulator import comparison, plots, traces
     for name in ("pool_gb", "conversion_s"):
-        if not 0 <= (getattr(options, name) or 0) < float("inf"):
+        if not 0 <= (getattr(options, name) or 0) <= 1e9:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
-                             "a number of at least 0")
+                             "a number from 0 to 1e9")
+    if options.seed < 0:
+        raise UsageError(f"--seed is {options.seed}; it must not be negative")
     described = deployment.load(options.file)
     trace = None if options.trace is None else traces.read_trace(options.trace)
     if options.plot is not None:

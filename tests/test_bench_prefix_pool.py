@@ -16,11 +16,15 @@ def test_rows_of_all_cases(tmp_path):
     out = tmp_path / "rows.json"
     assert prefix_pool.main(["--json", str(out), "--trace", str(trace), "--blocks", "2000",
                              "--samples", "5", "--rounds", "1", "--run-blocks", "2",
-                             "--folder", str(tmp_path)]) == 0
+                             "--requests", "60", "--folder", str(tmp_path)]) == 0
     rows = json.loads(out.read_text())["rows"]
     cases = [row["case"] for row in rows]
     assert cases.count("pool") == 17 and cases.count("trace") == 18 and cases.count("ssd") == 2
-    assert cases.count("ssd trace") == 18
+    assert cases.count("ssd trace") == 18 and cases.count("admission") == 24
+    written = {row["rule"]: row["written_gb"] for row in rows
+               if row["case"] == "admission" and row["model"] == "prfaas-1t"}
+    assert written["all"] >= written["0.25 s/GB"] >= written["2 s/GB"] and written["all"] > 0
+    assert written["none"] == 0
     saved = {row["policy"]: row["prefill_s_saved"] for row in rows if row["case"] == "trace"}
     assert saved["lru"] > 0 and all(row["us_per_block_median"] > 0 for row in rows
                                     if row["case"] == "pool")

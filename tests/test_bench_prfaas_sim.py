@@ -64,6 +64,15 @@ def test_policies_are_compared_at_a_bandwidth():
     assert "link" in rows["published"]["plan_bound_by"]
 
 
+def test_rebalancing_is_compared_with_none_on_the_same_requests():
+    traffic = prfaas_sim_cases.agentic(fit_case_study(), 400, 1)
+    rows = list(prfaas_sim_cases.rebalance(traffic, Link(10.0), steps=1))
+    assert [(row["pools"], row["rebalanced"]) for row in rows] == [
+        ("one a cluster", False), ("one a node", False), ("one a node", True)]
+    assert [row["copies"] > 0 for row in rows] == [False, False, True]
+    assert all(row["leaks"] == [] and row["same_rps"] == rows[0]["same_rps"] for row in rows)
+
+
 @needs_matplotlib
 def test_plots_are_png(tmp_path):
     code = prfaas_sim.main(["--requests", "150", "--parts", "policies,faults", "--plots",
@@ -87,7 +96,8 @@ def test_a_bad_trace_is_named_with_line_and_field(tmp_path, capsys):
     assert prfaas_sim.main(["--trace", str(tmp_path / "absent")]) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--parts", "nonsense"], ["--requests", "3"]])
+@pytest.mark.parametrize("arguments", [["--parts", "nonsense"], ["--requests", "3"],
+                                       ["--seed", "-1"]])
 def test_a_bad_call_is_refused(arguments):
     with pytest.raises(SystemExit) as caught:
         prfaas_sim.main(arguments)

@@ -86,7 +86,8 @@ def test_nothing_usable_is_no_offer(world):
 def test_an_offer_travels_as_json():
     offer = PrefixOffer("127.0.0.1:1", "ab", "", "cd", "ef", 3, 16)
     assert PrefixOffer.from_json(offer.to_json()) == offer
-    for text in ("{", "[]", "{}", offer.to_json().replace("3", '"3"')):
+    for text in ("{", "[]", "{}", offer.to_json().replace("3", '"3"'), "[" * 100_000,
+                 offer.to_json().replace("3", "1e400")):
         with pytest.raises(UsageError, match="prefix offer"):
             PrefixOffer.from_json(text)
 

@@ -272,6 +272,26 @@ def test_a_node_that_died_is_forgotten_and_what_it_said_does_not_come_back(serve
         index.close()
 
 
+def test_what_others_write_under_the_keys_breaks_no_request(server):
+    index, hashes = redis_index(server), names(range(5))
+    pool, publisher = published(index, "a/0")
+    with publisher:
+        pool.insert(hashes, TENANT)
+        until(publisher.synced, "the index to be told")
+        client, key = server.client(), next(index._keys(Chain(TENANT, hashes[0]), hashes[2:3]))
+        client.sadd("kvwire:nodes", b"\xff", "")
+        client.hset(key, mapping={b"\xff": b"\xff", "b/0": "never announced"})
+        assert same(index, {"a/0": pool}, hashes)
+        client.delete(key)
+        client.set(key, "no hash")
+        assert index.match(TENANT, hashes) == {}, "it falls back, without an error"
+        client.delete(key)
+        # It may have been said again meanwhile, since the index could not be told for a moment.
+        until(lambda: index.match(TENANT, hashes).get("a/0", NodeMatch(0, 0)).kv_blocks >= 2,
+              "the index to be asked again")
+    index.close()
+
+
 def test_a_server_that_hangs_costs_the_timeout_once(server):
     index, hashes = redis_index(server, timeout_s=0.3), names(range(5))
     index.match(TENANT, hashes)

@@ -186,6 +186,23 @@ def files_of(store):
     return sorted(store.ssd._folder.rglob("*.kvc"))
 
 
+def test_what_is_no_file_is_left_alone(tmp_path):
+    hashes = hashes_of(13, 5)
+    with new_store(tmp_path) as store:
+        put(store, hashes).release()
+        folder = store.ssd._folder
+    (folder / "folder.kvc").mkdir()
+    (folder / "folder.tmp").mkdir()
+    os.mkfifo(folder / "pipe.kvc")
+    (folder / "loop.kvc").symlink_to("loop.kvc")
+    with new_store(tmp_path) as store:
+        assert store.ssd.stats().runs == 1 and store.ssd.stats().damaged_files == 0
+        with store.lease(hashes, TENANT) as lease:
+            assert lease.blocks == 5
+            check_lease(store, hashes, lease)
+    assert len([path for path in folder.iterdir() if path.suffix in (".kvc", ".tmp")]) == 4
+
+
 @pytest.mark.parametrize("harm", ["flipped byte", "cut short", "gone", "exchanged"])
 def test_a_damaged_file_is_not_served_and_costs_only_itself(tmp_path, harm):
     hashes, others = hashes_of(8, 9), hashes_of(9, 9)

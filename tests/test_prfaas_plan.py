@@ -131,15 +131,20 @@ def test_a_preset_takes_other_dtypes(tmp_path):
     ("gbps = 100", 'gbps = "fast"', "link.gbps", "wanted is a number"),
     ("gbps = 100", "gbps = nan", "link.gbps", "wanted is a number"),
     ("gbps = 100", "gbps = true", "link.gbps", "wanted is a number"),
+    ("gbps = 100", "gbps = 1" + 400 * "0", "link.gbps", "wanted is a number up to 1e+15"),
+    ("gbps = 100", "gbps = 1e-320", "link.gbps", "wanted is a number up to"),
     ("gbps = 100", "gbps = 0", "link", "gbps is 0"),
     ("gbps = 100", "gpbs = 100", "link", "gbps is missing"),
     ("gbps = 100", "gbps = 100\nlanes = 4", "link.lanes", "not known here"),
     ("nodes = 4", "nodes = 4.5", "remote.nodes", "wanted is an integer"),
     ("nodes = 4", "nodes = 0", "remote", "nodes are 0"),
+    ("nodes = 4", "nodes = 10_001", "remote", "nodes are 10001; wanted are 1 to 10,000"),
+    ("nodes = 4", "nodes = 1" + 400 * "0", "remote.nodes", "wanted is an integer up to"),
     ('preset = "prfaas-1t"', 'preset = "gpt-9"', "model.preset", "'gpt-9'; wanted is one of"),
     ('preset = "prfaas-1t"', 'preset = "prfaas-1t"\nkv_dtype = "x"', "model", "'x'"),
     ('kind = "lognormal"', 'kind = "uniform"', "lengths.kind", "lognormal, trace"),
     ("sigma = 1.00", "sigma = -1", "lengths", "sigma is -1"),
+    ("sigma = 1.00", "sigma = 1_000", "lengths", "0 < sigma <= 20"),
     ("low = 128", "low = 1_000_000", "lengths", "low < high"),
     ("output_tokens = 1024", "output_tokens = 0", "the file", "output_tokens are 0"),
     ("output_tokens = 1024", "output_tokens = 1024\nspeed = 1", "speed", "not known here"),
@@ -152,6 +157,8 @@ def test_a_preset_takes_other_dtypes(tmp_path):
      "entry 1 is"),
     ("prefill_points = [[1024, 0.44], [8192, 0.72], [32768, 1.84], [131072, 7.40]]",
      "prefill_points = 3", "remote.prefill_points", "wanted is [[tokens, seconds]"),
+    ("prefill_points = [[1024, 0.44]", "prefill_points = [[1024, nan]", "remote.prefill_points",
+     "entry 1 is"),
     ("prefill_points = [[1024, 0.44]", "prefill_points = [[9024, 0.44]", "remote",
      "must rise"),
 ])
@@ -168,6 +175,13 @@ def test_complaints_name_line_and_field(capsys, tmp_path, old, new, field, words
     shown = path.read_text().splitlines()[int(line[1]) - 1]
     if field not in ("the file", "link"):
         assert field.split(".")[-1] in shown, (shown, err)
+
+
+@pytest.mark.parametrize("value", ["1" + 5000 * "0", 5000 * "["], ids=["digits", "nesting"])
+def test_what_the_parser_cannot_bear_is_no_toml(capsys, tmp_path, value):
+    path = changed(tmp_path, "output_tokens = 1024", f"output_tokens = {value}")
+    code, _, err = run(capsys, "plan", path)
+    assert code == 2 and err.startswith(f"kvwire: {path}:") and "is no TOML" in err
 
 
 def test_a_missing_table_is_named(capsys, tmp_path):
@@ -193,6 +207,8 @@ def test_files_that_cannot_be_read(capsys, tmp_path):
     ("{", "is no JSON"), ("[1]", "is list"), ("{}", "input_length: is None"),
     ('{"input_length": true}', "input_length: is True"),
     ('{"input_length": -4}', "input_length: is -4"),
+    ('{"input_length": 1' + 400 * "0" + "}", "input_length: is 1000"),
+    ('{"input_length": 1' + 5000 * "0" + "}", "is no JSON"),
     ('{"input_length": 4, "hash_ids": "x"}', "hash_ids: is x"),
     ('{"input_length": 4, "hash_ids": [[]]}', "hash_ids: is"),
 ])

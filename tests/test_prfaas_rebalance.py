@@ -54,7 +54,18 @@ def test_a_copy_is_made_when_its_absence_has_cost_as_much(index):
     assert (chosen.source, chosen.target) == ("local/0", "local/1")
     assert list(chosen.block_hashes) == HASHES and chosen.copy_s == pytest.approx(copy_s)
     assert (count - 1) * each_s < copy_s <= count * each_s == pytest.approx(chosen.lost_s)
+    copies.done(chosen)
     assert copies.note(0.0, REQUEST, decision) is None, "a copy is paid for from the beginning"
+
+
+def test_a_copy_on_its_way_is_not_asked_for_again(index):
+    copies, decision = rebalancer(index, gbps=1e6), routed(index)
+    found = copies.note(0.0, REQUEST, decision)
+    assert found and not any(copies.note(0.0, REQUEST, decision) for _ in range(100))
+    other = copies.note(0.0, REQUEST, decision._replace(node="local/2"))
+    assert other.target == "local/2", "another node's is another copy"
+    copies.done(found)
+    assert copies.note(0.0, REQUEST, decision) == found, "it failed: the next request asks again"
 
 
 def test_the_router_uses_what_was_copied(index):

@@ -277,7 +277,7 @@ def test_prefixes_are_found_again_held_and_given_back():
         found = summarise(simulation)
         assert 0.6 * share < found.cached_share <= share + 0.02
         for cache in caches:
-            stats = cache.pool.stats()
+            stats = cache.pools[0].stats()
             assert stats.holds == stats.reserved_blocks == stats.transfer_blocks == 0
             assert stats.kv_blocks > 0
 

@@ -64,7 +64,7 @@ def test_every_request_is_served_or_fails_in_time_and_nothing_is_held(policy, fa
         assert ended != (index in records.failed), "served and failed, or neither"
     assert set(records.failed.values()) <= {"deadline", "attempts"}
     for cache in (simulation.remote_cache, simulation.local_cache):
-        stats = cache.pool.stats()
+        stats = cache.pools[0].stats()
         assert stats.holds == stats.reserved_blocks == stats.transfer_blocks == 0
 
 

@@ -64,9 +64,14 @@ def test_conversions_are_told(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--requests", "99"], "99 requests; wanted are 100 at least"),
-    (["--requests", "-5"], "wanted are 100 at least"),
+    (["--requests", "99"], "99 requests are asked for; wanted are 100"),
+    (["--requests", "-5"], "-5 requests are asked for"),
+    (["--requests", "1000000000000"], "wanted are 100 to 10,000,000"),
     (["--rate", "0"], "rate is 0 requests/s"),
+    (["--rate", "1e300"], "at most 1e+06"),
+    (["--rate", "1e-9"], "at most 1e+07 s of both"),
+    (["--pool-gb", "1e300"], "--pool-gb is 1e+300"),
+    (["--seed", "-1"], "--seed is -1"),
     (["--rate", "nan"], "rate is nan"),
     (["--pool-gb", "-1"], "--pool-gb is -1"),
     (["--conversion-s", "inf"], "--conversion-s is inf"),
@@ -75,6 +80,21 @@ def test_conversions_are_told(capsys, tmp_path):
 def test_what_cannot_be_simulated_is_said(capsys, arguments, says):
     code, _, errors = run(capsys, EXAMPLE, *arguments)
     assert code in (1, 2) and says in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [("7.40]]", "1e14]]"), ("gbps = 100", "gbps = 1e-9")])
+def test_a_request_that_would_take_years_is_refused(capsys, tmp_path, change):
+    path = tmp_path / "slow.toml"
+    path.write_text(EXAMPLE.read_text("utf-8").replace(*change), "utf-8")
+    code, _, errors = run(capsys, path, "--requests", 200)
+    assert code == 2 and "one alone may take" in errors
+
+
+def test_a_negative_count_is_not_counted_from_the_end_of_a_trace(capsys, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    write_trace(generator.session_trace(generator.CONVERSATION, 200, 3.4, 4), path)
+    code, _, errors = run(capsys, EXAMPLE, "--trace", path, "--requests", -5)
+    assert code == 2 and "-5 requests are asked for" in errors
 
 
 def test_a_malformed_trace_names_line_and_field(capsys, tmp_path):

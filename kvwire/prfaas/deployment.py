@@ -21,6 +21,7 @@ from kvwire.presets import preset_names
 __all__ = ["load", "trace_lengths"]
 
 TRACE_BLOCK_TOKENS = 512
+TOKENS_MAX = 1 << 24  # a longer prompt is a mistake in the file
 
 
 def load(path: Path | str) -> Deployment:
@@ -153,9 +154,9 @@ def _trace_row(where: str, line: str, cached: bool) -> tuple[int, list[int]]:
     if not isinstance(row, dict):
         raise UsageError(f"{where}: is {type(row).__name__}; wanted is an object")
     tokens = row.get("input_length")
-    if type(tokens) is not int or tokens < 1:
-        raise UsageError(f"{where}: input_length: is {tokens!r}; wanted is an integer of at "
-                         "least 1")
+    if type(tokens) is not int or not 1 <= tokens <= TOKENS_MAX:
+        raise UsageError(f"{where}: input_length: is {str(tokens)[:40]}; wanted is an integer from "
+                         f"1 to {TOKENS_MAX}")
     hashes = row.get("hash_ids", []) if cached else []
     if not isinstance(hashes, list) or not all(type(value) is int for value in hashes):
         raise UsageError(f"{where}: hash_ids: is {str(hashes)[:40]}; wanted is a list of integers")

@@ -18,6 +18,8 @@ from kvwire.errors import UsageError
 
 __all__ = ["Empirical", "LengthDistribution", "TruncatedLognormal", "WithPrefixHits"]
 
+SIGMA_MAX = 20  # the mean of a wider one is no number any more
+
 
 @lru_cache(maxsize=16)
 def _quantile_middles(distribution: LengthDistribution,
@@ -65,7 +67,6 @@ class LengthDistribution(ABC):
             return 0.0
         return max(0.0, (self.mean() - above * self.mean_above(tokens)) / (1 - above))
 
-
     def grid(self, count: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Return lengths, rising, and their cached prefixes, that stand for equal shares of the
         requests: the middles of `count` quantiles, or what an implementation holds. Read-only."""
@@ -82,9 +83,9 @@ class TruncatedLognormal(LengthDistribution):
     high: float
 
     def __post_init__(self):
-        if not (self.sigma > 0 and 0 < self.low < self.high < math.inf):
+        if not (0 < self.sigma <= SIGMA_MAX and 0 < self.low < self.high < math.inf):
             raise UsageError(f"sigma is {self.sigma:g}, low {self.low:g}, high {self.high:g}; "
-                             "wanted are sigma > 0 and 0 < low < high")
+                             f"wanted are 0 < sigma <= {SIGMA_MAX} and 0 < low < high")
         if not (math.isfinite(self.mu) and self._mass > 1e-9):
             raise UsageError(f"mu is {self.mu:g}: next to nothing of it is between low "
                              f"{self.low:g} and high {self.high:g}")
@@ -166,7 +167,6 @@ class Empirical(LengthDistribution):
     def mean_below(self, tokens: float) -> float:
         return self._mean_below(self._sums, tokens)
 
-
     def quantile(self, share: float) -> float:
         index = math.ceil(share * len(self._sorted)) - 1
         return float(self._sorted[min(max(index, 0), len(self._sorted) - 1)])
@@ -220,7 +220,6 @@ class WithPrefixHits(LengthDistribution):
         left = 1 - self.cached_share
         return (hit * left * self.prompts.mean_above(tokens / left)
                 + cold * self.prompts.mean_above(tokens)) / (hit + cold)
-
 
     def quantile(self, share: float) -> float:
         low, high = 0.0, self.prompts.quantile(1.0)

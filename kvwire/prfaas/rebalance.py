@@ -42,6 +42,9 @@ class PrefixCopy(NamedTuple):
 class Rebalancer:
     """Says which prefixes to copy. Not locked: one thread calls it, behind the requests.
 
+    Every copy that it returns must end in `done`; until then no other of the same prefix to the
+    same node is asked for.
+
     Args:
         index: which node holds which prefix.
         block_tokens: of one of its blocks.
@@ -61,6 +64,7 @@ class Rebalancer:
         self._copy_gbps, self._half_life_s = copy_gbps, half_life_s
         self._entries_max = entries_max
         self._lost: OrderedDict[tuple[str, bytes], tuple[float, float]] = OrderedDict()
+        self._copying: set[tuple[str, bytes]] = set()
 
     def note(self, now_s: float, request: RouteRequest, decision: RouteDecision
              ) -> PrefixCopy | None:
@@ -79,6 +83,8 @@ class Rebalancer:
             return None
         profile, tokens = self._profiles[decision.target], request.tokens
         key = decision.node, request.block_hashes[blocks - 1]
+        if key in self._copying:
+            return None
         lost_s = self._so_far(now_s, key) + max(0.0, (
             profile.prefill_s(tokens - cached, cached)
             - profile.prefill_s(tokens - known, known)))
@@ -86,10 +92,15 @@ class Rebalancer:
         if lost_s >= copy_s:
             source = self._source(request, decision.node, blocks)
             if source:
+                self._copying.add(key)
                 return PrefixCopy(request.tenant_key, request.block_hashes[:blocks], source,
                                   decision.node, lost_s, copy_s)
         self._remember(now_s, key, lost_s)
         return None
+
+    def done(self, copy: PrefixCopy) -> None:
+        """The copy was made, or failed: the next one must pay for itself from the beginning."""
+        self._copying.discard((copy.target, copy.block_hashes[-1]))
 
     def _so_far(self, now_s: float, key: tuple[str, bytes]) -> float:
         lost_s, then_s = self._lost.pop(key, (0.0, now_s))

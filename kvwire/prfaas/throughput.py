@@ -25,6 +25,7 @@ __all__ = ["Deployment", "Link", "LocalCluster", "Plan", "PrefillCluster", "Stag
            "theta_decode", "theta_prefill", "theta_prfaas"]
 
 CANDIDATE_COUNT_MAX = 4096
+NODES_MAX = 10_000  # every split of them is looked at
 BALANCE = 0.01  # stages whose rates differ by less bind together
 
 
@@ -69,7 +70,8 @@ class PrefillCluster:
     profile: ModelProfile
 
     def __post_init__(self):
-        _check(self.nodes >= 1, f"nodes are {self.nodes}; at least 1 is needed")
+        _check(1 <= self.nodes <= NODES_MAX,
+               f"nodes are {self.nodes}; wanted are 1 to {NODES_MAX:,}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class LocalCluster:
     prefill_nodes: int | None = None
 
     def __post_init__(self):
-        _check(self.nodes >= 1, f"nodes are {self.nodes}; at least 1 is needed")
+        _check(1 <= self.nodes <= NODES_MAX,
+               f"nodes are {self.nodes}; wanted are 1 to {NODES_MAX:,}")
         _check(self.batch_max >= 1, f"batch_max is {self.batch_max}; it must be at least 1")
         _check(0 < self.decode_step_s < math.inf,
                f"decode_step_s is {self.decode_step_s:g}; it must be above 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ __all__ = ["Table", "read"]
 
 Made = TypeVar("Made")
 _REQUIRED = object()
+NUMBER_MAX = 1e15  # of anything that a deployment has, in any unit
 _HEADER = re.compile(r"\s*\[\[?\s*([^\]#]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
@@ -37,7 +37,9 @@ def read(path: Path) -> Table:
         values = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is no UTF-8: byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UsageError(f"{path}: is no TOML: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError is one, and a number of too many digits
         place = re.search(r"\(at line (\d+)", str(error))
         line = place[1] if place else len(text.splitlines())
         raise UsageError(f"{path}:{line}: is no TOML: {error}") from None
@@ -57,6 +59,12 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
             for end in range(1, len(parts) + 1):
                 found.setdefault(table + parts[:end], number)
     return found
+
+
+def _is_number(value: object) -> bool:
+    """Say whether it is 0 or of a size that can be reckoned with; NaN is not."""
+    return type(value) in (int, float) and (
+        value == 0 or 1 / NUMBER_MAX <= abs(value) <= NUMBER_MAX)
 
 
 def _parts(dotted: str) -> tuple[str, ...]:
@@ -110,17 +118,16 @@ class Table:
         value = self._get(key, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-                not math.isfinite(value)):
-            raise self.error(key, f"is {value!r}; wanted is a number")
+        if not _is_number(value):
+            raise self.error(key, f"is {value!r}; wanted is a number up to {NUMBER_MAX:g}")
         return float(value)
 
     def integer(self, key: str, default: object = _REQUIRED) -> int | None:
         value = self._get(key, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, f"is {value!r}; wanted is an integer")
+        if not isinstance(value, int) or not _is_number(value):
+            raise self.error(key, f"is {value!r}; wanted is an integer up to {NUMBER_MAX:g}")
         return value
 
     def text(self, key: str, default: object = _REQUIRED,
@@ -140,7 +147,7 @@ class Table:
         pairs = value if isinstance(value, list) else [None]
         for index, pair in enumerate(pairs):
             if not (isinstance(pair, list) and len(pair) == 2
-                    and all(type(part) in (int, float) for part in pair)):
+                    and all(map(_is_number, pair))):
                 where = f"entry {index + 1} is {pair!r}" if pair is not None else f"is {value!r}"
                 raise self.error(key, f"{where}; wanted is [[tokens, seconds], ...]")
         return tuple((float(tokens), float(seconds)) for tokens, seconds in pairs)

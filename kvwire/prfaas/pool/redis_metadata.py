@@ -150,7 +150,8 @@ class RedisIndex:
         now = time.monotonic()
         if now >= self._live_until_s:
             nodes = sorted(client.smembers(f"{self._prefix}:nodes"))
-            values = self._ask(client, [("GET", self._node_key(node.decode())) for node in nodes])
+            values = self._ask(client, [("GET", self._node_key(node.decode(errors="replace")))
+                                        for node in nodes])
             self._live = {node: value for node, value in zip(nodes, values) if value}
             self._live_until_s = now + self._refresh_s
         return self._live

@@ -58,7 +58,7 @@ class PrefixOffer:
         """Raises UsageError, naming the field that is wrong."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"a prefix offer is no JSON: {error}") from None
         if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
             raise UsageError(f"a prefix offer must be an object of {', '.join(_FIELDS)}")

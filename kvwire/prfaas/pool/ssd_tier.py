@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,9 +24,11 @@ from kvwire import files
 from kvwire.errors import ErrorCode, FormatError, KvwireError, UsageError
 from kvwire.file_reader import CacheFile, FileReader
 from kvwire.memory import CacheMemory
-from kvwire.prfaas.pool.blocks import BlockGeometry, Chain, Entry, Match
+from kvwire.prfaas.pool.admission import AdmissionPolicy
+from kvwire.prfaas.pool.blocks import BlockGeometry, Chain, Match
 from kvwire.prfaas.pool.eviction import EvictionPolicy, EvictionQueue, Lru
 from kvwire.prfaas.pool.hashes import HASH_BYTES
+from kvwire.prfaas.pool.ssd_run import SsdRun
 
 __all__ = ["SsdStats", "SsdTier"]
 
@@ -37,64 +39,6 @@ MemoryOf = Callable[[int, int, bool], CacheMemory]
 """(first block, block after the last, with the checkpoint at the end) -> where they lie."""
 
 
-@dataclass(eq=False)
-class _Run(Entry):
-    """A file. It follows the block `parent` of another run, or begins a prefix (b"").
-
-    `saves_from`: the depth of the nearest checkpoint before its own, when it was written.
-    """
-
-    path: Path
-    tenant_key: bytes
-    parent: bytes
-    start: int
-    hashes: tuple[bytes, ...]
-    state: bool
-    file_bytes: int
-    before: _Run | None = None
-    children: set[_Run] = field(default_factory=set)
-    saves_from: int = 0
-
-    def __post_init__(self):
-        super().__init__()
-
-    @property
-    def evictable(self) -> bool:
-        return not (self.references or self.children)
-
-    def worth(self, geometry: BlockGeometry) -> tuple[int, int, int] | None:
-        """A run goes with those before it that only it makes useful; see `Entry.worth`."""
-        if not geometry.state_blocks:
-            return self.start, self.stop, len(self.hashes)
-        if not self.state:
-            return None
-        blocks, at = len(self.hashes), self.before
-        while at is not None and not at.state and len(at.children) == 1:
-            blocks += len(at.hashes)
-            at = at.before
-        return self.saves_from, self.stop, blocks + geometry.state_blocks
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.hashes)
-
-    @property
-    def end_hash(self) -> bytes:
-        return self.hashes[-1] if self.hashes else self.parent
-
-    @property
-    def chain(self) -> Chain:
-        first = self
-        while first.before is not None:
-            first = first.before
-        return Chain(self.tenant_key, first.hashes[0])
-
-    def metadata(self) -> dict[str, object]:
-        return {"prefix.tenant_key": self.tenant_key, "prefix.parent": self.parent,
-                "prefix.start": self.start, "prefix.hashes": b"".join(self.hashes),
-                "prefix.state": self.state}
-
-
 @dataclass(frozen=True)
 class SsdStats:
     """What the tier holds and has done so far.
@@ -102,6 +46,7 @@ class SsdStats:
     Attributes:
         damaged_files: that were found broken or foreign, and removed.
         full: prefixes that were not written because nothing could be evicted for them.
+        refused: runs that were not worth a write.
     """
 
     runs: int
@@ -111,6 +56,7 @@ class SsdStats:
     evicted_runs: int
     damaged_files: int
     full: int
+    refused: int
 
 
 class SsdTier:
@@ -125,6 +71,7 @@ class SsdTier:
         codec: of the files: "raw", "lz4" or "tiered".
         on_gone: called with (chain, hashes of blocks, hash of a checkpoint or None) for each run
             that has gone, without any lock.
+        admission: which runs are written; None: all.
         policy: which run goes first, of those that none follows; `Lru` by default. After a restart
             the time of writing stands for the last use.
 
@@ -136,23 +83,23 @@ class SsdTier:
 
     def __init__(self, folder: str | os.PathLike, memory_spec_fingerprint: bytes,
                  geometry: BlockGeometry, capacity_bytes: int, *, codec: str = "raw",
-                 policy: EvictionPolicy | None = None,
+                 policy: EvictionPolicy | None = None, admission: AdmissionPolicy | None = None,
                  on_gone: Callable[[Chain, Sequence[bytes], bytes | None], object] | None = None):
         if capacity_bytes < 0:
             raise UsageError(f"capacity_bytes is {capacity_bytes}; it must not be negative")
         self.geometry, self.capacity_bytes = geometry, capacity_bytes
-        self._codec, self._on_gone = codec, on_gone
-        self._gone: list[_Run] = []
+        self._codec, self._admission, self._on_gone = codec, admission, on_gone
+        self._gone: list[SsdRun] = []
         self._folder = Path(folder) / f"{memory_spec_fingerprint.hex()}-{geometry.block_tokens}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._claim = _claimed(self._folder)
         self._lock, self._write_lock = threading.RLock(), threading.Lock()
-        self._blocks: dict[bytes, tuple[_Run, int]] = {}  # and the block's depth
-        self._states: dict[bytes, _Run] = {}
-        self._runs: set[_Run] = set()
+        self._blocks: dict[bytes, tuple[SsdRun, int]] = {}  # and the block's depth
+        self._states: dict[bytes, SsdRun] = {}
+        self._runs: set[SsdRun] = set()
         self._queue = EvictionQueue(policy if policy is not None else Lru(), geometry)
         self._file_bytes = 0
-        self._written = self._evicted = self._damaged = self._full = 0
+        self._written = self._evicted = self._damaged = self._full = self._refused = 0
         self._recover()
 
     def close(self) -> None:
@@ -197,7 +144,7 @@ class SsdTier:
                     self._unreference(run)
 
     def _parts(self, hashes: Sequence[bytes], tenant_key: bytes, start: int, state: bool
-               ) -> list[tuple[_Run, int, int, bool]]:
+               ) -> list[tuple[SsdRun, int, int, bool]]:
         """Return (run, first block, block after the last, with its checkpoint), in order."""
         stop = len(hashes)
         needed = state and self.geometry.state_blocks > 0
@@ -217,7 +164,7 @@ class SsdTier:
             parts.append((self._states[hashes[-1]], stop, stop, True))
         return parts
 
-    def _read_run(self, run: _Run, memory: CacheMemory, start: int, stop: int) -> None:
+    def _read_run(self, run: SsdRun, memory: CacheMemory, start: int, stop: int) -> None:
         try:
             with FileReader.open(run.path, direct=True) as reader:
                 self._check(run, reader.contents)
@@ -227,7 +174,7 @@ class SsdTier:
                 self._drop(run, damaged=True)
             raise
 
-    def _check(self, run: _Run, contents: CacheFile) -> None:
+    def _check(self, run: SsdRun, contents: CacheFile) -> None:
         for name, value in run.metadata().items():
             if contents.metadata.get(name) != value:
                 raise FormatError(f"{run.path}: {name} is not that of the run: another file took "
@@ -249,19 +196,21 @@ class SsdTier:
 
     def write(self, hashes: Sequence[bytes], tenant_key: bytes, checkpoints: Sequence[int],
               memory_of: MemoryOf) -> int:
-        """Write what the tier lacks of a prefix; what comes before it is here or written too.
+        """Write what the tier lacks of a prefix, as far as that is worth it; what comes before it
+        is here or written too.
 
         Args:
             checkpoints: depths in blocks at which `memory_of` can give states.
 
-        Returns: how many files were written; the rest was here, or there was no room.
+        Returns: how many files were written; the rest was here, was not worth it, or
+            there was no room.
         Raises: OSError: the disk failed or is full; what is not whole is not there.
         """
         written = 0
         with self._write_lock:  # so that no two runs hold the same block
             for start, stop, state in self._missing(hashes, tenant_key, checkpoints):
                 parent = hashes[start - 1] if start else b""
-                run = _Run(self._path(hashes[stop - 1], start, stop, state), tenant_key, parent,
+                run = SsdRun(self._path(hashes[stop - 1], start, stop, state), tenant_key, parent,
                            start, tuple(hashes[start:stop]), state, 0)
                 if not self._write_run(run, memory_of):
                     break
@@ -275,16 +224,36 @@ class SsdTier:
             held = self._deepest(hashes, tenant_key)
             wanted = sorted(depth for depth in checkpoints
                             if hashes[depth - 1] not in self._states)
-        pieces = [(depth, depth, True) for depth in wanted if depth <= held]
-        at = held
-        for end in sorted({*(depth for depth in wanted if depth > held), len(hashes)}):
-            while at < end:
-                stop = min(end, at + _RUN_BLOCKS_MAX)
-                pieces.append((at, stop, stop == end and end in wanted))
-                at = stop
+            pieces: list[tuple[int, int, bool]] = []
+            for end in sorted({*wanted, len(hashes)}):
+                state, start = end in wanted, min(held, end)
+                if not state and start == end:
+                    continue
+                if not self._admits(hashes, start, end, state, pieces):
+                    self._refused += 1  # its blocks may come with the next end
+                    continue
+                while end - start > _RUN_BLOCKS_MAX:
+                    pieces.append((start, start + _RUN_BLOCKS_MAX, False))
+                    start += _RUN_BLOCKS_MAX
+                pieces.append((start, end, state))
+                held = max(held, end)
         return pieces
 
-    def _write_run(self, run: _Run, memory_of: MemoryOf) -> bool:
+    def _admits(self, hashes: Sequence[bytes], start: int, stop: int, state: bool,
+                pieces: list[tuple[int, int, bool]]) -> bool:
+        """Say whether a run is worth it, behind the `pieces` of the prefix that are."""
+        if self._admission is None:
+            return True
+        saves_from, state_blocks = start, self.geometry.state_blocks
+        if state_blocks:
+            if not state:
+                return False  # without states its KV saves nothing
+            known = {end for _, end, with_state in pieces if with_state}
+            saves_from = next((depth for depth in range(stop - 1, 0, -1) if depth in known
+                               or hashes[depth - 1] in self._states), 0)
+        return self._admission.admits(saves_from, stop, stop - start + state_blocks, self.geometry)
+
+    def _write_run(self, run: SsdRun, memory_of: MemoryOf) -> bool:
         units = len(run.hashes) + (self.geometry.state_blocks if run.state else 0)
         with self._changing():
             before = self._blocks.get(run.parent)
@@ -309,13 +278,13 @@ class SsdTier:
             self._written += 1
             return self._adopt(run)
 
-    def _save(self, run: _Run, memory: CacheMemory) -> int:
+    def _save(self, run: SsdRun, memory: CacheMemory) -> int:
         """Return the bytes of the file."""
         run.path.parent.mkdir(exist_ok=True)
         files.save(run.path, memory, codec=self._codec, metadata=run.metadata())
         return run.path.stat().st_size
 
-    def _adopt(self, run: _Run) -> bool:
+    def _adopt(self, run: SsdRun) -> bool:
         """Make a file known; False, and it is removed, when what it follows has gone meanwhile."""
         if run.before is not None:
             if run.before not in self._runs:
@@ -341,7 +310,7 @@ class SsdTier:
 
     # ---- evict
 
-    def _checkpoint_before(self, run: _Run) -> int:
+    def _checkpoint_before(self, run: SsdRun) -> int:
         """Return the depth of the last checkpoint before a run's own, 0 for none."""
         depth, at = run.stop, run
         while at is not None:
@@ -352,7 +321,7 @@ class SsdTier:
             at = at.before
         return 0
 
-    def _use(self, run: _Run | None) -> None:
+    def _use(self, run: SsdRun | None) -> None:
         """Mark a run as used, and those before it after it, so that they go later."""
         last = run
         while run is not None:
@@ -361,7 +330,7 @@ class SsdTier:
         if last is not None:
             self._queue.offer(last)
 
-    def _unreference(self, run: _Run) -> None:
+    def _unreference(self, run: SsdRun) -> None:
         run.references -= 1
         if run in self._runs:
             self._queue.offer(run)
@@ -375,7 +344,7 @@ class SsdTier:
             self._evicted += 1
         return True
 
-    def _drop(self, run: _Run, damaged: bool = False) -> None:
+    def _drop(self, run: SsdRun, damaged: bool = False) -> None:
         """Forget a run and those that follow it, these first, and remove their files."""
         for child in list(run.children):
             self._drop(child)
@@ -410,6 +379,8 @@ class SsdTier:
         """Find the runs that an earlier process left, and remove what is no whole run."""
         found = []
         for path in self._folder.rglob("*"):
+            if not path.is_file():
+                continue  # a folder, a pipe: none of ours, whatever it is called
             if path.suffix == ".tmp":
                 path.unlink(missing_ok=True)
             elif path.suffix == _SUFFIX:
@@ -436,7 +407,7 @@ class SsdTier:
         self._make_room(0)
         self._gone.clear()  # nobody has been told of them
 
-    def _recovered(self, path: Path) -> _Run | None:
+    def _recovered(self, path: Path) -> SsdRun | None:
         try:
             contents = files.inspect(path)
         except (KvwireError, OSError):
@@ -447,7 +418,7 @@ class SsdTier:
                 len(names) % HASH_BYTES):
             return None
         hashes = tuple(names[at:at + HASH_BYTES] for at in range(0, len(names), HASH_BYTES))
-        run = _Run(path, said.get("prefix.tenant_key"), said.get("prefix.parent"), start, hashes,
+        run = SsdRun(path, said.get("prefix.tenant_key"), said.get("prefix.parent"), start, hashes,
                    bool(said.get("prefix.state")), contents.file_bytes)
         if not isinstance(run.tenant_key, bytes) or not isinstance(run.parent, bytes):
             return None
@@ -470,7 +441,7 @@ class SsdTier:
     def stats(self) -> SsdStats:
         with self._lock:
             return SsdStats(len(self._runs), self._file_bytes, self.capacity_bytes, self._written,
-                            self._evicted, self._damaged, self._full)
+                            self._evicted, self._damaged, self._full, self._refused)
 
 
 def _claimed(folder: Path) -> BinaryIO:

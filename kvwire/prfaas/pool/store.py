@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from kvwire.errors import KvwireError
 from kvwire.layout import CacheSpec
 from kvwire.memory import CacheMemory
+from kvwire.prfaas.pool.admission import AdmissionPolicy
 from kvwire.prfaas.pool.blocks import Chain, Match
 from kvwire.prfaas.pool.eviction import EvictionPolicy
 from kvwire.prfaas.pool.host_tier import HostTier
@@ -90,6 +91,7 @@ class PrefixStore:
         ssd_folder, ssd_bytes: where prefixes are kept beyond it, and how many bytes; None: not.
         policy, observer: see `PrefixPool`.
         ssd_policy: the same for the files; an object of its own.
+        ssd_admission: what is worth a file; None: all. See `CostPerByte`.
         codec: of the files.
 
     `close` ends the writing thread; what waits is still written.
@@ -98,6 +100,7 @@ class PrefixStore:
     def __init__(self, spec: CacheSpec, *, block_tokens: int, capacity_blocks: int,
                  ssd_folder: str | None = None, ssd_bytes: int = 0, codec: str = "raw",
                  policy: EvictionPolicy | None = None, ssd_policy: EvictionPolicy | None = None,
+                 ssd_admission: AdmissionPolicy | None = None,
                  observer: PoolObserver | None = None):
         self.tier = HostTier(spec, block_tokens, capacity_blocks)
         self.ssd: SsdTier | None = None
@@ -109,7 +112,8 @@ class PrefixStore:
         self._writer: threading.Thread | None = None
         if ssd_folder is not None:
             self.ssd = SsdTier(ssd_folder, spec.fingerprint(), self.tier.geometry, ssd_bytes,
-                               codec=codec, policy=ssd_policy, on_gone=self._gone_from_ssd)
+                               codec=codec, policy=ssd_policy, admission=ssd_admission,
+                               on_gone=self._gone_from_ssd)
             self._writer = threading.Thread(target=self._write_spills, daemon=True,
                                             name="kvwire prefix writer")
             self._writer.start()

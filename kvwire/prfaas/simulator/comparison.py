@@ -9,6 +9,7 @@ import numpy as np
 
 from kvwire.errors import UsageError
 from kvwire.prfaas.lengths import Empirical
+from kvwire.prfaas.profiles import GBPS
 from kvwire.prfaas.simulator import generator
 from kvwire.prfaas.simulator.caches import ClusterCache
 from kvwire.prfaas.simulator.policies import Kvwire, OneSided, Policy, Published
@@ -19,8 +20,10 @@ from kvwire.prfaas.throughput import Deployment, Plan, solve
 
 __all__ = ["Outcome", "compare", "requests_of", "text"]
 
-REQUESTS_MIN = 100
+REQUESTS_MIN, REQUESTS_MAX = 100, 10_000_000
+RATE_RPS_MAX = 1e6
 LOAD = 0.8
+SPAN_S_MAX = 1e7  # every second of it is looked at
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,17 @@ def requests_of(described: Deployment, trace: Trace | None, *, count: int = 10_0
         count: of these, or how many of the trace at most.
         rate_rps: mean rate of arrival; None: as recorded, or 0.8 of what the plan sustains.
 
-    Raises: UsageError: too few requests, or no rate.
+    Raises: UsageError: too few or too many requests, no rate, or no end within `SPAN_S_MAX`.
     """
-    if rate_rps is not None and not 0 < rate_rps < float("inf"):
-        raise UsageError(f"the rate is {rate_rps:g} requests/s; it must be above 0")
+    if rate_rps is not None and not 0 < rate_rps <= RATE_RPS_MAX:
+        raise UsageError(f"the rate is {rate_rps:g} requests/s; it must be above 0, and at most "
+                         f"{RATE_RPS_MAX:g}")
+    if not REQUESTS_MIN <= count <= REQUESTS_MAX:
+        raise UsageError(f"{count} requests are asked for; wanted are {REQUESTS_MIN} to "
+                         f"{REQUESTS_MAX:,}")
     if trace is None:
         rate_rps = rate_rps or LOAD * solve(described).lambda_max_rps
-        trace = generator.cold_trace(described.lengths, max(count, 1), rate_rps, seed,
+        trace = generator.cold_trace(described.lengths, count, rate_rps, seed,
                                      max(1, round(described.output_tokens)))
     else:
         trace = trace.head(count)
@@ -62,7 +69,22 @@ def requests_of(described: Deployment, trace: Trace | None, *, count: int = 10_0
         described = replace(described, output_tokens=float(trace.output_tokens.mean()))
     if len(trace) < REQUESTS_MIN:
         raise UsageError(f"there are {len(trace)} requests; wanted are {REQUESTS_MIN} at least")
+    alone_s = _longest_alone_s(described, trace)
+    if not trace.duration_s + alone_s <= SPAN_S_MAX:
+        raise UsageError(f"the requests come within {trace.duration_s:g} s, and one alone may take "
+                         f"{alone_s:g} s; at most {SPAN_S_MAX:g} s of both are simulated")
     return described, trace
+
+
+def _longest_alone_s(described: Deployment, trace: Trace) -> float:
+    """Return how long one request may take where it waits for no other."""
+    tokens, local = float(trace.input_tokens.max()), described.local
+    alone_s = local.profile.prefill_s(tokens)
+    if described.prfaas is not None:
+        remote, link = described.prfaas.profile, described.link
+        alone_s = max(alone_s, remote.prefill_s(tokens) + link.rtt_s
+                      + remote.wire_bytes(tokens) * GBPS / link.goodput_gbps)
+    return alone_s + float(trace.output_tokens.max()) * local.decode_step_s
 
 
 def compare(described: Deployment, trace: Trace, *, pool_bytes: float = 0.0,

@@ -88,6 +88,8 @@ class _Broken:
                 sending = request.stage in (Stage.PREFILL, Stage.TRANSFER)
                 if sending and request.choice.remote and request.transfer is not None:
                     request.transfer.link.cancel(request.transfer)  # its source is gone
+            simulation.copies.remote_up = False
+            simulation.copies.drop(lambda source, target: source.remote or target.remote)
         elif fault.kind is FaultKind.DECODE:
             self.lost = simulation.decode.stop(fault.node)
         else:
@@ -108,6 +110,7 @@ class _Broken:
         elif fault.kind is FaultKind.LINK:
             if fault.speed == 0 and not self.over:
                 self._route_again(self._at_remote(), link_up=False)
+                simulation.copies.drop(lambda source, target: source.remote != target.remote)
         elif fault.kind is FaultKind.DECODE:
             for request in self.lost:
                 self._resume(request)
@@ -152,7 +155,7 @@ class _Broken:
         elif fault.kind is FaultKind.REMOTE:
             for node in range(simulation.remote.node_count):
                 simulation.remote.start(node)
-            simulation.remote_up = True
+            simulation.remote_up = simulation.copies.remote_up = True
         elif fault.kind is FaultKind.DECODE:
             simulation.decode.start(fault.node)
         else:

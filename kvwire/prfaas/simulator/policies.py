@@ -26,8 +26,10 @@ from kvwire.prfaas.conversion import (
     ConversionSettings, LengthWindow, Planner, Revision, StageSignals,
 )
 from kvwire.prfaas.profiles import GBPS, ModelProfile
+from kvwire.prfaas.rebalance import Rebalancer
 from kvwire.prfaas.router import RouteDecision, Router, RouteRequest, Rule, Target
 from kvwire.prfaas.simulator.caches import ClusterIndex
+from kvwire.prfaas.simulator.copies import Place
 from kvwire.prfaas.simulator.nodes import PrefillNodes, Request
 from kvwire.prfaas.throughput import Deployment, Plan, Wire
 from kvwire.prfaas.view import NodeView
@@ -52,7 +54,8 @@ class Choice(NamedTuple):
     Attributes:
         node: of that cluster; None: the first that is free.
         codec: of its transfer.
-        fetch_tokens: a prefix of this length is brought from the other cluster first.
+        fetch_tokens: a prefix of this length is brought from the other cluster first; fetch_node:
+            from this node of it.
         prefill_s: expected.
         decision: the router's, for who steers by it.
     """
@@ -61,6 +64,7 @@ class Choice(NamedTuple):
     node: int | None = None
     codec: CodecOption = RAW
     fetch_tokens: int = 0
+    fetch_node: int = 0
     prefill_s: float = 0.0
     decision: RouteDecision | None = None
 
@@ -158,14 +162,15 @@ class _Routed:
             None if nodes is None else (nodes, self._nodes(nodes))
             for nodes in (simulation.remote, simulation.local)]
         views_of = {nodes.name: views for nodes, views in filter(None, clusters)}
-        self._numbers = {view.name: number for views in views_of.values()
-                         for number, view in enumerate(views)}
+        self._places = {view.name: Place(remote, number)
+                        for remote, cluster in ((True, self._remote), (False, self._local))
+                        if cluster is not None for number, view in enumerate(cluster[1])}
         caches = {"prfaas": simulation.remote_cache, "pd": simulation.local_cache}
-        index = ClusterIndex(
+        self._index = ClusterIndex(
             {name: [view.name for view in views] for name, views in views_of.items()},
             {name: cache for name, cache in caches.items()
              if cache is not None and name in views_of})
-        self._router = Router(index, simulation.trace.block_tokens,
+        self._router = Router(self._index, simulation.trace.block_tokens,
                               simulation.deployment.prfaas.profile,
                               simulation.deployment.local.profile, rule=self._rule,
                               options=tuple(self._options.values()), sooner_s=self._sooner_s)
@@ -182,13 +187,15 @@ class _Routed:
         view = self._view(remote, local)
         if not local and not (remote and view.remote_up):
             return None
-        decision = self._router.route(RouteRequest(request.tokens, request.hashes), view)
-        self._noted(decision)
+        asked = RouteRequest(request.tokens, request.hashes)
+        decision = self._router.route(asked, view)
+        self._noted(asked, decision)
         is_remote = decision.target is Target.REMOTE
         codec = self._options[decision.codec] if is_remote else self._least
-        return Choice(is_remote, self._numbers[decision.node], codec,
-                      decision.cached_tokens if decision.fetch_tokens else 0,
-                      decision.prefill_s, decision)
+        fetch_tokens = decision.cached_tokens if decision.fetch_tokens else 0
+        fetch_node = self._places[decision.fetch_from].node if fetch_tokens else 0
+        return Choice(is_remote, self._places[decision.node].node, codec, fetch_tokens,
+                      fetch_node, decision.prefill_s, decision)
 
     def _goodput_gbps(self) -> tuple[float, float]:
         """Return what the link carried since the last call, and how long ago that was."""
@@ -247,7 +254,7 @@ class Published(_Routed):
         view.remote_up = simulation.remote_up and simulation.link_up
         return view
 
-    def _noted(self, decision: RouteDecision) -> None:
+    def _noted(self, request: RouteRequest, decision: RouteDecision) -> None:
         pass
 
     def arrived(self, request: Request, ok: bool) -> None:
@@ -284,12 +291,14 @@ class Kvwire(_Routed):
         sooner_s: see `Router`.
         revise_s: how often the planner looks at the lengths that were seen.
         conversion: when it changes a node's role, if the simulation lets it.
+        rebalance: copy hot prefixes between the pools of nodes.
     """
 
     def __init__(self, deployment: Deployment, plan: Plan, *, rule: Rule = Rule.PRICED,
                  options: Sequence[CodecOption] = EXACT_OPTIONS,
                  settings: ControllerSettings = SETTINGS, sooner_s: float = SOONER_S,
-                 revise_s: float = 600.0, conversion: ConversionSettings = ConversionSettings()):
+                 revise_s: float = 600.0, conversion: ConversionSettings = ConversionSettings(),
+                 rebalance: bool = False):
         super().__init__("kvwire", rule, options, sooner_s)
         self.interval_s = settings.period_s
         self._controller = Controller(deployment, plan, settings)
@@ -298,6 +307,7 @@ class Kvwire(_Routed):
         self._revised_s = 0.0
         self._worked = 0.0, 0.0
         self._converting: Revision | None = None
+        self._rebalance, self._rebalancer = rebalance, None
 
     def attach(self, simulation: Simulation) -> None:
         """See `Policy`."""
@@ -306,6 +316,12 @@ class Kvwire(_Routed):
         split = replace(self._deployment, local=replace(self._deployment.local,
                                                         prefill_nodes=fixed))
         self._planner = Planner(split, self._plan, self._conversion, window=LengthWindow(1024))
+        if self._rebalance:
+            deployment = simulation.deployment
+            profiles = {Target.REMOTE: deployment.prfaas.profile,
+                        Target.LOCAL: deployment.local.profile}
+            self._rebalancer = Rebalancer(self._index, simulation.trace.block_tokens, profiles,
+                                          simulation.network_gbps)
 
     @staticmethod
     def wire_of(deployment: Deployment, codec: CodecOption = TIERED) -> Deployment:
@@ -318,9 +334,16 @@ class Kvwire(_Routed):
         gone = not (simulation.remote_up and simulation.link_up)  # known before the next tick
         return view._replace(remote_up=False) if gone else view
 
-    def _noted(self, decision: RouteDecision) -> None:
-        self._controller.note(self._simulation.queue.now_s, decision)
+    def _noted(self, request: RouteRequest, decision: RouteDecision) -> None:
+        simulation, now_s = self._simulation, self._simulation.queue.now_s
+        self._controller.note(now_s, decision)
         self._planner.note(decision.uncached_tokens, decision.tokens - decision.uncached_tokens)
+        if self._rebalancer is not None:
+            copy = self._rebalancer.note(now_s, request, decision)
+            if copy is not None:
+                simulation.copies.start(copy.block_hashes, self._places[copy.source],
+                                        self._places[copy.target],
+                                        lambda: self._rebalancer.done(copy))
 
     def arrived(self, request: Request, ok: bool) -> None:
         """See `Policy`."""

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 from kvwire.errors import UsageError
 from kvwire.prfaas.simulator.caches import ClusterCache
+from kvwire.prfaas.simulator.copies import PrefixCopies
 from kvwire.prfaas.simulator.events import EventQueue
 from kvwire.prfaas.simulator.links import FluidLink, Transfer, pieces_of
 from kvwire.prfaas.simulator.nodes import DecodeNodes, PrefillNodes, Request, Stage
 from kvwire.prfaas.simulator.policies import Choice, Policy
 from kvwire.prfaas.simulator.traces import Trace
-from kvwire.prfaas.throughput import Deployment
+from kvwire.prfaas.throughput import Deployment, Link
 
 __all__ = ["Mark", "Records", "Simulation"]
 
@@ -75,10 +76,12 @@ class Simulation:
         detect_s: how long a dead cluster or a silent link goes unnoticed.
         conversion_s: how long a drained local node takes to change its role; None: none does.
         lane_count, lane_gbps_max: of one transfer, see `FluidLink`.
+        network_gbps: of all copies of prefixes within a cluster.
         warm_up_share: of the requests; the others' arrivals are the window of `marks`.
 
     Attributes:
         remote, local: `PrefillNodes`, None where there are none.
+        copies: of prefixes between pools.
         remote_up, link_up: what the router knows; late by `detect_s`.
         marks: what was done by the window's first arrival, and by its last.
         prefill_nodes: local ones now; a node that changes its role counts as what it was.
@@ -90,7 +93,7 @@ class Simulation:
                  local_cache: ClusterCache | None = None, deadline_s: float = math.inf,
                  detect_s: float = 2.0, warm_up_share: float = 0.2,
                  conversion_s: float | None = None, lane_count: int = 8,
-                 lane_gbps_max: float = math.inf):
+                 lane_gbps_max: float = math.inf, network_gbps: float = 100.0):
         self.trace = trace
         self.deployment = deployment
         self.policy = policy
@@ -118,6 +121,12 @@ class Simulation:
             lanes = lane_count, lane_gbps_max
             self.link = FluidLink(self.queue, deployment.link, *lanes)
             self.back_link = FluidLink(self.queue, deployment.link, *lanes)
+        self.network_gbps = network_gbps
+        self.copies = PrefixCopies(
+            self.profile, {True: remote_cache, False: local_cache},
+            {(True, False): self.link, (False, True): self.back_link,
+             (True, True): FluidLink(self.queue, Link(network_gbps)),
+             (False, False): FluidLink(self.queue, Link(network_gbps))})
         self.decode = DecodeNodes(self.queue, local.nodes if changing else decode_nodes,
                                   local.batch_max, local.decode_step_s, self._decode_started,
                                   self._decode_ended, decode_nodes)
@@ -205,8 +214,8 @@ class Simulation:
         source, target = self._caches(choice.remote)
         request.stage = Stage.DISPATCH
         hashes = request.hashes[:-(-choice.fetch_tokens // self.trace.block_tokens)]
-        request.hold(source.hold(hashes))
-        room = target.hold(hashes)
+        request.hold(source.hold(hashes, choice.fetch_node))
+        room = target.hold(hashes, choice.node)
         request.hold(room)
         request.transfer = Transfer(link, request, self._fetched)
         held = min(choice.fetch_tokens, room.kv_tokens)
@@ -231,11 +240,12 @@ class Simulation:
         cached = held = 0
         if cache is not None:
             tail = request.tokens % self.trace.block_tokens if remote else 0
-            hold = cache.hold(request.hashes, tail)
+            hold = cache.hold(request.hashes, request.node, tail)
             request.hold(hold)
             cached = min(hold.usable_tokens, request.tokens - 1)
             if remote:
-                room = self.local_cache.hold(request.hashes)
+                home = self.local_cache.home(request.hashes)
+                room = self.local_cache.hold(request.hashes, home)
                 request.hold(room, later=True)
                 held = min(room.kv_tokens, request.tokens)
             self.records.cached_tokens[request.index] = cached
@@ -424,7 +434,8 @@ class Simulation:
         """Return in words what is still held after a run; nothing may be."""
         held = {"requests": len(self.live), "parked requests": len(self.parked),
                 "decode slots": self.decode.active_count,
-                "requests that wait for a slot": self.decode.waiting_count}
+                "requests that wait for a slot": self.decode.waiting_count,
+                "copies of prefixes": len(self.copies)}
         for nodes in (self.local, self.remote):
             if nodes is not None:
                 held[f"{nodes.name} queue"] = nodes.queued_count
