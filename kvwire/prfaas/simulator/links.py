@@ -100,11 +100,6 @@ class FluidLink:
         self.advance()
         return max(0.0, self._ends_sum - self._active * self._level)
 
-    @property
-    def capacity_bytes_per_s(self) -> float:
-        """What the link carries now."""
-        return self._capacity * self.speed
-
     def send(self, transfer: Transfer, count: float, last: bool = False) -> None:
         """Hand over `count` bytes; once the `last` ones are across, `arrived` is called."""
         if transfer.cancelled:

@@ -42,7 +42,6 @@ __all__ = ["Choice", "Kvwire", "OneSided", "Policy", "Published"]
 NEAR_FULL = 0.9
 STEP = 1.05
 SURGE_S = 5.0
-CALM_TICKS = 10
 # A prompt long enough to be offloaded waits rather for the link than for a slower local node.
 SETTINGS = ControllerSettings(backlog_max_s=10.0)
 SOONER_S = 1.0
