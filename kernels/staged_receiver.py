@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -184,6 +185,8 @@ class StagedReceiver:
         try:
             self._enqueue(batch)
         except BaseException as error:
+            with contextlib.suppress(Exception):  # a part of it may have been enqueued
+                self._device.record(self._stream).wait()
             self._not_written(target)
             for each in batch.landed:
                 each.release()

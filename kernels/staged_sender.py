@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import os
 import threading
@@ -117,7 +118,7 @@ def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Itera
     for item in (item for item in items if not tensor(item).has_tokens):
         count = tensor(item).row_bytes
         check_fits(f"layer {item.layer}, tensor {tensor(item).name}", count, slice_bytes)
-        if count > left:
+        if count > left or len(portion) == ITEM_COUNT_MAX:
             yield portion
             portion, left = [], slice_bytes
         portion.append(item)
@@ -313,11 +314,13 @@ class StagedSender:
             self._device.wait_for(self._compute, slice_.ready)
             slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
         except BaseException as error:
+            with contextlib.suppress(Exception):  # a part of it may have been enqueued
+                self._device.record(self._compute).wait()
             self._not_read(slice_)
+            self._fail(source, typed(error))  # first: the last slice to be handed says the end
             self._done_with(slice_)
             if isinstance(error, InternalError) or not isinstance(error, KvwireError):
                 raise
-            self._fail(source, error)
             return False
         return True
 

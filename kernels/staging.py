@@ -43,6 +43,9 @@ class Staging:
     device: object | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("ring_bytes", "slice_bytes"):
+            if type(getattr(self, name)) is not int:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be an integer")
         if not 0 < self.sm_share <= 1:
             raise UsageError(f"sm_share is {self.sm_share}; it must be above 0 and up to 1")
         if self.slice_bytes < 1 << 16 or self.slice_bytes % 4096:
@@ -93,8 +96,8 @@ class Arena:
             end += array.nbytes + -array.nbytes % ALIGNMENT
         if self._held is None or end > self._held.bytes:
             count = 1 << max(end - 1, 1 << 16).bit_length()
-            self._held = DeviceBytes(self._device, count)
-            self._host = self._device.pinned(count)
+            held, host = DeviceBytes(self._device, count), self._device.pinned(count)
+            self._held, self._host = held, host  # both or none
         for at, array in zip(offsets, arrays):
             self._host[at:at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(
                 np.uint8)

@@ -191,7 +191,8 @@ class TransferStats:
 
     Attributes:
         overlap_ratio: how much of it hid behind prefill: of the bytes verified by now (in the end:
-            all), the share that was verified when the last push was made, 0 to 1.
+            all), the share that was verified when the last push was made, 0 to 1; of a cache on a
+            GPU, when its last slice was handed to the wire.
         goodput_gbps: chunk payload sent, in 10^9 bits a second from the first push to the end, or
             to now.
         effective_gbps: cache bytes verified, likewise.

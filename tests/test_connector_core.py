@@ -281,6 +281,49 @@ def test_what_fails_is_told_and_memory_is_given_back(sides, who):
     assert error.code == ErrorCode.DEADLINE_EXCEEDED and "lease_s" in str(error)
 
 
+def test_a_hand_off_that_fails_while_it_is_looked_at_has_failed(sides):
+    here, there = Memory(1), Memory(2)
+    prefill, decode = sides(here, False), sides(there, True)
+    routes, sent = push_routes(decode), here.blocks(3)
+    prefill.begin("p", routes[0], (0, TOKENS), SAID)
+    prefill.extend("p", paged(sent, 0, 2))
+    prefill.computed("p", 8)
+    decode.begin("d", routes[1], (0, TOKENS), there.blocks(4), SAID)
+    ticket = decode._open["d"].ticket
+    assert eventually(lambda: ticket.progress().verified_bytes)
+    look = ticket.progress
+
+    def and_then_it_fails():
+        found = look()
+        if "p" in prefill:
+            prefill.drop("p")
+            assert eventually(ticket.done)
+        return found
+
+    ticket.progress = and_then_it_fails
+    ended = decode.poll() + decode.poll()
+    assert [outcome.request_id for outcome in ended] == ["d"]
+    assert isinstance(ended[0].error, kvwire.KvwireError)
+
+
+@pytest.mark.parametrize("how", ["push", "pull"])
+@pytest.mark.parametrize("state_blocks", [[], [999]])
+def test_states_that_cannot_be_read_are_not_delivered(sides, how, state_blocks):
+    here, there = Memory(1), Memory(2)
+    prefill, decode = sides(here, False), sides(there, True)
+    routes = push_routes(decode) if how == "push" else pull_routes(prefill)
+    sent = here.blocks(3)
+    prefill.begin("p", routes[0], (0, TOKENS), SAID)
+    prefill.extend("p", paged(sent))
+    prefill.computed("p", 8)
+    decode.begin("d", routes[1], (0, TOKENS), there.blocks(4), SAID)
+    transfer = prefill._open["p"].streams[0].transfer
+    assert eventually(lambda: transfer.progress().granted)
+    prefill.finish("p", [*sent[:STATE_TABLE], state_blocks])
+    errors = outcomes(prefill, decode)
+    assert isinstance(errors[0], kvwire.UsageError) and errors[1] is not None
+
+
 def test_a_peer_with_another_model_is_refused_by_field(sides):
     here, there = Memory(1), Memory(2)
     there.pool.spec = CacheSpec("core", (

@@ -13,12 +13,15 @@ from standin_device import Event
 from test_staging import Cache, device, gauss, hybrid, staging
 
 import kvwire
+from kvwire.control import Item
 from kvwire.errors import (
-    ErrorCode, FormatError, InternalError, TransferCancelled, UnsupportedError, UsageError,
+    ErrorCode, FormatError, InternalError, LimitError, TransferCancelled, UnsupportedError,
+    UsageError,
 )
-from kvwire.kernels import code_plan, staged_receiver
+from kvwire.kernels import code_plan, staged_receiver, staged_sender
 from kvwire.kernels.code_plan import Payload, ReadPlan
-from kvwire.layout import CacheSpec, DType, attention
+from kvwire.layout import CacheSpec, DType, attention, recurrent
+from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import CodeTable, Part, encode_tiered
 
 __all__ = ["device"]
@@ -111,6 +114,97 @@ def test_a_bad_block_id_on_the_device_fails_its_own_transfer_only(device, monkey
         assert not staged._broken
         eventually(lambda: all_is_back(staged))
     assert targets[1].content(spec, [0]) == sources[1].content(spec, [0])
+
+
+def test_pages_are_not_written_after_a_launch_that_was_half_enqueued(device, monkeypatch):
+    spec = small_spec()
+    source, target = Cache(spec, None, 1), Cache(spec, device, 2, writable=True)
+    for array in source.arrays.values():
+        array[...] = 0x1234
+    with kvwire.Receiver(staging=staging(device)) as receiver, \
+            kvwire.Sender(receiver.address, codec="raw") as sender:
+        staged, _ = receiver._staged_for("cuda:0")
+        behind, true, refused = Event(), device.record, []
+        device.wait_for(staged._stream, behind)
+
+        def record(stream):
+            if stream is staged._stream and not refused:
+                refused.append(threading.Timer(0.3, behind.reached.set))
+                refused[0].start()
+                raise LimitError("no room for an event", code=ErrorCode.RESOURCES_EXHAUSTED)
+            return true(stream)
+        monkeypatch.setattr(device, "record", record)
+        ticket = receiver.expect(target.memory)
+        sender.send(ticket.id, source.memory)
+        with pytest.raises(LimitError, match="no room for an event"):
+            ticket.result(30)
+        ticket.cancel()
+        with device.access():  # the engine has its pages back
+            for array in target.arrays.values():
+                array[...] = 0x7777
+        refused[0].join()
+        true(staged._stream).wait()
+        with device.access():
+            assert all((array == 0x7777).all() for array in target.arrays.values())
+
+
+def test_no_page_locked_memory_fails_its_transfer_only(device, monkeypatch):
+    spec, true, refused = small_spec(), device.pinned, []
+
+    def pinned(count):
+        if not refused:
+            refused.append(count)
+            raise LimitError("no page-locked memory", code=ErrorCode.RESOURCES_EXHAUSTED)
+        return true(count)
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec="raw", staging=staging(device)) as sender:
+        sender._staged_for("cuda:0")
+        monkeypatch.setattr(device, "pinned", pinned)
+        for fails in (True, False, False):
+            source, target = Cache(spec, device, 1), Cache(spec, None, 2, writable=True)
+            ticket = receiver.expect(target.memory)
+            transfer = sender.send(ticket.id, source.memory)
+            if fails:
+                with pytest.raises(LimitError, match="no page-locked memory"):
+                    transfer.result(30)
+                continue
+            transfer.result(30)
+            assert source.content(spec, [0]) == target.content(spec, [0])
+
+
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+def test_a_last_slice_that_fails_is_no_end(device, monkeypatch, codec):
+    """Both sides hear of the slice, not of bytes that did not come."""
+    spec, true = small_spec(), staged_sender.CopyPlan.of_items
+    source, target = Cache(spec, device, 1), Cache(spec, None, 2, writable=True)
+
+    def of_items(*arguments):
+        made = true(*arguments)
+        made.block_ids[0] = 1 << 20
+        return made
+    monkeypatch.setattr(staged_sender.CopyPlan, "of_items", of_items)
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec=codec,
+                          staging=staging(device, slice_bytes=1 << 20)) as sender:
+        ticket = receiver.expect(target.memory)
+        transfer = sender.open(ticket.id, source.memory)
+        staged, order = transfer._staged, []
+        handed, fail = staged._handed, staged._fail
+        monkeypatch.setattr(staged, "_handed", lambda *a: (order.append("handed"), handed(*a)))
+        monkeypatch.setattr(staged, "_fail", lambda *a: (order.append("failed"), fail(*a)))
+        transfer.push_all().finish()
+        with pytest.raises(UsageError, match="block"):
+            transfer.result(30)
+        with pytest.raises(TransferCancelled):
+            ticket.result(30)
+    assert order[0] == "failed"
+
+
+def test_slices_keep_to_what_a_segment_may_hold():
+    spec = CacheSpec("m", (recurrent([0], heads=1, key_dim=1, value_dim=2),))
+    items = [Item(0, 0, 0)] * (ITEM_COUNT_MAX + 4)
+    assert [len(part) for part in staged_sender.slices_of(spec, items, 1 << 20)] == [
+        ITEM_COUNT_MAX, 4]
 
 
 def test_a_ticket_id_that_is_open_stays_with_its_first_ticket(device):

@@ -92,12 +92,10 @@ class DecodeSide:
         """Return what has ended since the last call; it is forgotten then."""
         ended, now = [], self._now()
         for request_id, made in list(self._open.items()):
-            if made.error is None:
-                self._look_at(made, now)
+            if made.error is None and not self._has_ended(made, now):
+                continue
             if made.error is not None:
                 self._cancel(made)
-            elif not made.ticket.done():
-                continue
             del self._open[request_id]
             if made.ticket is not None:
                 self.totals.add(made.ticket.progress())
@@ -131,11 +129,12 @@ class DecodeSide:
                 offer_part(route.offer, here[0]), source_rank=rank, destination_rank=here)
                 for rank in ranks]
 
-    def _look_at(self, made: _Incoming, now: float) -> None:
+    def _has_ended(self, made: _Incoming, now: float) -> bool:
+        """One look at the ticket decides: it may fail at any time."""
         for asked in made.asked:
             if asked.done() and isinstance(asked.exception(), KvwireError):
                 made.error = asked.exception()
-                return
+                return True
         progress = made.ticket.progress()
         if progress.verified_bytes > made.verified_bytes:
             made.verified_bytes, made.progressed = progress.verified_bytes, now
@@ -145,6 +144,7 @@ class DecodeSide:
             made.error = TransferTimeout(
                 f"nothing came for {self._lease_s} s (lease_s): did the prefill side get the "
                 "request?")
+        return progress.ended or made.error is not None
 
     @staticmethod
     def _difference(made: _Incoming) -> KvwireError | None:

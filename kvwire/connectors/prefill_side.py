@@ -268,6 +268,8 @@ class PrefillSide:
     def _advance(self, made: _Outgoing) -> None:
         """Hand over to kvwire what is ready and has not been."""
         made.unpushed_bytes = 0
+        if made.error is not None:  # its states may be nothing: an end must not be said
+            return
         try:
             for stream in made.streams:
                 if not stream.ended and stream.due <= self._now():
