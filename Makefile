@@ -34,7 +34,7 @@ VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_TESTS ?= vllm and not long
 
 test-vllm: build $(VLLM_VENV)/packages.stamp
-	PYTHONPATH=. $(VLLM_VENV)/bin/pytest -q -rs --durations=10 -o cache_dir=.build/vllm-cache \
+	$(VLLM_VENV)/bin/pytest -q -rs --durations=10 -o cache_dir=.build/vllm-cache \
 	    -m "$(VLLM_TESTS) and not gpu" \
 	    $(sort $(wildcard tests/test_vllm*.py))
 
@@ -44,8 +44,10 @@ $(VLLM_VENV)/packages.stamp: tests/requirements-vllm.txt
 	    Python 3.11 or later for vLLM,python3)
 	rm -rf $(VLLM_VENV)
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM_TORCH) -r $<
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM_TORCH) -r $< \
+	    "setuptools>=77" wheel pybind11
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 # e.g. make bench BENCH="--quick --cases blocks-4k"

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,12 @@ class Pages:
 class Drain:
     """Stands for a native transfer whose wire is infinitely fast."""
 
-    def __init__(self, codec: Codec):
-        self.codec, self.pushed, self.payload_bytes, self.over = codec, 0, 0, False
+    def __init__(self, codec: Codec, tokens: tuple[int, int]):
+        self.codec, self.tokens = codec, tokens
+        self.number, self.pushed, self.payload_bytes, self.over = 0, 0, 0, False
 
-    def terms(self, timeout_s):
-        return CHUNK_BYTES, 1 | 1 << self.codec
+    def terms(self):
+        return CHUNK_BYTES, 1 | 1 << self.codec, *self.tokens
 
     def progress(self):
         return 0, 0, 0, True, self.over, None
@@ -97,6 +99,9 @@ class Drain:
 
     def cancel(self):
         self.over = True
+
+    def wake(self, number):
+        """Nobody awaits it."""
 
 
 def best(work) -> float:
@@ -123,8 +128,8 @@ def to_host(device, staging, source: Pages, codec: Codec) -> tuple[float, float]
     sender = StagedSender(staging, device, _native.CodeBook())
 
     def once() -> Drain:
-        drain = Drain(codec)
-        staged = sender.add(drain, source.memory, source.spec)
+        drain = Drain(codec, source.memory.tokens)
+        staged = sender.add(drain, source.memory, source.spec, weakref.WeakMethod(drain.wake))
         push = sender.push(staged, source.memory.items(0), device.engine_event(), 0)
         with sender.changed:
             sender.changed.wait_for(lambda: push.to_hand == 0, WAIT_S)
