@@ -321,7 +321,7 @@ def test_a_gpu_that_kernels_cannot_run_on_stops_the_engine_at_start():
     place = torch.zeros(8, 2, BLOCK, 16, dtype=torch.bfloat16)
     tensors = {"model.layers.0.mixer": torch.zeros(8, 1, 1, 1312, dtype=torch.int8),
                "model.layers.1.attn": place}
-    with pytest.raises(kvwire.UnsupportedError, match="on cuda:0, but the back end is"):
+    with pytest.raises(kvwire.UnsupportedError, match="on cuda:0, and the back end is 'cpu'"):
         made.register_kv_caches({name: DeviceTensors(device).of(each)
                                  for name, each in tensors.items()})
     device.close()
