@@ -38,7 +38,7 @@ def digests(memory):
 def tell_digests(say):
     """Have both sides digest what they hand off, before and after."""
     from kvwire.connectors import decode_side, prefill_side
-    finish, look_at = prefill_side.PrefillSide.finish, decode_side.DecodeSide._look_at
+    finish, has_ended = prefill_side.PrefillSide.finish, decode_side.DecodeSide._has_ended
 
     def finish_and_tell(self, request_id, block_ids):
         finish(self, request_id, block_ids)
@@ -46,14 +46,15 @@ def tell_digests(say):
         memory = self._pool.source(made.tokens, made.block_ids, made.states)
         say({"id": request_id, "side": "prefill", "digests": digests(memory)})
 
-    def look_at_and_tell(self, made, now):
-        look_at(self, made, now)
-        if made.error is None and made.ticket.done():
+    def look_and_tell(self, made, now):
+        ended = has_ended(self, made, now)
+        if ended and made.error is None:
             request_id = next(key for key, value in self._open.items() if value is made)
             say({"id": request_id, "side": "decode", "digests": digests(made.ticket.memory)})
+        return ended
 
     prefill_side.PrefillSide.finish = finish_and_tell
-    decode_side.DecodeSide._look_at = look_at_and_tell
+    decode_side.DecodeSide._has_ended = look_and_tell
 
 
 def make_engine(settings):
