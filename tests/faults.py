@@ -68,6 +68,10 @@ class Proxy:
     def __exit__(self, *exc):
         on_loop(self._close())
 
+    @property
+    def lanes(self):
+        return list(self._writers)
+
     def cut(self, lane, near_end_only=False):
         """Reset one lane now; `near_end_only`: what it has swallowed still reaches the target."""
         on_loop(self._cut(lane, 1 if near_end_only else 2))
