@@ -256,7 +256,7 @@ RECEIVER = """
     print(receiver.address, flush=True)
     ticket.result()
     print(int(target.sum()), flush=True)
-    time.sleep(1)  # an exit resets lanes with unread bytes, and its last words may be lost with them
+    time.sleep(1)  # an exit resets lanes with unread bytes; its last words may be lost with them
 """
 SENDER = """
     sender = kvwire.Sender(sys.argv[1], lease_s=2)
