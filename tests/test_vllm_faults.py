@@ -50,8 +50,16 @@ def unsplit(pair, tokens, seed, count=NEW_TOKENS):
 
 def all_is_given_back(engine):
     """Nothing is left of any request; block 0 is vLLM's own."""
-    return eventually(lambda: (status := engine.status())["requests"] == 0
-                      and status["free_blocks"] == status["blocks"] - 1, 4 * LEASE_S)
+    seen = {}
+
+    def is_empty():
+        seen.update(engine.status())
+        return seen["requests"] == 0 and seen["free_blocks"] == seen["blocks"] - 1
+
+    try:
+        return eventually(is_empty, 4 * LEASE_S)
+    except AssertionError:
+        raise AssertionError(f"not given back in {4 * LEASE_S} s: {seen}") from None
 
 
 def handed_off(pair):

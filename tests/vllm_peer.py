@@ -143,7 +143,8 @@ class Peer:
                 else:
                     self.add(command["add"], command["prompt"], command["max_tokens"],
                              command.get("params"))
-                continue
+                if "status" not in command:  # who asks again and again holds nothing up
+                    continue
             outputs = self.engine.step()
             for output in outputs:
                 if output.finished:
