@@ -91,12 +91,7 @@ class Endpoint:
                 staged = list(self._staged.values())
             for thread, _ in staged:
                 thread.close()
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            try:
-                loop.call_soon_threadsafe(self._leave_loop)
-            except RuntimeError:  # closed meanwhile: nobody waits there any more
-                pass
+        self._on_loop(self._leave_loop)
 
     def prepare(self, device: str) -> None:
         """Take now what caches on a device need, e.g. "cuda:0", not with the first of them.
@@ -247,10 +242,14 @@ class Endpoint:
 
     def _wake_soon(self, number: int) -> None:
         """For threads that know more of a transfer than its native handle says."""
+        self._on_loop(self._wake, [number])
+
+    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have the event loop that waits here call it, if there is one; from any thread."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
             try:
-                loop.call_soon_threadsafe(self._wake, [number])
+                loop.call_soon_threadsafe(function, *arguments)
             except RuntimeError:  # closed meanwhile: nobody waits there any more
                 pass
 

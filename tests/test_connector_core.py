@@ -148,17 +148,22 @@ def test_tensor_parallelism_may_differ(sides, how, ranks):
     prefills = [sides(part, False) for part in sources]
     decodes = [sides(part, True) for part in targets]
     routes = push_routes(decodes, ranks) if how == "push" else pull_routes(prefills, ranks)
-    for prefill in prefills:
-        prefill.begin("p", routes[0], (0, TOKENS), SAID)
-        prefill.extend("p", paged(sent))
-        prefill.finish("p", sent)
-    for decode in decodes:
-        decode.begin("d", routes[1], (0, TOKENS), sent, SAID)
-    assert outcomes(*prefills, *decodes) == [None] * sum(ranks)
+    hand_off(prefills, decodes, routes, sent)
     for rank, target in enumerate(targets):
         wanted = Memory(7, rank, ranks[1])
         write_part(whole, wanted, sent)
         assert wanted.content(sent) == target.content(sent)
+
+
+def hand_off(prefills, decodes, routes, block_ids):
+    """Bring one request from all ranks to all ranks, whole; it lies in the same blocks on each."""
+    for prefill in prefills:
+        prefill.begin("p", routes[0], (0, TOKENS), SAID)
+        prefill.extend("p", paged(block_ids))
+        prefill.finish("p", block_ids)
+    for decode in decodes:
+        decode.begin("d", routes[1], (0, TOKENS), block_ids, SAID)
+    assert outcomes(*prefills, *decodes) == [None] * (len(prefills) + len(decodes))
 
 
 def write_part(whole, part, block_ids):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from standin_device import Event, StandInDevice
 from test_connector_core import (
-    BLOCKS, SAID, STATE_TABLE, TOKENS, WHOLE, Memory, outcomes, paged, pull_routes, push_routes,
+    BLOCKS, SAID, STATE_TABLE, TOKENS, WHOLE, Memory, hand_off, outcomes, paged, pull_routes,
+    push_routes,
 )
 
 torch = pytest.importorskip("torch")
@@ -171,13 +172,7 @@ def test_tensor_parallelism_may_differ_on_devices(sides, device, how, ranks):
     prefills = [sides(part, False) for part in sources]
     decodes = [sides(part, True) for part in targets]
     routes = routes_of(how, prefills, decodes, ranks)
-    for prefill in prefills:
-        prefill.begin("p", routes[0], (0, TOKENS), SAID)
-        prefill.extend("p", paged(sent))
-        prefill.finish("p", sent)
-    for decode in decodes:
-        decode.begin("d", routes[1], (0, TOKENS), sent, SAID)
-    assert outcomes(*prefills, *decodes) == [None] * sum(ranks)
+    hand_off(prefills, decodes, routes, sent)
     for source in sources:
         for target in targets:
             carry = max(source, target, key=lambda memory: memory.pool.count).pool.spec

@@ -139,7 +139,8 @@ class PrefillSide:
 
         Of some: they may wait for further ones, to go together.
         """
-        made, stop = self._open[request_id], min(stop, self._open[request_id].tokens[1])
+        made = self._open[request_id]
+        stop = min(stop, made.tokens[1])
         for layer in self._pool.layers if layers is None else layers:
             if stop > made.ready.get(layer, stop):  # another layer's cache may serve this one
                 made.unpushed_bytes += (stop - made.ready[layer]) * self._token_bytes[layer]
@@ -239,7 +240,7 @@ class PrefillSide:
             made.error = TransferTimeout(
                 f"the hand-off made no progress for {self._lease_s} s (lease_s): did the decode "
                 "side get the request?")
-        elif made.error is None and not made.suspended:
+        elif not made.suspended:
             self._advance(made)
 
     def _ended(self, made: _Outgoing, stream: _Stream, now: float) -> None:
@@ -273,16 +274,12 @@ class PrefillSide:
         try:
             for stream in made.streams:
                 if not stream.ended and stream.due <= self._now():
-                    if stream.transfer is None and self._may_open(made):
+                    if stream.transfer is None and any(made.block_ids):
                         self._open_stream(made, stream)
                     if stream.transfer is not None and not stream.transfer.done():
                         self._push(made, stream)
         except KvwireError as error:
-            made.error = made.error or error
-
-    @staticmethod
-    def _may_open(made: _Outgoing) -> bool:
-        return made.error is None and any(made.block_ids)
+            made.error = error
 
     def _open_stream(self, made: _Outgoing, stream: _Stream) -> None:
         if not made.states:
