@@ -1,0 +1,303 @@
+// FORMAT.md section 9.1, writing: a block codes a chunk strip by strip, sixteen elements a thread.
+// Each source byte is read once; the next strip is on its way while one is coded.
+#pragma once
+
+#if defined(__NVCC__)
+#include <cuda_pipeline.h>
+#endif
+
+#include "copy.cuh"
+#include "crc.cuh"
+#include "elements.cuh"
+
+namespace kvwire {
+
+constexpr int PART_HEADER_BYTES = 16;
+constexpr int FORM_SHIFT = 14;
+
+// Rows of kernels/code_plan.py.
+struct ChunkRow {
+    int64_t raw_offset, raw_bytes, out_offset, first_part, part_count;
+};
+struct PartRow {
+    int64_t raw_bytes, table_index, position, first_strip, strip_count, inside_at, inside_bytes,
+        code_at, dtype, tier_bits, bases_at, period;
+};
+
+struct EncodeMemory {  // shared
+    alignas(16) uint8_t raw[2][STRIP_BYTES_MAX];
+    alignas(16) uint8_t waiting[STRIP_ELEMENTS];  // distances of what goes on to the next tier
+    uint32_t spread[TIERS_MAX][256];  // digits of a distance, bit p in byte p
+    CrcMemory crc;
+    int scan[WARPS];
+};
+
+// As move_range<true>; what is begun, end_fetch() awaits.
+KVWIRE_DEVICE void begin_fetch(DeviceCta& cta, const Segment& segment, int64_t offset, int count,
+                               uint8_t* buffer) {
+    for (int at = 0; at < count;) {
+        int64_t run = 0;
+        uint8_t* const place = segment.find(offset + at, &run);
+        const int here = run < count - at ? int(run) : count - at;
+        if (place && (uint64_t(uintptr_t(place)) | uint64_t(at) | uint64_t(here)) % 16 == 0)
+            cta.spread(here / 16, [&](int i) {
+                __pipeline_memcpy_async(buffer + at + 16 * i, place + 16 * i, 16);
+            });
+        else if (place)
+            copy_bytes(cta, buffer + at, place, here);
+        else
+            cta.spread(here, [&](int i) { buffer[at + i] = 0; });
+        at += here;
+    }
+    __pipeline_commit();
+}
+KVWIRE_DEVICE void end_fetch(DeviceCta& cta) {
+    __pipeline_wait_prior(0);
+    cta.sync();
+}
+
+// The digits of all distances, tier by tier, from the code of a table. Needs a sync().
+KVWIRE_DEVICE void spread_digits(DeviceCta& cta, const uint8_t* code, int64_t tier_bits,
+                                 EncodeMemory& memory) {
+    cta.spread(256, [&](int distance) {
+        uint32_t digits = code[distance];
+        for (int tier = 0; tier < TIERS_MAX; ++tier) {
+            const int bits = tier_width(tier_bits, tier);
+            memory.spread[tier][distance] =
+                (digits & ((1u << bits) - 1)) * 0x00204081 & 0x01010101;
+            digits >>= bits;
+        }
+    });
+}
+
+struct Coded {
+    int form, body_bytes, tail_bytes;
+};
+
+// Codes distances, of which a thread has sixteen: planes of the first tier to `planes`, all else to
+// `tail`. Returns the tail's bytes; -1: both together have `bytes_max` or more. Ends with a sync().
+KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&distances)[4],
+                              int count, int bytes_max, uint8_t* planes, uint8_t* tail,
+                              EncodeMemory& memory) {
+    int left = count, taken = 0, first_bytes = 0;
+    for (int tier = 0; tier < TIERS_MAX && tier_width(tier_bits, tier) > 0; ++tier) {
+        const int bits = tier_width(tier_bits, tier), each = plane_bytes(left);
+        if (taken + bits * each >= bytes_max) return -1;
+        taken += bits * each;
+        const int here = own_part(left);
+        uint32_t going = 0;
+        if (here > 0) {
+            if (tier > 0) load_words(memory.waiting + EACH * threadIdx.x, EACH, distances);
+            uint32_t halves[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                halves[i / 8] += memory.spread[tier][distances[i / 4] >> 8 * (i % 4) & 255]
+                                 << i % 8;
+            going = (1u << here) - 1;
+            halves[0] &= every_byte(going & 255);
+            halves[1] &= every_byte(going >> 8);
+#pragma unroll
+            for (int bit = 0; bit < DIGIT_BITS_MAX; ++bit) {
+                if (bit >= bits) break;
+                const uint32_t plane =
+                    __byte_perm(halves[0], halves[1], bit | (bit + 4) << 4) & 0xFFFF;
+                store_bits(planes + bit * each + 2 * threadIdx.x, here, plane);
+                going &= plane;
+            }
+        }
+        if (tier == 0) first_bytes = taken;
+        planes = tail + (taken - first_bytes);
+        int rank = cta.scan(__popc(going), &left);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)  // all have read what waited before
+            if (going >> i & 1)
+                memory.waiting[rank++] = uint8_t(distances[i / 4] >> 8 * (i % 4));
+        cta.sync();
+    }
+    if (taken + left >= bytes_max) return -1;
+    cta.spread(left, [&](int i) { planes[i] = memory.waiting[i]; });
+    return taken - first_bytes + left;
+}
+
+// Codes the `count` elements in `raw`, body to `body` and tail to `tail`, but nothing that would
+// take `room` bytes or more. Begins with nobody working on `memory`, includes sync()s.
+template <int WIDTH>
+KVWIRE_DEVICE Coded encode_strip(DeviceCta& cta, int rest_bits, int64_t tier_bits,
+                                 const uint8_t* bases, const uint8_t* raw, int count, uint8_t* body,
+                                 uint8_t* tail, int64_t room, EncodeMemory& memory) {
+    const int here = own_part(count), bytes = count * WIDTH, from = EACH * int(threadIdx.x);
+    uint32_t words[4 * WIDTH];
+    load_words(raw + from * WIDTH, here * WIDTH, words);
+    bool differs = false;
+    if (here == EACH) {
+        const uint32_t first = WIDTH == 1   ? every_byte(raw[0])
+                               : WIDTH == 2 ? (raw[0] | raw[1] << 8) * 0x00010001u
+                                            : *reinterpret_cast<const uint32_t*>(raw);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < 4 * WIDTH; ++i) bits |= words[i] ^ first;
+        differs = bits != 0;
+    } else {
+        for (int i = 0; i < here * WIDTH; ++i)
+            differs |= raw[from * WIDTH + i] != raw[i % WIDTH];
+    }
+    if (!cta.any(differs)) {
+        if (WIDTH < room) cta.spread(WIDTH, [&](int i) { tail[i] = raw[i]; });
+        return {CONSTANT, 0, WIDTH};
+    }
+    constexpr int WHOLE = WIDTH == 1 ? 0 : WIDTH - 1;
+    const int verbatim_bytes = count * WHOLE + rest_bits * plane_bytes(count);
+    const int body_bytes = verbatim_bytes + tier_width(tier_bits, 0) * plane_bytes(count);
+    int tail_bytes = -1;
+    if (tier_bits != 0 && body_bytes < bytes) {
+        if (body_bytes >= room) return {TIERED, body_bytes, 0};
+        uint32_t top[4], whole[WHOLE_WORDS<WIDTH>], base[4] = {0, 0, 0, 0};
+        split<WIDTH>(words, top, whole);
+        if (here > 0) {
+            if constexpr (WIDTH > 1) store_words(body + from * WHOLE, here * WHOLE, whole);
+            for (int bit = 0; bit < rest_bits; ++bit)
+                store_bits(body + count * WHOLE + bit * plane_bytes(count) + from / 8, here,
+                           bits_of_bytes(top, bit) & ((1u << here) - 1));
+            load_bases(bases + from, base);
+        }
+        const uint32_t mask = every_byte(0xFF >> rest_bits);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) top[i] = bytes_minus(top[i] >> rest_bits & mask, base[i]) & mask;
+        tail_bytes = write_tiers(cta, tier_bits, top, count, bytes - verbatim_bytes,
+                                 body + verbatim_bytes, tail, memory);
+    }
+    if (tail_bytes >= 0) return {TIERED, body_bytes, tail_bytes};
+    if (bytes < room) {
+        cta.sync();
+        copy_bytes(cta, body, raw, bytes);
+    }
+    return {EXACT, bytes, 0};
+}
+
+KVWIRE_DEVICE void store_le32(uint8_t* out, uint32_t value) {
+    for (int byte = 0; byte < 4; ++byte) out[byte] = uint8_t(value >> 8 * byte);
+}
+
+KVWIRE_DEVICE int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// What a chunk is coded into: `out`, of its raw bytes; tails wait in `tails`, of as many.
+struct Slot {
+    uint8_t* out;
+    uint8_t* tails;
+    int64_t bytes;
+    bool fits;  // the code is shorter so far
+
+    KVWIRE_DEVICE bool room(int64_t end) {
+        if (end >= bytes) fits = false;
+        return fits;
+    }
+};
+
+// Codes a part from `at` of the slot on; returns where it ends.
+template <int WIDTH>
+KVWIRE_DEVICE int64_t encode_part(DeviceCta& cta, const Segment& segment, int64_t raw_offset,
+                                  const PartRow& part, const uint8_t* blob, RunningCrc& crc,
+                                  int64_t at, Slot& slot, EncodeMemory& memory) {
+    const int rest_bits = rest_bits_of(part.dtype);
+    const int64_t index_at = at + PART_HEADER_BYTES + part.inside_bytes;
+    int64_t body_at = index_at + padded(2 * part.strip_count), tail_bytes = 0;
+    if (slot.room(body_at)) {
+        cta.spread(int(part.inside_bytes), [&](int i) {
+            slot.out[at + PART_HEADER_BYTES + i] = blob[part.inside_at + i];
+        });
+        cta.spread(int(body_at - index_at), [&](int i) { slot.out[index_at + i] = 0; });
+    }
+    const int64_t elements = part.raw_bytes / WIDTH;
+    const auto count_at = [&](int64_t first) {
+        return int(elements - first < STRIP_ELEMENTS ? elements - first : STRIP_ELEMENTS);
+    };
+    cta.sync();
+    if (part.tier_bits != 0) spread_digits(cta, blob + part.code_at, part.tier_bits, memory);
+    begin_fetch(cta, segment, raw_offset, count_at(0) * WIDTH, memory.raw[0]);
+    for (int64_t strip = 0, first = 0; first < elements; ++strip, first += STRIP_ELEMENTS) {
+        const int count = count_at(first);
+        const uint8_t* const raw = memory.raw[strip % 2];
+        end_fetch(cta);
+        if (const int64_t next = first + STRIP_ELEMENTS; next < elements)
+            begin_fetch(cta, segment, raw_offset + next * WIDTH, count_at(next) * WIDTH,
+                        memory.raw[1 - strip % 2]);
+        crc.add(cta, raw, count * WIDTH);
+        if (!slot.fits) continue;
+        const Coded coded = encode_strip<WIDTH>(
+            cta, rest_bits, part.tier_bits,
+            blob + part.bases_at + (part.position + first) % part.period, raw, count,
+            slot.out + body_at, slot.tails + tail_bytes, slot.bytes - body_at - tail_bytes,
+            memory);
+        if (!slot.room(body_at + coded.body_bytes + tail_bytes + coded.tail_bytes)) continue;
+        if (cta.leads()) {
+            const int entry = coded.form << FORM_SHIFT | coded.tail_bytes;
+            slot.out[index_at + 2 * strip] = uint8_t(entry);
+            slot.out[index_at + 2 * strip + 1] = uint8_t(entry >> 8);
+        }
+        body_at += coded.body_bytes;
+        tail_bytes += coded.tail_bytes;
+    }
+    const int64_t used = body_at + tail_bytes - at, stop = at + padded(used);
+    cta.sync();
+    if (!slot.room(stop)) return stop;
+    copy_bytes(cta, slot.out + body_at, slot.tails, tail_bytes);
+    cta.spread(int(stop - at - used), [&](int i) { slot.out[at + used + i] = 0; });
+    if (cta.leads()) {
+        store_le32(slot.out + at, uint32_t(part.raw_bytes));
+        store_le32(slot.out + at + 4, uint32_t(stop - at));
+        store_le32(slot.out + at + 8, uint32_t(part.table_index));
+        store_le32(slot.out + at + 12, uint32_t(part.position));
+    }
+    return stop;
+}
+
+// Bytes [offset, offset + count) of a segment to `crc`, and, where `out` is not null, to `out`.
+KVWIRE_DEVICE void read_through(DeviceCta& cta, const Segment& segment, int64_t offset,
+                                int64_t count, RunningCrc& crc, uint8_t* out,
+                                EncodeMemory& memory) {
+    const auto bytes_at = [&](int64_t done) {
+        return int(count - done < STRIP_BYTES_MAX ? count - done : STRIP_BYTES_MAX);
+    };
+    cta.sync();
+    begin_fetch(cta, segment, offset, bytes_at(0), memory.raw[0]);
+    for (int64_t turn = 0, done = 0; done < count; ++turn, done += STRIP_BYTES_MAX) {
+        end_fetch(cta);
+        if (const int64_t next = done + STRIP_BYTES_MAX; next < count)
+            begin_fetch(cta, segment, offset + next, bytes_at(next), memory.raw[1 - turn % 2]);
+        crc.add(cta, memory.raw[turn % 2], bytes_at(done));
+        if (out) copy_bytes(cta, out + done, memory.raw[turn % 2], bytes_at(done));
+    }
+}
+
+// Codes one chunk into its slot: raw where the code does not make it shorter, or where it has no
+// parts. `*coded_bytes`: what lies there. Adds the remainder of the raw bytes to `*crc_sum`.
+KVWIRE_DEVICE void encode_chunk(DeviceCta& cta, const Segment& segment, const ChunkRow& chunk,
+                                const PartRow* parts, const uint8_t* blob, RunningCrc& crc,
+                                uint8_t* out, uint8_t* tails, int64_t* coded_bytes,
+                                uint32_t* crc_sum, EncodeMemory& memory) {
+    Slot slot = {out + chunk.out_offset, tails + chunk.out_offset, chunk.raw_bytes, true};
+    int64_t raw_offset = chunk.raw_offset, at = 0;
+    if (chunk.part_count == 0) {
+        read_through(cta, segment, raw_offset, chunk.raw_bytes, crc, slot.out, memory);
+        at = chunk.raw_bytes;
+    }
+    for (int64_t number = 0; number < chunk.part_count; ++number) {
+        const PartRow& part = parts[chunk.first_part + number];
+        const auto encode = [&](auto width) {
+            return encode_part<decltype(width)::value>(cta, segment, raw_offset, part, blob, crc,
+                                                       at, slot, memory);
+        };
+        const int width = item_bytes_of(part.dtype);
+        at = width == 2 ? encode(Width<2>{}) : width == 4 ? encode(Width<4>{}) : encode(Width<1>{});
+        raw_offset += part.raw_bytes;
+    }
+    crc.flush(cta, 0, crc_sum);
+    if (!slot.fits) {
+        RunningCrc nothing(nullptr, memory.crc);
+        read_through(cta, segment, chunk.raw_offset, chunk.raw_bytes, nothing, slot.out, memory);
+    }
+    if (cta.leads()) *coded_bytes = slot.fits ? at : chunk.raw_bytes;
+    cta.sync();
+}
+
+}  // namespace kvwire
