@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["LANES", "TILE_BYTES", "beginning", "cuda_tables", "lane_weights", "multiply",
+__all__ = ["CUDA_SPAN_BYTES", "LANES", "TILE_BYTES", "beginning", "cuda_tables", "lane_weights", "multiply",
            "row_step", "tile_weights", "x_to_the"]
 
 LANES = 1024          # words side by side; each lane goes down its column by Horner's rule
@@ -68,6 +68,8 @@ def tile_weights(count: int) -> np.ndarray:
 
 
 CUDA_LANES = 256
+CUDA_SPAN_BYTES = 65_536  # of a block that makes checksums only: kernels/cuda/crc.cuh
+_DIGITS, _DIGIT_BITS = 7, 5
 
 
 @lru_cache(maxsize=1)
@@ -75,11 +77,11 @@ def cuda_tables() -> np.ndarray:
     """Return uint32: `CrcTables` of kernels/cuda/crc.cuh."""
     step = x_to_the(32 * CUDA_LANES)
     single = [multiply(1 << bit, step) for bit in range(32)]
-    table = np.zeros((4, 256), np.uint32)
-    for byte in range(4):
-        for value in range(256):
-            for bit in range(8):
-                table[byte, value] ^= np.uint32(single[8 * byte + bit] * (value >> bit & 1))
+    table = np.zeros((_DIGITS, 1 << _DIGIT_BITS), np.uint32)
+    for bit in range(32):
+        digit, place = divmod(bit, _DIGIT_BITS)
+        holds = np.arange(1 << _DIGIT_BITS) >> place & 1 == 1
+        table[digit, holds] ^= np.uint32(single[bit])
     weights = [x_to_the(32 * (CUDA_LANES - lane)) for lane in range(CUDA_LANES)]
     powers, power = [], x_to_the(8)
     for _ in range(64):

@@ -11,13 +11,15 @@ from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan, padded
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.staging import DeviceBytes
+from kvwire.layout import DType
+from kvwire.tiered import element_format
 
 __all__ = ["CudaBackend", "DeviceBytes", "Launches", "NO_BAD_ENTRY", "check_bf16",
-           "raise_bad_entry", "tiles_of"]
+           "decoder_of", "decoding_blocks", "raise_bad_entry", "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
 TILE_ROWS_WORDS = 2048  # room for addresses and words of a tile: kernels/cuda/kvwire.cu
-STRIP_BYTES_MAX = 16_384
+STRIPS_EACH = 8  # of a decoding block: their checksums are added up at once
 
 
 def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
@@ -41,6 +43,15 @@ def check_bf16(plan: CopyPlan) -> None:
     if plan.word_bytes < 2:
         raise UsageError("the segment is no bf16: its runs are not of whole, aligned elements",
                          expected=2, actual=plan.word_bytes)
+
+
+def decoder_of(dtype: int) -> str:
+    """Return the kernel that decodes strips of a dtype's number; 0: opaque ones."""
+    return f"kvwire_decode_{element_format(DType(dtype)).item_bytes if dtype else 1}"
+
+
+def decoding_blocks(strip_count: int) -> int:
+    return -(-strip_count // STRIPS_EACH)
 
 
 class Launches:
@@ -206,7 +217,7 @@ class CudaBackend:
         strips, blob = self.upload(plan.strips), self.upload(plan.blob)
         for (dtype, tier_bits), numbers in plan.strips_of.items():
             bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
-            made.add("kvwire_decode", (len(numbers), 1), [
+            made.add(decoder_of(dtype), (decoding_blocks(len(numbers)), 1), [
                 len(numbers), *made.front(segment), coded, strips, numbers, dtype, bits, blob,
                 self._crc_tables, stops, made.state(1), made.state(2)])
         return made
@@ -214,7 +225,7 @@ class CudaBackend:
     def _crc32c(self, chunks: np.ndarray, segment) -> Launches:
         made = Launches(self, lambda crcs: crcs, _pages(segment),
                         _beginnings(chunks[:, 1].tolist()))
-        blocks = max(1, -(-int(chunks[:, 1].max(initial=0)) // STRIP_BYTES_MAX))
+        blocks = max(1, -(-int(chunks[:, 1].max(initial=0)) // crc_math.CUDA_SPAN_BYTES))
         made.add("kvwire_crc", (len(chunks), blocks), [
             len(chunks), *made.front(segment), chunks, self._crc_tables, made.state(1)])
         return made

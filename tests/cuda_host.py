@@ -15,12 +15,12 @@ import kvwire.kernels
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.cuda_backend import decoder_of
 from kvwire.kernels.driver import THREADS
 
 SOURCES = Path(kvwire.kernels.__file__).parent / "cuda"
 SIMT = Path(__file__).parent / "simt"
 NO_BAD_ENTRY = (1 << 63) - 1
-STRIP_BYTES_MAX = 16_384
 VERBS = ("unpack", "pack", "narrow")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          "-fsanitize=undefined", "-fno-sanitize-recover=all", "-shared", "-fPIC"]
@@ -119,7 +119,7 @@ class Host:
         invalid = np.zeros(len(payloads), np.int32)
         for (dtype, tier_bits), numbers in plan.strips_of.items():
             bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
-            self._launch("kvwire_decode", len(numbers), [
+            self._launch(decoder_of(dtype), len(numbers), [
                 len(numbers), *self._segment(segment), aligned_copy(coded), plan.strips, numbers,
                 dtype, bits, aligned_copy(plan.blob), crc_math.cuda_tables(), stops, crcs,
                 invalid])
@@ -127,7 +127,8 @@ class Host:
 
     def crc(self, chunks, segment):
         crcs = np.array([crc_math.beginning(size) for _, size in chunks], np.uint32)
-        blocks_y = max(1, -(-max((size for _, size in chunks), default=0) // STRIP_BYTES_MAX))
+        blocks_y = max(1, -(-max((size for _, size in chunks), default=0)
+                         // crc_math.CUDA_SPAN_BYTES))
         self._launch("kvwire_crc", len(chunks), [
             len(chunks), *self._segment(segment), np.array(chunks, np.int64),
             crc_math.cuda_tables(), crcs], blocks_y)

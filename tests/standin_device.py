@@ -157,7 +157,7 @@ class StandInDevice:
     def launch(self, kernel, grid, args, stream):
         self.launches.append(kernel)
         self.grids.add(grid[0])
-        is_decode = kernel == "kvwire_decode"
+        is_decode = kernel.startswith("kvwire_decode")
         is_flipped = is_decode and self.decodes in self.flip_decodes
         self.decodes += is_decode
 

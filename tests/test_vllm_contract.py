@@ -307,7 +307,7 @@ def test_a_cache_crosses_between_two_workers(device, on_device):
         assert torch.equal(here["model.layers.0.mixer"][5], there["model.layers.0.mixer"][4])
         assert torch.equal(attention[0][1], attention[1][6])
         assert torch.equal(attention[0][3, :, :8], attention[1][2, :, :8])
-    assert (device.launches.count("kvwire_decode") > 0) == on_device
+    assert (any(k.startswith("kvwire_decode") for k in device.launches)) == on_device
     stats = [worker.get_kv_connector_stats() for worker in workers]
     assert stats[0].data["prefill_handoffs"] == stats[1].data["decode_handoffs"] == 1
     assert stats[1].reduce()["ratio"] == 1.0

@@ -14,5 +14,7 @@ KERNEL(kvwire_unpack_16);
 KERNEL(kvwire_narrow_2);
 KERNEL(kvwire_narrow_8);
 KERNEL(kvwire_encode);
-KERNEL(kvwire_decode);
+KERNEL(kvwire_decode_1);
+KERNEL(kvwire_decode_2);
+KERNEL(kvwire_decode_4);
 KERNEL(kvwire_crc);
