@@ -25,7 +25,7 @@ struct CrcMemory {  // shared
 
 KVWIRE_DEVICE uint32_t crc_multiply(uint32_t a, uint32_t b) {
     uint32_t product = 0;
-#pragma unroll 8
+#pragma unroll 2
     for (int bit = 31; bit >= 0; --bit) {
         product ^= b & (0u - (a >> bit & 1));
         b = b >> 1 ^ (0x82F63B78u & (0u - (b & 1)));
@@ -59,6 +59,7 @@ public:
             return;
         }
         fold(cta);
+#pragma unroll 1
         for (int row = 0; row < rows; ++row) {
             const int at = row * CRC_ROW_BYTES + 4 * int(threadIdx.x) - lead;
             uint32_t word = 0;
@@ -92,6 +93,7 @@ private:
     }
 
     KVWIRE_DEVICE uint32_t moved(uint32_t remainder, int64_t bytes) const {
+#pragma unroll 1
         for (int k = 0; remainder != 0 && bytes >> k != 0; ++k)
             if (bytes >> k & 1) remainder = crc_multiply(remainder, tables_->power[k]);
         return remainder;
@@ -116,7 +118,7 @@ private:
     const CrcTables* tables_;
     CrcMemory& memory_;
     uint32_t column_ = 0, remainder_ = 0;
-    int64_t pending_bytes_ = 0;
+    int pending_bytes_ = 0;
 };
 
 }  // namespace kvwire

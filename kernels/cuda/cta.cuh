@@ -19,6 +19,7 @@ public:
     // f(i) for all i below `count`, in any order. What others then read needs a sync().
     template <class F>
     KVWIRE_DEVICE void spread(int count, F f) {
+#pragma unroll 2
         for (int i = threadIdx.x; i < count; i += THREADS) f(i);
     }
     KVWIRE_DEVICE void sync() { __syncthreads(); }

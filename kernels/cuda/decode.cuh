@@ -24,6 +24,7 @@ struct DecodeMemory {  // shared
 
 KVWIRE_DEVICE bool unused_bits(const uint8_t* planes, int count, int width) {
     bool found = false;
+#pragma unroll 1
     for (int bit = 0; bit < width && count % 8 != 0; ++bit)
         found |= planes[bit * plane_bytes(count) + count / 8] >> count % 8 != 0;
     return found;
@@ -95,9 +96,9 @@ KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
         ending &= ~going;
         look_up(digit, bits, offsets, found);
         if constexpr (IS_FIRST) {
-            store_words(memory.distances + from, EACH, found);
+            store_quads(memory.distances + from, found);
         } else {
-            load_words(reinterpret_cast<const uint8_t*>(memory.waiting + from), 2 * EACH, elements);
+            load_quads(memory.waiting + from, elements);
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
                 if (ending >> i & 1)
@@ -105,12 +106,12 @@ KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
                         uint8_t(found[i / 4] >> 8 * (i % 4));
         }
     }
-    int count, rank = cta.scan(__popc(going), &count);
+    int count;
+    uint16_t* next = memory.waiting + cta.scan(__popc(going), &count);
 #pragma unroll
     for (int i = 0; i < EACH; ++i)  // all have read what waited before
         if (going >> i & 1)
-            memory.waiting[rank++] =
-                uint16_t(IS_FIRST ? from + i : elements[i / 2] >> 16 * (i % 2));
+            *next++ = uint16_t(IS_FIRST ? from + i : elements[i / 2] >> 16 * (i % 2));
     cta.sync();
     return count;
 }
@@ -152,23 +153,24 @@ KVWIRE_DEVICE bool decode_tiered(DeviceCta& cta, const uint8_t* coded, const Str
     const uint8_t* const planes = body + count * WHOLE;
     if (unused_bits(planes, count, rest_bits)) return false;
     uint32_t whole[WHOLE_WORDS<WIDTH>], base[4], top[4], raw[4 * WIDTH];
-    if (here > 0) {
-        if constexpr (WIDTH > 1) load_words(body + from * WHOLE, here * WHOLE, whole);
-        load_bases(blob + strip.bases_at + from, base);
-    }
+    if constexpr (WIDTH == 2)
+        if (here > 0) load_words(body + from * WHOLE, here * WHOLE, whole);
     if (!read_tiers(cta, rest_bits, tier_bits, Offsets(blob + strip.code_at + OFFSETS_AT),
                     planes + rest_bits * plane_bytes(count), coded + strip.tail_at,
                     int(strip.tail_bytes), count, memory))
         return false;
     if (here > 0) {
-        load_words(memory.distances + from, EACH, top);
+        // Twelve words are too many to be kept meanwhile.
+        if constexpr (WIDTH == 4) load_words(body + from * WHOLE, here * WHOLE, whole);
+        load_bases(blob + strip.bases_at + from, base);
+        load_quads(memory.distances + from, top);
         const uint32_t mask = every_byte(0xFF >> rest_bits);
 #pragma unroll
         for (int i = 0; i < 4; ++i) top[i] = (bytes_plus(top[i], base[i]) & mask) << rest_bits;
         for (int bit = 0; bit < rest_bits; ++bit)
             bits_to_bytes(load_bits(planes + bit * plane_bytes(count) + from / 8, here), bit, top);
         join<WIDTH>(top, whole, raw);
-        store_words(memory.raw + from * WIDTH, EACH * WIDTH, raw);
+        store_quads(memory.raw + from * WIDTH, raw);
     }
     return true;
 }

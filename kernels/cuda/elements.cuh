@@ -48,22 +48,37 @@ KVWIRE_DEVICE uint32_t bytes_plus(uint32_t a, uint32_t b) {
     return ((a & 0x7F7F7F7F) + (b & 0x7F7F7F7F)) ^ ((a ^ b) & 0x80808080);
 }
 
+// The bits of `a` where `mask` has them, else those of `b`.
+KVWIRE_DEVICE uint32_t chosen(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
+}
+
 struct alignas(16) Quad {
     uint32_t word[4];
 };
 
-// The first `bytes` bytes of COUNT words at `from`; the rest of them is 0.
+// COUNT words at a multiple of 16.
+template <int COUNT>
+KVWIRE_DEVICE void load_quads(const void* from, uint32_t (&words)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i) {
+        const Quad quad = static_cast<const Quad*>(from)[i];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[4 * i + j] = quad.word[j];
+    }
+}
+template <int COUNT>
+KVWIRE_DEVICE void store_quads(void* to, const uint32_t (&words)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i)
+        static_cast<Quad*>(to)[i] = {{words[4 * i], words[4 * i + 1], words[4 * i + 2],
+                                      words[4 * i + 3]}};
+}
+
+// The first `bytes` bytes of COUNT words, anywhere; what is behind them is 0, or stays.
 template <int COUNT>
 KVWIRE_DEVICE void load_words(const uint8_t* from, int bytes, uint32_t (&words)[COUNT]) {
-    if (bytes == 4 * COUNT && uintptr_t(from) % 16 == 0) {
-#pragma unroll
-        for (int i = 0; i < COUNT / 4; ++i) {
-            const Quad quad = reinterpret_cast<const Quad*>(from)[i];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) words[4 * i + j] = quad.word[j];
-        }
-        return;
-    }
+    if (bytes == 4 * COUNT && uintptr_t(from) % 16 == 0) return load_quads(from, words);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         words[i] = 0;
@@ -72,17 +87,9 @@ KVWIRE_DEVICE void load_words(const uint8_t* from, int bytes, uint32_t (&words)[
             if (4 * i + byte < bytes) words[i] |= uint32_t(from[4 * i + byte]) << 8 * byte;
     }
 }
-
-// The first `bytes` bytes of COUNT words to `to`.
 template <int COUNT>
 KVWIRE_DEVICE void store_words(uint8_t* to, int bytes, const uint32_t (&words)[COUNT]) {
-    if (bytes == 4 * COUNT && uintptr_t(to) % 16 == 0) {
-#pragma unroll
-        for (int i = 0; i < COUNT / 4; ++i)
-            reinterpret_cast<Quad*>(to)[i] = {{words[4 * i], words[4 * i + 1], words[4 * i + 2],
-                                               words[4 * i + 3]}};
-        return;
-    }
+    if (bytes == 4 * COUNT && uintptr_t(to) % 16 == 0) return store_quads(to, words);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
 #pragma unroll
@@ -93,7 +100,7 @@ KVWIRE_DEVICE void store_words(uint8_t* to, int bytes, const uint32_t (&words)[C
 // Sixteen bytes at any address, from aligned words around them.
 KVWIRE_DEVICE void load_bases(const uint8_t* from, uint32_t (&bases)[4]) {
     const int shift = int(uintptr_t(from) % 4) * 8;
-    if (uintptr_t(from) % 16 == 0) return load_words(from, 16, bases);
+    if (uintptr_t(from) % 16 == 0) return load_quads(from, bases);
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(from - shift / 8);
     uint32_t low = words[0];
 #pragma unroll
@@ -131,8 +138,8 @@ KVWIRE_DEVICE void split(const uint32_t (&raw)[4 * WIDTH], uint32_t (&top)[4],
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
             const uint32_t word = raw[WIDTH * i + j];
-            if constexpr (WIDTH == 1) item[j] = (word << 1 & 0xFEFEFEFE) | (word >> 7 & 0x01010101);
-            if constexpr (WIDTH == 2) item[j] = (word << 1 & 0xFFFEFFFE) | (word >> 15 & 0x00010001);
+            if constexpr (WIDTH == 1) item[j] = chosen(0xFEFEFEFE, word << 1, word >> 7);
+            if constexpr (WIDTH == 2) item[j] = chosen(0xFFFEFFFE, word << 1, word >> 15);
             if constexpr (WIDTH == 4) item[j] = word << 1 | word >> 31;
         }
         if constexpr (WIDTH == 1) top[i] = item[0];
@@ -173,8 +180,8 @@ KVWIRE_DEVICE void join(const uint32_t (&top)[4], const uint32_t (&whole)[WHOLE_
         for (int j = 0; j < WIDTH; ++j) {
             const uint32_t word = item[j];
             uint32_t& to = raw[WIDTH * i + j];
-            if constexpr (WIDTH == 1) to = (word >> 1 & 0x7F7F7F7F) | (word << 7 & 0x80808080);
-            if constexpr (WIDTH == 2) to = (word >> 1 & 0x7FFF7FFF) | (word << 15 & 0x80008000);
+            if constexpr (WIDTH == 1) to = chosen(0x7F7F7F7F, word >> 1, word << 7);
+            if constexpr (WIDTH == 2) to = chosen(0x7FFF7FFF, word >> 1, word << 15);
             if constexpr (WIDTH == 4) to = word >> 1 | word << 31;
         }
     }

@@ -87,7 +87,7 @@ KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&dist
         const int here = own_part(left);
         uint32_t going = 0;
         if (here > 0) {
-            if (tier > 0) load_words(memory.waiting + EACH * threadIdx.x, EACH, distances);
+            if (tier > 0) load_quads(memory.waiting + EACH * threadIdx.x, distances);
             uint32_t halves[2] = {0, 0};
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
@@ -107,11 +107,10 @@ KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&dist
         }
         if (tier == 0) first_bytes = taken;
         planes = tail + (taken - first_bytes);
-        int rank = cta.scan(__popc(going), &left);
+        uint8_t* next = memory.waiting + cta.scan(__popc(going), &left);
 #pragma unroll
         for (int i = 0; i < EACH; ++i)  // all have read what waited before
-            if (going >> i & 1)
-                memory.waiting[rank++] = uint8_t(distances[i / 4] >> 8 * (i % 4));
+            if (going >> i & 1) *next++ = uint8_t(distances[i / 4] >> 8 * (i % 4));
         cta.sync();
     }
     if (taken + left >= bytes_max) return -1;
@@ -124,10 +123,10 @@ KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&dist
 template <int WIDTH>
 KVWIRE_DEVICE Coded encode_strip(DeviceCta& cta, int rest_bits, int64_t tier_bits,
                                  const uint8_t* bases, const uint8_t* raw, int count, uint8_t* body,
-                                 uint8_t* tail, int64_t room, EncodeMemory& memory) {
+                                 uint8_t* tail, int room, EncodeMemory& memory) {
     const int here = own_part(count), bytes = count * WIDTH, from = EACH * int(threadIdx.x);
     uint32_t words[4 * WIDTH];
-    load_words(raw + from * WIDTH, here * WIDTH, words);
+    load_quads(raw + from * WIDTH, words);
     bool differs = false;
     if (here == EACH) {
         const uint32_t first = WIDTH == 1   ? every_byte(raw[0])
@@ -178,16 +177,16 @@ KVWIRE_DEVICE void store_le32(uint8_t* out, uint32_t value) {
     for (int byte = 0; byte < 4; ++byte) out[byte] = uint8_t(value >> 8 * byte);
 }
 
-KVWIRE_DEVICE int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+KVWIRE_DEVICE int padded(int bytes) { return (bytes + 15) / 16 * 16; }
 
 // What a chunk is coded into: `out`, of its raw bytes; tails wait in `tails`, of as many.
 struct Slot {
     uint8_t* out;
     uint8_t* tails;
-    int64_t bytes;
+    int bytes;
     bool fits;  // the code is shorter so far
 
-    KVWIRE_DEVICE bool room(int64_t end) {
+    KVWIRE_DEVICE bool room(int end) {
         if (end >= bytes) fits = false;
         return fits;
     }
@@ -195,30 +194,30 @@ struct Slot {
 
 // Codes a part from `at` of the slot on; returns where it ends.
 template <int WIDTH>
-KVWIRE_DEVICE int64_t encode_part(DeviceCta& cta, const Segment& segment, int64_t raw_offset,
-                                  const PartRow& part, const uint8_t* blob, RunningCrc& crc,
-                                  int64_t at, Slot& slot, EncodeMemory& memory) {
+KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t raw_offset,
+                              const PartRow& part, const uint8_t* blob, RunningCrc& crc, int at,
+                              Slot& slot, EncodeMemory& memory) {
     const int rest_bits = rest_bits_of(part.dtype);
-    const int64_t index_at = at + PART_HEADER_BYTES + part.inside_bytes;
-    int64_t body_at = index_at + padded(2 * part.strip_count), tail_bytes = 0;
+    const int index_at = at + PART_HEADER_BYTES + int(part.inside_bytes);
+    int body_at = index_at + padded(2 * int(part.strip_count)), tail_bytes = 0;
     if (slot.room(body_at)) {
         cta.spread(int(part.inside_bytes), [&](int i) {
             slot.out[at + PART_HEADER_BYTES + i] = blob[part.inside_at + i];
         });
-        cta.spread(int(body_at - index_at), [&](int i) { slot.out[index_at + i] = 0; });
+        cta.spread(body_at - index_at, [&](int i) { slot.out[index_at + i] = 0; });
     }
-    const int64_t elements = part.raw_bytes / WIDTH;
-    const auto count_at = [&](int64_t first) {
-        return int(elements - first < STRIP_ELEMENTS ? elements - first : STRIP_ELEMENTS);
+    const int elements = int(part.raw_bytes) / WIDTH;
+    const auto count_at = [&](int first) {
+        return elements - first < STRIP_ELEMENTS ? elements - first : STRIP_ELEMENTS;
     };
     cta.sync();
     if (part.tier_bits != 0) spread_digits(cta, blob + part.code_at, part.tier_bits, memory);
     begin_fetch(cta, segment, raw_offset, count_at(0) * WIDTH, memory.raw[0]);
-    for (int64_t strip = 0, first = 0; first < elements; ++strip, first += STRIP_ELEMENTS) {
+    for (int strip = 0, first = 0; first < elements; ++strip, first += STRIP_ELEMENTS) {
         const int count = count_at(first);
         const uint8_t* const raw = memory.raw[strip % 2];
         end_fetch(cta);
-        if (const int64_t next = first + STRIP_ELEMENTS; next < elements)
+        if (const int next = first + STRIP_ELEMENTS; next < elements)
             begin_fetch(cta, segment, raw_offset + next * WIDTH, count_at(next) * WIDTH,
                         memory.raw[1 - strip % 2]);
         crc.add(cta, raw, count * WIDTH);
@@ -237,11 +236,11 @@ KVWIRE_DEVICE int64_t encode_part(DeviceCta& cta, const Segment& segment, int64_
         body_at += coded.body_bytes;
         tail_bytes += coded.tail_bytes;
     }
-    const int64_t used = body_at + tail_bytes - at, stop = at + padded(used);
+    const int used = body_at + tail_bytes - at, stop = at + padded(used);
     cta.sync();
     if (!slot.room(stop)) return stop;
     copy_bytes(cta, slot.out + body_at, slot.tails, tail_bytes);
-    cta.spread(int(stop - at - used), [&](int i) { slot.out[at + used + i] = 0; });
+    cta.spread(stop - at - used, [&](int i) { slot.out[at + used + i] = 0; });
     if (cta.leads()) {
         store_le32(slot.out + at, uint32_t(part.raw_bytes));
         store_le32(slot.out + at + 4, uint32_t(stop - at));
@@ -253,16 +252,16 @@ KVWIRE_DEVICE int64_t encode_part(DeviceCta& cta, const Segment& segment, int64_
 
 // Bytes [offset, offset + count) of a segment to `crc`, and, where `out` is not null, to `out`.
 KVWIRE_DEVICE void read_through(DeviceCta& cta, const Segment& segment, int64_t offset,
-                                int64_t count, RunningCrc& crc, uint8_t* out,
+                                int count, RunningCrc& crc, uint8_t* out,
                                 EncodeMemory& memory) {
-    const auto bytes_at = [&](int64_t done) {
-        return int(count - done < STRIP_BYTES_MAX ? count - done : STRIP_BYTES_MAX);
+    const auto bytes_at = [&](int done) {
+        return count - done < STRIP_BYTES_MAX ? count - done : STRIP_BYTES_MAX;
     };
     cta.sync();
     begin_fetch(cta, segment, offset, bytes_at(0), memory.raw[0]);
-    for (int64_t turn = 0, done = 0; done < count; ++turn, done += STRIP_BYTES_MAX) {
+    for (int turn = 0, done = 0; done < count; ++turn, done += STRIP_BYTES_MAX) {
         end_fetch(cta);
-        if (const int64_t next = done + STRIP_BYTES_MAX; next < count)
+        if (const int next = done + STRIP_BYTES_MAX; next < count)
             begin_fetch(cta, segment, offset + next, bytes_at(next), memory.raw[1 - turn % 2]);
         crc.add(cta, memory.raw[turn % 2], bytes_at(done));
         if (out) copy_bytes(cta, out + done, memory.raw[turn % 2], bytes_at(done));
@@ -275,11 +274,12 @@ KVWIRE_DEVICE void encode_chunk(DeviceCta& cta, const Segment& segment, const Ch
                                 const PartRow* parts, const uint8_t* blob, RunningCrc& crc,
                                 uint8_t* out, uint8_t* tails, int64_t* coded_bytes,
                                 uint32_t* crc_sum, EncodeMemory& memory) {
-    Slot slot = {out + chunk.out_offset, tails + chunk.out_offset, chunk.raw_bytes, true};
-    int64_t raw_offset = chunk.raw_offset, at = 0;
+    Slot slot = {out + chunk.out_offset, tails + chunk.out_offset, int(chunk.raw_bytes), true};
+    int64_t raw_offset = chunk.raw_offset;
+    int at = 0;
     if (chunk.part_count == 0) {
-        read_through(cta, segment, raw_offset, chunk.raw_bytes, crc, slot.out, memory);
-        at = chunk.raw_bytes;
+        read_through(cta, segment, raw_offset, slot.bytes, crc, slot.out, memory);
+        at = slot.bytes;
     }
     for (int64_t number = 0; number < chunk.part_count; ++number) {
         const PartRow& part = parts[chunk.first_part + number];
@@ -294,9 +294,9 @@ KVWIRE_DEVICE void encode_chunk(DeviceCta& cta, const Segment& segment, const Ch
     crc.flush(cta, 0, crc_sum);
     if (!slot.fits) {
         RunningCrc nothing(nullptr, memory.crc);
-        read_through(cta, segment, chunk.raw_offset, chunk.raw_bytes, nothing, slot.out, memory);
+        read_through(cta, segment, chunk.raw_offset, slot.bytes, nothing, slot.out, memory);
     }
-    if (cta.leads()) *coded_bytes = slot.fits ? at : chunk.raw_bytes;
+    if (cta.leads()) *coded_bytes = slot.fits ? at : slot.bytes;
     cta.sync();
 }
 

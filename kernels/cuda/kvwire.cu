@@ -99,7 +99,7 @@ kvwire_crc(int64_t chunk_count, uint8_t* bytes, const Leg* legs, int64_t leg_cou
     for (int64_t i = blockIdx.x; i < chunk_count; i += gridDim.x) {
         const int64_t at = int64_t(blockIdx.y) * CRC_SPAN_BYTES, left = chunks[2 * i + 1] - at;
         if (left <= 0) continue;
-        const int64_t count = left < CRC_SPAN_BYTES ? left : CRC_SPAN_BYTES;
+        const int count = left < CRC_SPAN_BYTES ? int(left) : CRC_SPAN_BYTES;
         read_through(cta, segment, chunks[2 * i] + at, count, crc, nullptr, memory);
         crc.flush(cta, left - count, crcs + i);
     }
