@@ -12,20 +12,20 @@ void copy_all(int verb, int64_t tiles, const Leg* legs, const int64_t* tile_star
               int64_t leg_count, const int64_t* block_ids, uint8_t* segment, int64_t* bad_entry,
               int rows, int words) {
     HostCta cta;
-    uint8_t* addresses[2048];
+    Tile room;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         if constexpr (sizeof(Word) == 2 || sizeof(Word) == 8)
             if (verb == NARROW) {
                 copy_tile<Word, true, ToE4m3>(cta, tile, legs, tile_starts, leg_count, block_ids,
-                                              segment, bad_entry, rows, words, addresses);
+                                              segment, bad_entry, rows, words, room);
                 continue;
             }
         if (verb == PACK)
             copy_tile<Word, true>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
-                                  bad_entry, rows, words, addresses);
+                                  bad_entry, rows, words, room);
         else
             copy_tile<Word, false>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
-                                   bad_entry, rows, words, addresses);
+                                   bad_entry, rows, words, room);
     }
 }
 
