@@ -1,4 +1,4 @@
-"""The device functions of kernels/cuda, compiled for the CPU and called with numpy arrays."""
+"""The kernels of kernels/cuda on the CPU, called with numpy arrays: tests/simt plays the GPU."""
 
 import ctypes
 import os
@@ -15,31 +15,52 @@ import kvwire.kernels
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.driver import THREADS
 
 SOURCES = Path(kvwire.kernels.__file__).parent / "cuda"
+SIMT = Path(__file__).parent / "simt"
 NO_BAD_ENTRY = (1 << 63) - 1
-VERBS = ("unpack", "pack", "narrow")  # of kernels/cuda/host.cpp
-FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined",
-         "-fno-sanitize-recover=all", "-shared", "-fPIC"]
+STRIP_BYTES_MAX = 16_384
+VERBS = ("unpack", "pack", "narrow")
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+         "-fsanitize=undefined", "-fno-sanitize-recover=all", "-shared", "-fPIC"]
+
+
+def build(target, *sources, kernels=SOURCES):
+    """Compile CUDA sources, and what they need of tests/simt, into a shared library."""
+    compiler = os.environ.get("CXX", "g++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"{compiler[0]} is not here")
+    subprocess.run([*compiler, *FLAGS, "-I", kernels, "-I", SIMT, "-include", SIMT / "simt.hpp",
+                    "-x", "c++", *sources, SIMT / "simt.cpp", "-o", target], check=True)
+
+
+def loaded(path):
+    """Return the library of `build`."""
+    made = ctypes.CDLL(path)
+    made.simt_launch.restype = ctypes.c_char_p
+    return made
 
 
 @lru_cache(maxsize=1)
 def library():
-    compiler = os.environ.get("CXX", "g++").split()
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"{compiler[0]} is not here")
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/host.so"
-        subprocess.run([*compiler, *FLAGS, SOURCES / "host.cpp", "-o", path], check=True)
-        return ctypes.CDLL(path)
+        build(f"{folder}/kernels.so", SIMT / "kernels.cpp")
+        return loaded(f"{folder}/kernels.so")
 
 
-def call(function, *args):
-    """Arrays go by address, numbers as they are, None as null."""
-    plain = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
-             ctypes.c_void_p(None) if a is None else ctypes.c_int64(a) for a in args]
-    function.restype = None
-    function(*plain)
+def launch(made, kernel, grid, threads, args, seed=0):
+    """Run a kernel to its end. Arrays go by address, numbers as 8 bytes, None as null.
+
+    Raises AssertionError: what its threads did wrong together.
+    """
+    values = [ctypes.c_int64(arg.ctypes.data if isinstance(arg, np.ndarray) else arg or 0)
+              for arg in args]
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    assert made.simt_parameters(kernel.encode()) == len(args), kernel
+    fault = made.simt_launch(kernel.encode(), *map(ctypes.c_uint, grid), ctypes.c_uint(threads),
+                             pointers, ctypes.c_uint64(seed))
+    assert fault is None, f"{kernel}, seed {seed}: {fault.decode()}"
 
 
 def aligned(size, fill=0):
@@ -50,16 +71,28 @@ def aligned(size, fill=0):
 
 
 class Host:
-    """Runs what the driver runs on a GPU. A segment is an array or a CopyPlan."""
+    """Runs what the driver runs on a GPU. A segment is an array or a CopyPlan.
 
-    def __init__(self):
-        self.library = library()
+    Args:
+        blocks_max: of a launch.
+        seed: in which order threads run.
+    """
+
+    def __init__(self, blocks_max=1 << 30, seed=0):
+        self.blocks_max, self.seed = blocks_max, seed
         self.bad_entry = np.array([NO_BAD_ENTRY])
+
+    def _launch(self, kernel, blocks, args, blocks_y=1):
+        if blocks:
+            launch(library(), kernel, (min(blocks, self.blocks_max), blocks_y), THREADS, args,
+                   self.seed)
 
     def copy(self, plan: CopyPlan, segment, pack, rows=4, words=64):
         starts = plan.tile_starts(rows, words, plan.word_bytes)
-        call(self.library.kvwire_host_copy, int(pack), plan.word_bytes, int(starts[-1]), plan.legs,
-             starts, len(plan.legs), plan.block_ids, segment, self.bad_entry, rows, words)
+        tiles = int(starts[-1])
+        self._launch(f"kvwire_{VERBS[int(pack)]}_{plan.word_bytes}", tiles, [
+            tiles, plan.legs, starts, len(plan.legs), plan.block_ids, segment, self.bad_entry,
+            rows, words])
 
     def _segment(self, segment):
         if isinstance(segment, CopyPlan):
@@ -71,9 +104,9 @@ class Host:
         out, tails = aligned(plan.out_bytes + 16, 0xA5), aligned(plan.out_bytes)
         sizes, raw_bytes = np.zeros(len(plan.chunks), np.int64), plan.chunks[:, 1].tolist()
         crcs = np.array([crc_math.beginning(size) for size in raw_bytes], np.uint32)
-        call(self.library.kvwire_host_encode, len(plan.chunks), *self._segment(segment),
-             plan.chunks, plan.parts, aligned_copy(plan.blob), crc_math.cuda_tables(), out, tails,
-             sizes, crcs)
+        self._launch("kvwire_encode", len(plan.chunks), [
+            len(plan.chunks), *self._segment(segment), plan.chunks, plan.parts,
+            aligned_copy(plan.blob), crc_math.cuda_tables(), out, tails, sizes, crcs])
         assert (out[plan.out_bytes:] == 0xA5).all()
         slots = [out[at:at + size].tobytes() for at, size in zip(plan.chunks[:, 2], sizes)]
         return slots, crcs.tolist()
@@ -86,15 +119,18 @@ class Host:
         invalid = np.zeros(len(payloads), np.int32)
         for (dtype, tier_bits), numbers in plan.strips_of.items():
             bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
-            call(self.library.kvwire_host_decode, len(numbers), *self._segment(segment),
-                 aligned_copy(coded), plan.strips, numbers, dtype, bits,
-                 aligned_copy(plan.blob), crc_math.cuda_tables(), stops, crcs, invalid)
+            self._launch("kvwire_decode", len(numbers), [
+                len(numbers), *self._segment(segment), aligned_copy(coded), plan.strips, numbers,
+                dtype, bits, aligned_copy(plan.blob), crc_math.cuda_tables(), stops, crcs,
+                invalid])
         return invalid.tolist(), crcs.tolist()
 
     def crc(self, chunks, segment):
         crcs = np.array([crc_math.beginning(size) for _, size in chunks], np.uint32)
-        call(self.library.kvwire_host_crc, len(chunks), *self._segment(segment),
-             np.array(chunks, np.int64), crc_math.cuda_tables(), crcs)
+        blocks_y = max(1, -(-max((size for _, size in chunks), default=0) // STRIP_BYTES_MAX))
+        self._launch("kvwire_crc", len(chunks), [
+            len(chunks), *self._segment(segment), np.array(chunks, np.int64),
+            crc_math.cuda_tables(), crcs], blocks_y)
         return crcs.tolist()
 
 

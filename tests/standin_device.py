@@ -2,7 +2,7 @@
 can be reached by nobody else: a touch from any other thread at any other time is a fault.
 
 It has the methods of `kvwire.kernels.cuda_device.CudaDevice`, and the kernels are those of
-kernels/cuda, compiled for the CPU.
+kernels/cuda, run by tests/simt.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import threading
 import time
 
 import numpy as np
-from cuda_host import VERBS, library
+from cuda_host import launch, library
 
 from kvwire.buffers import Buffer
 from kvwire.errors import InternalError, LimitError
+from kvwire.kernels.driver import THREADS
 
 MEMORY_BYTES = 96 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -156,18 +157,14 @@ class StandInDevice:
     def launch(self, kernel, grid, args, stream):
         self.launches.append(kernel)
         self.grids.add(grid[0])
-        verb, _, word = kernel.removeprefix("kvwire_").partition("_")
-        if word:
-            args, verb = [VERBS.index(verb), int(word), *args], "copy"
-        function = getattr(self.library, f"kvwire_host_{verb}")
-        function.restype = None
-        is_flipped = verb == "decode" and self.decodes in self.flip_decodes
-        self.decodes += verb == "decode"
+        is_decode = kernel == "kvwire_decode"
+        is_flipped = is_decode and self.decodes in self.flip_decodes
+        self.decodes += is_decode
 
         def task():
             if is_flipped:  # of what was copied to be decoded
                 ctypes.c_uint8.from_address(args[6] + 5000).value ^= 4
-            function(*map(ctypes.c_int64, args))
+            launch(self.library, kernel, grid, THREADS, args)
         self.enqueue(stream, task)
 
     def array(self, shape, dtype=np.uint16):

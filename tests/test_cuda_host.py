@@ -1,4 +1,5 @@
-"""The CUDA device functions on the CPU: bit for bit what planner and reference say."""
+"""The CUDA kernels on a CPU: bit for bit what planner and reference say, in whatever order blocks
+and threads run."""
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from kvwire.layout import CacheSpec, DType, attention
 from kvwire.tiered import CodeTable, Part, decode_tiered, element_format, encode_tiered
 
 
-@pytest.fixture(scope="module")
-def host():
-    return Host()
+@pytest.fixture(scope="module", params=[(1 << 30, 0), (1, 1), (3, 2)],
+                ids=["forward", "one block backward", "three blocks shuffled"])
+def host(request):
+    return Host(*request.param)
 
 
 @settings(max_examples=60)

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from cuda_host import VERBS, aligned, library
+from cuda_host import aligned, launch, library
 from test_plan import Side
 from test_tiered import kinds_of_bytes
 from triton_interpreter import torch  # noqa: F401
@@ -48,14 +48,7 @@ class HostDriver:
         self.rooms[target][:count] = self.rooms[source][:count]
 
     def launch(self, kernel, grid, args, stream):
-        verb, _, word = kernel.removeprefix("kvwire_").partition("_")
-        if word:
-            args = [VERBS.index(verb), int(word), *args]
-            function = self.library.kvwire_host_copy
-        else:
-            function = getattr(self.library, f"kvwire_host_{verb}")
-        function.restype = None
-        function(*map(ctypes.c_int64, args))
+        launch(self.library, kernel, grid, driver.THREADS, args)
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton"])

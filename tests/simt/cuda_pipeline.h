@@ -1,0 +1,2 @@
+// simt.hpp has what CUDA's header of this name declares.
+#pragma once
