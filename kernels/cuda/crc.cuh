@@ -21,6 +21,7 @@ struct CrcTables {
 struct CrcMemory {  // shared
     uint32_t step[CRC_DIGITS][32];
     uint32_t sums[WARPS];
+    uint32_t remainder;  // of what was folded: the first thread's
 };
 
 KVWIRE_DEVICE uint32_t crc_multiply(uint32_t a, uint32_t b) {
@@ -42,6 +43,7 @@ public:
         if (tables && threadIdx.x < CRC_DIGITS * 32)
             memory_.step[threadIdx.x / 32][threadIdx.x % 32] =
                 tables->step[threadIdx.x / 32][threadIdx.x % 32];
+        if (threadIdx.x == 0) memory_.remainder = 0;
     }
 
     // Adds `count` bytes of shared memory. All threads; includes sync()s where count is no
@@ -76,11 +78,9 @@ public:
     KVWIRE_DEVICE void flush(DeviceCta& cta, int64_t behind, uint32_t* crc) {
         if (!tables_) return;
         fold(cta);
-        if (threadIdx.x < 32) {
-            const uint32_t remainder = moved(remainder_, behind);
-            if (cta.leads()) add_bits(crc, remainder);
-        }
-        remainder_ = 0;
+        if (!cta.leads()) return;
+        add_bits(crc, moved(memory_.remainder, behind));
+        memory_.remainder = 0;
     }
 
 private:
@@ -99,16 +99,17 @@ private:
         return remainder;
     }
 
-    // The columns to remainder_, which the first warp keeps.
+    // The columns to memory_.remainder.
     KVWIRE_DEVICE void fold(DeviceCta& cta) {
         if (pending_bytes_ == 0) return;
         const uint32_t sum = __reduce_xor_sync(
             ALL_LANES, crc_multiply(column_, tables_->weight[threadIdx.x]));
         if (threadIdx.x % 32 == 0) memory_.sums[threadIdx.x / 32] = sum;
         cta.sync();
-        if (threadIdx.x < 32) {
-            remainder_ = moved(remainder_, pending_bytes_);
-            for (int warp = 0; warp < WARPS; ++warp) remainder_ ^= memory_.sums[warp];
+        if (cta.leads()) {
+            uint32_t remainder = moved(memory_.remainder, pending_bytes_);
+            for (int warp = 0; warp < WARPS; ++warp) remainder ^= memory_.sums[warp];
+            memory_.remainder = remainder;
         }
         cta.sync();
         column_ = 0;
@@ -117,7 +118,7 @@ private:
 
     const CrcTables* tables_;
     CrcMemory& memory_;
-    uint32_t column_ = 0, remainder_ = 0;
+    uint32_t column_ = 0;
     int pending_bytes_ = 0;
 };
 

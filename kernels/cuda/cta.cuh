@@ -19,9 +19,12 @@ public:
     // f(i) for all i below `count`, in any order. What others then read needs a sync().
     template <class F>
     KVWIRE_DEVICE void spread(int count, F f) {
-#pragma unroll 2
+#pragma unroll 1
         for (int i = threadIdx.x; i < count; i += THREADS) f(i);
     }
+    // f(i) for all i below THREADS.
+    template <class F>
+    KVWIRE_DEVICE void each(F f) { f(int(threadIdx.x)); }
     KVWIRE_DEVICE void sync() { __syncthreads(); }
     KVWIRE_DEVICE bool leads() const { return threadIdx.x == 0; }
 
@@ -65,8 +68,7 @@ struct alignas(16) Word16 {
 };
 
 // `count` bytes, as wide as both ends allow. No sync().
-template <class Cta>
-KVWIRE_DEVICE void copy_bytes(Cta& cta, uint8_t* to, const uint8_t* from, int64_t count) {
+KVWIRE_DEVICE void copy_bytes(DeviceCta& cta, uint8_t* to, const uint8_t* from, int64_t count) {
     const uint64_t ends = uint64_t(uintptr_t(to)) | uint64_t(uintptr_t(from)) | uint64_t(count);
     if (ends % 16 == 0) {
         cta.spread(int(count / 16), [&](int i) {

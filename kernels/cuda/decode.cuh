@@ -17,7 +17,7 @@ struct StripRow {
 struct DecodeMemory {  // shared
     alignas(16) uint8_t raw[STRIP_BYTES_MAX];
     alignas(16) uint8_t distances[STRIP_ELEMENTS];
-    alignas(16) uint16_t waiting[STRIP_ELEMENTS];  // elements that go on to the next tier
+    uint16_t waiting[2][STRIP_ELEMENTS];  // elements that go on to the next tier, in turns
     CrcMemory crc;
     int scan[WARPS];
 };
@@ -78,15 +78,16 @@ KVWIRE_DEVICE void look_up(const uint32_t (&planes)[DIGIT_BITS_MAX], int bits,
     }
 }
 
-// Reads a tier of `left` elements: offsets of those that end here to memory.distances, the others to
-// memory.waiting. Returns how many these are. Ends with a sync().
+// Reads a tier of `left` elements, those that `come`: offsets of the ones that end here to
+// memory.distances, the others to `go`. Returns how many these are. Ends with a sync().
 template <bool IS_FIRST>
 KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
-                            const uint8_t* planes, int left, DecodeMemory& memory) {
+                            const uint8_t* planes, int left, const uint16_t* come, uint16_t* go,
+                            DecodeMemory& memory) {
     const int here = own_part(left), from = EACH * int(threadIdx.x);
-    uint32_t going = (1u << here) - 1, elements[EACH / 2], found[4];
+    uint32_t going = (1u << here) - 1;
     if (here > 0) {
-        uint32_t digit[DIGIT_BITS_MAX] = {0, 0, 0, 0}, ending = going;
+        uint32_t digit[DIGIT_BITS_MAX] = {0, 0, 0, 0}, found[4], ending = going;
 #pragma unroll
         for (int bit = 0; bit < DIGIT_BITS_MAX; ++bit) {
             if (bit >= bits) break;
@@ -98,20 +99,17 @@ KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
         if constexpr (IS_FIRST) {
             store_quads(memory.distances + from, found);
         } else {
-            load_quads(memory.waiting + from, elements);
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
                 if (ending >> i & 1)
-                    memory.distances[elements[i / 2] >> 16 * (i % 2) & 0xFFFF] =
-                        uint8_t(found[i / 4] >> 8 * (i % 4));
+                    memory.distances[come[from + i]] = uint8_t(found[i / 4] >> 8 * (i % 4));
         }
     }
     int count;
-    uint16_t* next = memory.waiting + cta.scan(__popc(going), &count);
+    go += cta.scan(__popc(going), &count);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i)  // all have read what waited before
-        if (going >> i & 1)
-            *next++ = uint16_t(IS_FIRST ? from + i : elements[i / 2] >> 16 * (i % 2));
+    for (int i = 0; i < EACH; ++i)
+        if (going >> i & 1) *go++ = IS_FIRST ? uint16_t(from + i) : come[from + i];
     cta.sync();
     return count;
 }
@@ -123,21 +121,25 @@ KVWIRE_DEVICE bool read_tiers(DeviceCta& cta, int rest_bits, int64_t tier_bits, 
                               DecodeMemory& memory) {
     int bits = tier_width(tier_bits, 0), tail_at = 0;
     if (unused_bits(planes, count, bits)) return false;
-    int left = read_tier<true>(cta, bits, offsets, planes, count, memory);
+    uint16_t *come = memory.waiting[0], *go = memory.waiting[1];
+    int left = read_tier<true>(cta, bits, offsets, planes, count, nullptr, come, memory);
     for (int tier = 1; tier < TIERS_MAX && tier_width(tier_bits, tier) > 0; ++tier) {
         offsets.skip((1 << bits) - 1);
         bits = tier_width(tier_bits, tier);
         planes = tail + tail_at;
         tail_at += bits * plane_bytes(left);
         if (tail_at > tail_bytes || unused_bits(planes, left, bits)) return false;
-        left = read_tier<false>(cta, bits, offsets, planes, left, memory);
+        left = read_tier<false>(cta, bits, offsets, planes, left, come, go, memory);
+        uint16_t* const was = come;
+        come = go;
+        go = was;
     }
     if (tail_at + left != tail_bytes) return false;
     const uint8_t* const literals = tail + tail_at;
     bool is_wrong = false;
     cta.spread(left, [&](int i) {
         is_wrong |= literals[i] >> (8 - rest_bits) != 0;
-        memory.distances[memory.waiting[i]] = literals[i];
+        memory.distances[come[i]] = literals[i];
     });
     return !cta.any(is_wrong);
 }
@@ -201,14 +203,14 @@ KVWIRE_DEVICE bool decode_strip(DeviceCta& cta, const uint8_t* coded, const Stri
 // bytes of the format; opaque strips may have others.
 template <int WIDTH>
 KVWIRE_DEVICE void decode_strips(DeviceCta& cta, const uint8_t* coded, const StripRow* strips,
-                                 const int64_t* numbers, int64_t count, int64_t dtype,
+                                 const int64_t* numbers, int count, int64_t dtype,
                                  int64_t tier_bits, const uint8_t* blob, const Segment& segment,
                                  RunningCrc& crc, const int64_t* chunk_stops, uint32_t* crcs,
                                  int32_t* chunk_invalid, DecodeMemory& memory) {
-    int64_t chunk = -1, end = 0;  // of what `crc` has
-    for (int64_t n = 0; n < count; ++n) {
+    int chunk = -1;  // of what `crc` has
+    int64_t end = 0;
+    for (int n = 0; n < count; ++n) {
         const StripRow& strip = strips[numbers[n]];
-        const int bytes = int(strip.count * strip.item_bytes);
         if (chunk >= 0 && (strip.chunk != chunk || strip.raw_offset != end)) {
             crc.flush(cta, chunk_stops[chunk] - end, crcs + chunk);
             chunk = -1;
@@ -218,9 +220,10 @@ KVWIRE_DEVICE void decode_strips(DeviceCta& cta, const uint8_t* coded, const Str
             if (cta.leads()) set_flag(chunk_invalid + strip.chunk);
             continue;
         }
+        const int bytes = int(strip.count) * int(strip.item_bytes);
         crc.add(cta, memory.raw, bytes);
-        move_range<false>(cta, segment, strip.raw_offset, bytes, memory.raw);
-        chunk = strip.chunk;
+        move_range<WRITE>(segment, strip.raw_offset, bytes, memory.raw);
+        chunk = int(strip.chunk);
         end = strip.raw_offset + bytes;
     }
     if (chunk >= 0) crc.flush(cta, chunk_stops[chunk] - end, crcs + chunk);

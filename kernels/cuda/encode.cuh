@@ -2,10 +2,6 @@
 // Each source byte is read once; the next strip is on its way while one is coded.
 #pragma once
 
-#if defined(__NVCC__)
-#include <cuda_pipeline.h>
-#endif
-
 #include "copy.cuh"
 #include "crc.cuh"
 #include "elements.cuh"
@@ -31,30 +27,6 @@ struct EncodeMemory {  // shared
     CrcMemory crc;
     int scan[WARPS];
 };
-
-// As move_range<true>; what is begun, end_fetch() awaits.
-KVWIRE_DEVICE void begin_fetch(DeviceCta& cta, const Segment& segment, int64_t offset, int count,
-                               uint8_t* buffer) {
-    for (int at = 0; at < count;) {
-        int64_t run = 0;
-        uint8_t* const place = segment.find(offset + at, &run);
-        const int here = run < count - at ? int(run) : count - at;
-        if (place && (uint64_t(uintptr_t(place)) | uint64_t(at) | uint64_t(here)) % 16 == 0)
-            cta.spread(here / 16, [&](int i) {
-                __pipeline_memcpy_async(buffer + at + 16 * i, place + 16 * i, 16);
-            });
-        else if (place)
-            copy_bytes(cta, buffer + at, place, here);
-        else
-            cta.spread(here, [&](int i) { buffer[at + i] = 0; });
-        at += here;
-    }
-    __pipeline_commit();
-}
-KVWIRE_DEVICE void end_fetch(DeviceCta& cta) {
-    __pipeline_wait_prior(0);
-    cta.sync();
-}
 
 // The digits of all distances, tier by tier, from the code of a table. Needs a sync().
 KVWIRE_DEVICE void spread_digits(DeviceCta& cta, const uint8_t* code, int64_t tier_bits,
@@ -210,21 +182,23 @@ KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t ra
     const auto count_at = [&](int first) {
         return elements - first < STRIP_ELEMENTS ? elements - first : STRIP_ELEMENTS;
     };
+    // Not beyond kernels/code_plan.py's PERIOD_MAX.
+    const uint32_t period = uint32_t(part.period), step = STRIP_ELEMENTS % period;
+    uint32_t base = uint32_t(part.position) % period;
     cta.sync();
     if (part.tier_bits != 0) spread_digits(cta, blob + part.code_at, part.tier_bits, memory);
-    begin_fetch(cta, segment, raw_offset, count_at(0) * WIDTH, memory.raw[0]);
+    move_range<READ>(segment, raw_offset, count_at(0) * WIDTH, memory.raw[0]);
     for (int strip = 0, first = 0; first < elements; ++strip, first += STRIP_ELEMENTS) {
         const int count = count_at(first);
         const uint8_t* const raw = memory.raw[strip % 2];
-        end_fetch(cta);
+        end_read(cta);
         if (const int next = first + STRIP_ELEMENTS; next < elements)
-            begin_fetch(cta, segment, raw_offset + next * WIDTH, count_at(next) * WIDTH,
-                        memory.raw[1 - strip % 2]);
+            move_range<READ>(segment, raw_offset + next * WIDTH, count_at(next) * WIDTH,
+                             memory.raw[1 - strip % 2]);
         crc.add(cta, raw, count * WIDTH);
         if (!slot.fits) continue;
         const Coded coded = encode_strip<WIDTH>(
-            cta, rest_bits, part.tier_bits,
-            blob + part.bases_at + (part.position + first) % part.period, raw, count,
+            cta, rest_bits, part.tier_bits, blob + part.bases_at + base, raw, count,
             slot.out + body_at, slot.tails + tail_bytes, slot.bytes - body_at - tail_bytes,
             memory);
         if (!slot.room(body_at + coded.body_bytes + tail_bytes + coded.tail_bytes)) continue;
@@ -235,6 +209,8 @@ KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t ra
         }
         body_at += coded.body_bytes;
         tail_bytes += coded.tail_bytes;
+        base += step;
+        if (base >= period) base -= period;
     }
     const int used = body_at + tail_bytes - at, stop = at + padded(used);
     cta.sync();
@@ -258,11 +234,11 @@ KVWIRE_DEVICE void read_through(DeviceCta& cta, const Segment& segment, int64_t 
         return count - done < STRIP_BYTES_MAX ? count - done : STRIP_BYTES_MAX;
     };
     cta.sync();
-    begin_fetch(cta, segment, offset, bytes_at(0), memory.raw[0]);
+    move_range<READ>(segment, offset, bytes_at(0), memory.raw[0]);
     for (int turn = 0, done = 0; done < count; ++turn, done += STRIP_BYTES_MAX) {
-        end_fetch(cta);
+        end_read(cta);
         if (const int next = done + STRIP_BYTES_MAX; next < count)
-            begin_fetch(cta, segment, offset + next, bytes_at(next), memory.raw[1 - turn % 2]);
+            move_range<READ>(segment, offset + next, bytes_at(next), memory.raw[1 - turn % 2]);
         crc.add(cta, memory.raw[turn % 2], bytes_at(done));
         if (out) copy_bytes(cta, out + done, memory.raw[turn % 2], bytes_at(done));
     }
