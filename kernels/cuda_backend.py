@@ -16,7 +16,7 @@ __all__ = ["CudaBackend", "DeviceBytes", "Launches", "NO_BAD_ENTRY", "check_bf16
            "raise_bad_entry", "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
-TILE_ROWS_WORDS = 2048  # room for addresses and words of a tile: kernels/cuda/kvwire.cu
+TILE_BYTES, TILE_ROWS_MAX = 16_384, 256  # kernels/cuda/copy.cuh has room for as many rows
 STRIP_BYTES_MAX = 16_384
 
 
@@ -31,7 +31,9 @@ def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
 def tiles_of(plan: CopyPlan, word_bytes: int) -> tuple[int, int, np.ndarray]:
     """Return rows and words of the tiles, in the shape that makes them fewest, and the first tile
     of each leg."""
-    shapes = [(min(1 << bits, 256), TILE_ROWS_WORDS >> bits) for bits in range(12)]
+    tile_words = TILE_BYTES // word_bytes
+    shapes = [(min(1 << bits, TILE_ROWS_MAX), tile_words >> bits)
+              for bits in range(tile_words.bit_length())]
     rows, words = min(shapes, key=lambda shape: plan.tile_starts(*shape, word_bytes)[-1])
     return rows, words, plan.tile_starts(rows, words, word_bytes)
 

@@ -14,18 +14,17 @@ struct Leg {
 };
 static_assert(sizeof(Leg) == 8 * (8 + 3 * LEVELS), "a row of kernels/copy_plan.py");
 
-// The last i below `count` with starts[i * step] <= value.
-KVWIRE_DEVICE int64_t last_at_most(const int64_t* starts, int64_t step, int64_t count,
-                                   int64_t value) {
-    int64_t low = 0;
-    for (int64_t high = count; high - low > 1;) {
+// Halves [low, high) until at most `most` are left, among them the last i with
+// starts[i * step] <= value, or `low`.
+KVWIRE_DEVICE void narrow_down(const int64_t* starts, int64_t step, int64_t value, int64_t most,
+                               int64_t& low, int64_t& high) {
+    while (high - low > most) {
         const int64_t middle = (low + high) / 2;
         if (starts[middle * step] <= value)
             low = middle;
         else
             high = middle;
     }
-    return low;
 }
 
 // Where iteration `n` of a leg lies; null: nowhere, or its block id is out of range, which is
@@ -34,10 +33,10 @@ KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_
                                 int64_t* bad_entry) {
     if (leg.address == 0) return nullptr;
     int64_t address = leg.address, entry = leg.table_start;
-    for (int level = LEVELS - 1; level >= 0; --level) {
+    for (int level = LEVELS - 1; n > 0 && level >= 0; --level) {
         if (leg.counts[level] == 1) continue;
-        const int64_t index = n % leg.counts[level];
-        n /= leg.counts[level];
+        const int64_t outer = n / leg.counts[level], index = n - outer * leg.counts[level];
+        n = outer;
         address += index * leg.strides[level];
         entry += index * leg.table_steps[level];
     }
@@ -84,40 +83,93 @@ struct ToE4m3 {
     }
 };
 
-// A tile of `rows` iterations by `words` words of one leg; `addresses` has room for `rows`.
+#if defined(__CUDACC__)
+KVWIRE_DEVICE int log2_of(int power) { return 31 - __clz(power); }
+
+// What nobody needs again soon is the first to leave the caches.
+template <class Word>
+KVWIRE_DEVICE Word load_once(const Word* from) { return __ldcs(from); }
+KVWIRE_DEVICE Word16 load_once(const Word16* from) {
+    const ulonglong2 pair = __ldcs(reinterpret_cast<const ulonglong2*>(from));
+    return {pair.x, pair.y};
+}
+#else
+inline int log2_of(int power) { return 31 - __builtin_clz(unsigned(power)); }
+template <class Word>
+inline Word load_once(const Word* from) { return *from; }
+#endif
+
+constexpr int IN_FLIGHT = 4;  // words that a thread has loaded before it stores the first
+constexpr int TILE_ROWS_MAX = 256;
+
+// A tile while it is copied, in shared memory: its leg, and where each of its rows begins.
+struct alignas(16) TileRow {
+    uint8_t *page, *wire;
+};
+struct Tile {
+    TileRow rows[TILE_ROWS_MAX];
+    Leg leg;
+    int64_t leg_number;
+};
+
+// Copies a tile of `rows` iterations by `words` words, a power of two, of one leg. Before its first
+// byte memory is waited for three times: where legs begin, the leg, block ids.
 template <class Word, bool PACK, class Change = AsItIs, class Cta>
-KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t tile, const Leg* legs, const int64_t* tile_starts,
+KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t number, const Leg* legs, const int64_t* tile_starts,
                              int64_t leg_count, const int64_t* block_ids, uint8_t* segment,
-                             int64_t* bad_entry, int rows, int words, uint8_t** addresses) {
-    const int64_t number = last_at_most(tile_starts, 1, leg_count, tile);
-    const Leg& leg = legs[number];
-    const int64_t run_words = leg.run_bytes / int64_t(sizeof(Word));
-    const int64_t across = (run_words + words - 1) / words;
-    const int64_t within = tile - tile_starts[number];
-    const int64_t first = within / across * rows, word = within % across * words;
-    const int64_t left = leg.iterations - first, wide = run_words - word;
-    const int here = int(left < rows ? left : rows), width = int(wide < words ? wide : words);
-    cta.spread(here, [&](int row) {
-        addresses[row] = place_of(leg, first + row, block_ids, bad_entry);
+                             int64_t* bad_entry, int rows, int words, Tile& tile) {
+    constexpr int WORD_BYTES = sizeof(Word), LEG_WORDS = sizeof(Leg) / 8;
+    int64_t low = 0, high = leg_count;
+    narrow_down(tile_starts, 1, number, THREADS, low, high);
+    cta.each([&](int i) {
+        const int64_t* const starts = tile_starts + low + i;
+        if (i < high - low && starts[0] <= number && number < starts[1]) tile.leg_number = low + i;
     });
     cta.sync();
-    cta.spread(here * words, [&](int i) {  // `words` is a power of two
-        const int row = i / words, column = i % words;
-        if (column >= width) return;
-        uint8_t* const page = addresses[row];
-        uint8_t* const wire =
-            segment + (leg.wire_offset + (first + row) * leg.wire_step +
-                       word * int64_t(sizeof(Word))) / Change::SHRINK;
-        if constexpr (PACK) {
-            const Word from =
-                page ? reinterpret_cast<const Word*>(page)[word + column] : Word{};
-            using Sent = decltype(Change::of(from));
-            reinterpret_cast<Sent*>(wire)[column] = Change::of(from);
-        } else if (page) {
-            reinterpret_cast<Word*>(page)[word + column] =
-                reinterpret_cast<const Word*>(wire)[column];
-        }
+    const int64_t within = number - tile_starts[tile.leg_number];
+    cta.each([&](int i) {
+        if (i >= LEG_WORDS) return;
+        reinterpret_cast<int64_t*>(&tile.leg)[i] =
+            reinterpret_cast<const int64_t*>(legs + tile.leg_number)[i];
     });
+    cta.sync();
+    const Leg& leg = tile.leg;
+    const int shift = log2_of(words);
+    const int64_t run_words = leg.run_bytes / WORD_BYTES;
+    const int64_t across = (run_words + words - 1) >> shift, down = within / across;
+    const int64_t first = down * rows, word = (within - down * across) << shift;
+    const int64_t left = leg.iterations - first, wide = run_words - word;
+    const int here = int(left < rows ? left : rows), width = int(wide < words ? wide : words);
+    cta.each([&](int row) {
+        if (row >= here) return;
+        const int64_t n = first + row, inside = word * WORD_BYTES;
+        uint8_t* const run = place_of(leg, n, block_ids, bad_entry);
+        tile.rows[row] = {run ? run + inside : nullptr,
+                          segment + (leg.wire_offset + n * leg.wire_step + inside) / Change::SHRINK};
+    });
+    cta.sync();
+    using Sent = decltype(Change::of(Word{}));
+    const int count = here << shift;
+    for (int begin = 0; begin < count; begin += IN_FLIGHT * THREADS) {
+        cta.each([&](int i) {
+            Word held[IN_FLIGHT];
+            uint8_t* to[IN_FLIGHT];
+            bool moves[IN_FLIGHT];
+            for (int k = 0; k < IN_FLIGHT; ++k) {
+                const int at = begin + k * THREADS + i, column = at & (words - 1);
+                const auto [page, wire] = tile.rows[(at < count ? at : count - 1) >> shift];
+                const bool is_inside = at < count && column < width;
+                const Word* const from = reinterpret_cast<const Word*>(PACK ? page : wire);
+                held[k] = is_inside && page ? load_once(from + column) : Word{};
+                moves[k] = is_inside && (PACK || page);
+                to[k] = PACK ? wire : page;
+            }
+            for (int k = 0; k < IN_FLIGHT; ++k) {
+                const int column = (begin + k * THREADS + i) & (words - 1);
+                if (moves[k]) reinterpret_cast<Sent*>(to[k])[column] = Change::of(held[k]);
+            }
+        });
+    }
     cta.sync();
 }
 
@@ -135,11 +187,18 @@ struct Segment {
             *count = INT64_MAX;
             return bytes + offset;
         }
-        int64_t number = last_at_most(&legs[0].wire_offset, sizeof(Leg) / 8, leg_count, offset);
-        for (;; --number) {  // the legs of a piece take turns
+        int64_t number = 0, end = leg_count;
+        narrow_down(&legs[0].wire_offset, sizeof(Leg) / 8, offset, 1, number, end);
+        const int64_t last_offset = legs[number].wire_offset, step = legs[number].wire_step;
+        const int64_t last_n = (offset - last_offset) / step;
+        const int64_t last_within = offset - last_offset - last_n * step;
+        for (;; --number) {  // the legs of a piece take turns, all with the same step
             const Leg& leg = legs[number];
-            const int64_t n = (offset - leg.wire_offset) / leg.wire_step;
-            const int64_t within = (offset - leg.wire_offset) % leg.wire_step;
+            int64_t n = last_n, within = last_within + last_offset - leg.wire_offset;
+            if (within >= step) {
+                within -= step;
+                ++n;
+            }
             if (within >= leg.run_bytes) continue;
             *count = leg.run_bytes - within;
             uint8_t* const run = place_of(leg, n, block_ids, bad_entry);
@@ -148,23 +207,48 @@ struct Segment {
     }
 };
 
+// Every `lanes`th of `count` words, from `lane` on; null: zeros.
+template <class Word>
+KVWIRE_DEVICE void copy_lane(uint8_t* to, const uint8_t* from, int bytes, int lane) {
+    const int count = bytes / int(sizeof(Word));
+    for (int first = lane; first < count; first += IN_FLIGHT * 32) {
+        Word held[IN_FLIGHT];
+        for (int k = 0; k < IN_FLIGHT; ++k) {
+            held[k] = {};
+            if (from && first + 32 * k < count)
+                held[k] = reinterpret_cast<const Word*>(from)[first + 32 * k];
+        }
+        for (int k = 0; k < IN_FLIGHT; ++k)
+            if (first + 32 * k < count) reinterpret_cast<Word*>(to)[first + 32 * k] = held[k];
+    }
+}
+
 // Bytes [offset, offset + count) of a segment to or from `buffer`; what has no place is 0. No
-// sync().
+// sync(). Each warp finds the runs of its share, so that all of them wait for memory together.
 template <bool READ, class Cta>
 KVWIRE_DEVICE void move_range(Cta& cta, const Segment& segment, int64_t offset, int count,
                               uint8_t* buffer) {
-    for (int at = 0; at < count;) {
-        int64_t run = 0;
-        uint8_t* const place = segment.find(offset + at, &run);
-        const int here = run < count - at ? int(run) : count - at;
-        if (READ && !place)
-            cta.spread(here, [&](int i) { buffer[at + i] = 0; });
-        else if (READ)
-            copy_bytes(cta, buffer + at, place, here);
-        else if (place)
-            copy_bytes(cta, place, buffer + at, here);
-        at += here;
-    }
+    const int share = (count + 16 * WARPS - 1) / (16 * WARPS) * 16;
+    cta.each([&](int i) {
+        const int begin = i / 32 * share, stop = begin + share < count ? begin + share : count;
+        for (int at = begin; at < stop;) {
+            int64_t run = 0;
+            uint8_t* const place = segment.find(offset + at, &run);
+            const int here = run < stop - at ? int(run) : stop - at;
+            uint8_t* const to = READ ? buffer + at : place;
+            const uint8_t* const from = READ ? place : buffer + at;
+            const uint64_t ends =
+                uint64_t(uintptr_t(to)) | uint64_t(uintptr_t(from)) | uint64_t(here);
+            at += here;
+            if (!to) continue;
+            if (ends % 16 == 0)
+                copy_lane<Word16>(to, from, here, i % 32);
+            else if (ends % 4 == 0)
+                copy_lane<uint32_t>(to, from, here, i % 32);
+            else
+                copy_lane<uint8_t>(to, from, here, i % 32);
+        }
+    });
 }
 
 }  // namespace kvwire

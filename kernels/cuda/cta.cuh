@@ -30,6 +30,9 @@ public:
     __device__ __forceinline__ void spread(int count, F f) {
         for (int i = threadIdx.x; i < count; i += THREADS) f(i);
     }
+    // f(i) for all i below THREADS.
+    template <class F>
+    __device__ __forceinline__ void each(F f) { f(int(threadIdx.x)); }
     __device__ __forceinline__ void sync() { __syncthreads(); }
     __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
 
@@ -99,6 +102,8 @@ public:
     void spread(int count, F f) {
         for (int i = 0; i < count; ++i) f(i);
     }
+    template <class F>
+    void each(F f) { spread(THREADS, f); }
     void sync() {}
     bool leads() const { return true; }
 
