@@ -6,7 +6,7 @@ import pytest
 from cuda_host import NO_BAD_ENTRY, Host, aligned, aligned_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import Side, sides
+from test_plan import CARRIERS, Side, sides
 from test_tiered import KINDS, code_tables, kinds_of_bytes
 
 from kvwire import _native, plan
@@ -14,6 +14,8 @@ from kvwire.control import Item
 from kvwire.errors import ErrorCode, KvwireError
 from kvwire.kernels.code_plan import CodePlan, Payload
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.cuda_backend import tiles_of
+from kvwire.kernels.driver import THREADS
 from kvwire.layout import CacheSpec, DType, attention
 from kvwire.tiered import CodeTable, Part, decode_tiered, element_format, encode_tiered
 
@@ -25,7 +27,8 @@ def host(request):
 
 
 @settings(max_examples=60)
-@given(sides(), st.integers(0, 2**32), st.sampled_from([(1, 1), (4, 16), (32, 64)]))
+@given(sides(), st.integers(0, 2**32),
+       st.sampled_from([(1, 1), (4, 16), (32, 64), (256, 2), (1, 4096)]))
 def test_copies_equal_the_planner(host, pair, seed, shape):
     sent, held, tokens = pair
     source, target = Side(sent, tokens, seed), Side(held, tokens, seed + 1, writable=True)
@@ -50,6 +53,30 @@ def test_copies_equal_the_planner(host, pair, seed, shape):
     for raw, want in zip(target.storage, expected):
         np.testing.assert_array_equal(raw, want)
     assert host.bad_entry[0] == NO_BAD_ENTRY
+
+
+class AlignedSide(Side):
+    def strided(self, shape, item_bytes):
+        self.storage.append(aligned(int(np.prod(shape)) * item_bytes))
+        return self.storage[-1].view(CARRIERS[item_bytes]).reshape(shape)
+
+
+def test_more_legs_than_threads_of_widest_words(host):
+    layers = range(THREADS * 5 // 8)
+    spec = CacheSpec("m", (attention(layers, kv_heads=1, head_dim=64, block_tokens=16),))
+    source, target = AlignedSide(spec, (0, 40), 1), AlignedSide(spec, (0, 40), 2, writable=True)
+    source.fill()
+    items = [item for layer in layers for item in source.memory.items(layer)]
+    reading = CopyPlan.of_items(spec, items, source.memory)
+    assert len(reading.legs) > THREADS and reading.word_bytes == 16
+    data, segment = plan.gather(spec, items, source.memory.leaves), aligned(reading.bytes)
+    rows, words, _ = tiles_of(reading, 16)
+    host.copy(reading, segment, True, rows, words)
+    assert segment.tobytes() == data
+    host.copy(CopyPlan.of_items(spec, items, target.memory), segment, False, rows, words)
+    assert plan.gather(spec, items, target.memory.leaves) == data
+    chunks = [(at, min(20_000, len(data) - at)) for at in range(0, len(data), 99_983)]
+    assert host.crc(chunks, reading) == [_native.crc32c(data[at:at + size]) for at, size in chunks]
 
 
 @st.composite
@@ -141,10 +168,15 @@ def test_a_bad_block_id_is_reported_and_never_followed(host, block):
     side = Side(spec, (0, 20), 3, writable=True)
     copies = CopyPlan.of_items(spec, [Item(0, 0, 3, 0, 20)], side.memory)
     copies.block_ids[3] = block
-    for pack in (True, False):
+    for raw in side.storage:
+        raw[:] = 1
+    for pack, segment in (True, aligned(copies.bytes, 9)), (False, aligned(copies.bytes, 2)):
         host.bad_entry[0] = NO_BAD_ENTRY
-        host.copy(copies, aligned(copies.bytes), pack)
+        host.copy(copies, segment, pack)
         assert host.bad_entry[0] == 3
+        if pack:  # zeros stand for the block
+            assert np.bincount(segment).tolist() == [copies.bytes // 5, copies.bytes // 5 * 4]
+    assert sum((raw == 2).sum() for raw in side.storage) == copies.bytes // 5 * 4
     host.bad_entry[0] = NO_BAD_ENTRY
     host.crc([(0, copies.bytes)], copies)
     assert host.bad_entry[0] == 3

@@ -16,11 +16,11 @@ static_assert(sizeof(Leg) == 8 * (8 + 3 * LEVELS), "a row of kernels/copy_plan.p
 
 // Halves [low, high) until at most `most` are left, among them the last i with
 // starts[i * step] <= value, or `low`.
-KVWIRE_DEVICE void narrow_down(const int64_t* starts, int64_t step, int64_t value, int64_t most,
-                               int64_t& low, int64_t& high) {
+KVWIRE_DEVICE void narrow_down(const int64_t* starts, int step, int64_t value, int most, int& low,
+                               int& high) {
     while (high - low > most) {
-        const int64_t middle = (low + high) / 2;
-        if (starts[middle * step] <= value)
+        const int middle = (low + high) / 2;
+        if (starts[int64_t(middle) * step] <= value)
             low = middle;
         else
             high = middle;
@@ -31,8 +31,8 @@ KVWIRE_DEVICE void narrow_down(const int64_t* starts, int64_t step, int64_t valu
 // reported and never followed.
 KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_ids,
                                 int64_t* bad_entry) {
-    if (leg.address == 0) return nullptr;
     int64_t address = leg.address, entry = leg.table_start;
+    const int64_t block_count = leg.block_count, block_stride = leg.block_stride;
     for (int level = LEVELS - 1; n > 0 && level >= 0; --level) {
         if (leg.counts[level] == 1) continue;
         const int64_t outer = n / leg.counts[level], index = n - outer * leg.counts[level];
@@ -40,15 +40,15 @@ KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_
         address += index * leg.strides[level];
         entry += index * leg.table_steps[level];
     }
-    if (leg.block_count > 0) {
+    if (block_count > 0) {
         const int64_t block = block_ids[entry];
-        if (block < 0 || block >= leg.block_count) {
+        if (block < 0 || block >= block_count) {
             lower_to(bad_entry, entry);
             return nullptr;
         }
-        address += block * leg.block_stride;
+        address += block * block_stride;
     }
-    return reinterpret_cast<uint8_t*>(address);
+    return leg.address ? reinterpret_cast<uint8_t*>(address) : nullptr;
 }
 
 // The fp8 e4m3 code nearest to a bf16 number: kernels/narrow.py.
@@ -83,9 +83,6 @@ struct ToE4m3 {
     }
 };
 
-#if defined(__CUDACC__)
-KVWIRE_DEVICE int log2_of(int power) { return 31 - __clz(power); }
-
 // What nobody needs again soon is the first to leave the caches.
 template <class Word>
 KVWIRE_DEVICE Word load_once(const Word* from) { return __ldcs(from); }
@@ -93,13 +90,10 @@ KVWIRE_DEVICE Word16 load_once(const Word16* from) {
     const ulonglong2 pair = __ldcs(reinterpret_cast<const ulonglong2*>(from));
     return {pair.x, pair.y};
 }
-#else
-inline int log2_of(int power) { return 31 - __builtin_clz(unsigned(power)); }
-template <class Word>
-inline Word load_once(const Word* from) { return *from; }
-#endif
 
-constexpr int IN_FLIGHT = 4;  // words that a thread has loaded before it stores the first
+// Words that a thread has loaded before it stores the first.
+template <class Word>
+constexpr int IN_FLIGHT = sizeof(Word) < 8 ? 8 : 4;
 constexpr int TILE_ROWS_MAX = 256;
 
 // A tile while it is copied, in shared memory: its leg, and where each of its rows begins.
@@ -109,17 +103,18 @@ struct alignas(16) TileRow {
 struct Tile {
     TileRow rows[TILE_ROWS_MAX];
     Leg leg;
-    int64_t leg_number;
+    int leg_number;
 };
 
 // Copies a tile of `rows` iterations by `words` words, a power of two, of one leg. Before its first
-// byte memory is waited for three times: where legs begin, the leg, block ids.
+// byte memory is waited for three times: where legs begin, the leg, block ids. May be called again
+// at once: what a slow thread still reads is overwritten behind the next call's first sync().
 template <class Word, bool PACK, class Change = AsItIs, class Cta>
 KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t number, const Leg* legs, const int64_t* tile_starts,
                              int64_t leg_count, const int64_t* block_ids, uint8_t* segment,
                              int64_t* bad_entry, int rows, int words, Tile& tile) {
     constexpr int WORD_BYTES = sizeof(Word), LEG_WORDS = sizeof(Leg) / 8;
-    int64_t low = 0, high = leg_count;
+    int low = 0, high = int(leg_count);
     narrow_down(tile_starts, 1, number, THREADS, low, high);
     cta.each([&](int i) {
         const int64_t* const starts = tile_starts + low + i;
@@ -134,7 +129,7 @@ KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t number, const Leg* legs, const in
     });
     cta.sync();
     const Leg& leg = tile.leg;
-    const int shift = log2_of(words);
+    const int shift = 31 - __clz(words);
     const int64_t run_words = leg.run_bytes / WORD_BYTES;
     const int64_t across = (run_words + words - 1) >> shift, down = within / across;
     const int64_t first = down * rows, word = (within - down * across) << shift;
@@ -144,18 +139,19 @@ KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t number, const Leg* legs, const in
         if (row >= here) return;
         const int64_t n = first + row, inside = word * WORD_BYTES;
         uint8_t* const run = place_of(leg, n, block_ids, bad_entry);
-        tile.rows[row] = {run ? run + inside : nullptr,
-                          segment + (leg.wire_offset + n * leg.wire_step + inside) / Change::SHRINK};
+        const int64_t offset = leg.wire_offset + n * leg.wire_step + inside;
+        tile.rows[row] = {run ? run + inside : nullptr, segment + offset / Change::SHRINK};
     });
     cta.sync();
     using Sent = decltype(Change::of(Word{}));
+    constexpr int TOGETHER = IN_FLIGHT<Word>;
     const int count = here << shift;
-    for (int begin = 0; begin < count; begin += IN_FLIGHT * THREADS) {
+    for (int begin = 0; begin < count; begin += TOGETHER * THREADS) {
         cta.each([&](int i) {
-            Word held[IN_FLIGHT];
-            uint8_t* to[IN_FLIGHT];
-            bool moves[IN_FLIGHT];
-            for (int k = 0; k < IN_FLIGHT; ++k) {
+            Word held[TOGETHER];
+            uint8_t* to[TOGETHER];
+            bool moves[TOGETHER];
+            for (int k = 0; k < TOGETHER; ++k) {
                 const int at = begin + k * THREADS + i, column = at & (words - 1);
                 const auto [page, wire] = tile.rows[(at < count ? at : count - 1) >> shift];
                 const bool is_inside = at < count && column < width;
@@ -164,13 +160,12 @@ KVWIRE_DEVICE void copy_tile(Cta& cta, int64_t number, const Leg* legs, const in
                 moves[k] = is_inside && (PACK || page);
                 to[k] = PACK ? wire : page;
             }
-            for (int k = 0; k < IN_FLIGHT; ++k) {
+            for (int k = 0; k < TOGETHER; ++k) {
                 const int column = (begin + k * THREADS + i) & (words - 1);
                 if (moves[k]) reinterpret_cast<Sent*>(to[k])[column] = Change::of(held[k]);
             }
         });
     }
-    cta.sync();
 }
 
 // A segment, where it lies: side by side at `bytes`, or, where that is null, in pages.
@@ -187,7 +182,7 @@ struct Segment {
             *count = INT64_MAX;
             return bytes + offset;
         }
-        int64_t number = 0, end = leg_count;
+        int number = 0, end = int(leg_count);
         narrow_down(&legs[0].wire_offset, sizeof(Leg) / 8, offset, 1, number, end);
         const int64_t last_offset = legs[number].wire_offset, step = legs[number].wire_step;
         const int64_t last_n = (offset - last_offset) / step;
@@ -207,18 +202,18 @@ struct Segment {
     }
 };
 
-// Every `lanes`th of `count` words, from `lane` on; null: zeros.
+// Every 32nd word of `bytes` bytes, from `lane` on; from null: zeros.
 template <class Word>
 KVWIRE_DEVICE void copy_lane(uint8_t* to, const uint8_t* from, int bytes, int lane) {
+    constexpr int TOGETHER = 4;
     const int count = bytes / int(sizeof(Word));
-    for (int first = lane; first < count; first += IN_FLIGHT * 32) {
-        Word held[IN_FLIGHT];
-        for (int k = 0; k < IN_FLIGHT; ++k) {
-            held[k] = {};
-            if (from && first + 32 * k < count)
-                held[k] = reinterpret_cast<const Word*>(from)[first + 32 * k];
+    for (int first = lane; first < count; first += TOGETHER * 32) {
+        Word held[TOGETHER];
+        for (int k = 0; k < TOGETHER; ++k) {
+            const bool is_there = from && first + 32 * k < count;
+            held[k] = is_there ? reinterpret_cast<const Word*>(from)[first + 32 * k] : Word{};
         }
-        for (int k = 0; k < IN_FLIGHT; ++k)
+        for (int k = 0; k < TOGETHER; ++k)
             if (first + 32 * k < count) reinterpret_cast<Word*>(to)[first + 32 * k] = held[k];
     }
 }

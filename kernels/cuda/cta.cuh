@@ -102,8 +102,6 @@ public:
     void spread(int count, F f) {
         for (int i = 0; i < count; ++i) f(i);
     }
-    template <class F>
-    void each(F f) { spread(THREADS, f); }
     void sync() {}
     bool leads() const { return true; }
 
