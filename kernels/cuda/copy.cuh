@@ -1,6 +1,8 @@
 // Pages to one contiguous segment and back, by the rows of kernels/copy_plan.py.
 #pragma once
 
+#include <string.h>
+
 #include "cta.cuh"
 
 namespace kvwire {
@@ -51,18 +53,19 @@ KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_
     return leg.address ? reinterpret_cast<uint8_t*>(address) : nullptr;
 }
 
-// The fp8 e4m3 code nearest to a bf16 number: kernels/narrow.py.
-KVWIRE_DEVICE uint8_t e4m3_of_bf16(uint16_t bits) {
-    const int magnitude = bits & 0x7FFF, sign = bits >> 15 << 7;
-    if (magnitude > 0x7F80) return uint8_t(sign | 0x7F);
-    if (magnitude >= 121 << 7) {
-        const int code = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (120 << 3);
-        return uint8_t(sign | (code < 0x7E ? code : 0x7E));
-    }
-    const int significand = (magnitude & 0x7F) | 0x80, exponent = magnitude >> 7;
-    const int places = exponent < 115 ? 10 : 125 - exponent;
-    const int half = (1 << (places - 1)) - 1 + (significand >> places & 1);
-    return uint8_t(sign | (significand + half) >> places);
+// The fp8 e4m3 code nearest to a bf16 number: kernels/narrow.py. Below the least normal number its
+// unit is 2^-9, the lowest bit of a float that is 2^14 and little more: the addition rounds.
+KVWIRE_DEVICE uint32_t e4m3_of_bf16(uint32_t bits) {
+    const uint32_t magnitude = bits & 0x7FFF, sign = bits >> 8 & 0x80, wide = magnitude << 16;
+    const uint32_t normal = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (120 << 3);
+    const uint32_t top = magnitude > 0x7F80 ? 0x7F : 0x7E;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    value += 16384;
+    uint32_t tiny;
+    memcpy(&tiny, &value, sizeof tiny);
+    const uint32_t code = magnitude >= 121 << 7 ? (normal < top ? normal : top) : tiny & 0xF;
+    return sign | code;
 }
 
 // How a word of a page goes to the segment, which has SHRINK times fewer bytes.
@@ -74,11 +77,10 @@ struct AsItIs {
 
 struct ToE4m3 {
     static constexpr int SHRINK = 2;
-    static KVWIRE_DEVICE uint8_t of(uint16_t word) { return e4m3_of_bf16(word); }
+    static KVWIRE_DEVICE uint8_t of(uint16_t word) { return uint8_t(e4m3_of_bf16(word)); }
     static KVWIRE_DEVICE uint32_t of(uint64_t word) {
         uint32_t codes = 0;
-        for (int i = 0; i < 4; ++i)
-            codes |= uint32_t(e4m3_of_bf16(uint16_t(word >> 16 * i))) << 8 * i;
+        for (int i = 0; i < 4; ++i) codes |= e4m3_of_bf16(uint16_t(word >> 16 * i)) << 8 * i;
         return codes;
     }
 };
