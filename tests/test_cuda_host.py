@@ -11,8 +11,8 @@ from test_tiered import KINDS, code_tables, kinds_of_bytes
 
 from kvwire import _native, plan
 from kvwire.control import Item
-from kvwire.errors import ErrorCode, KvwireError
-from kvwire.kernels.code_plan import CodePlan, Payload
+from kvwire.errors import ErrorCode, KvwireError, UnsupportedError
+from kvwire.kernels.code_plan import PERIOD_MAX, CodePlan, Payload
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.cuda_backend import tiles_of
 from kvwire.kernels.driver import THREADS
@@ -129,6 +129,9 @@ def test_flipped_payloads_are_refused_alike(host, chunk, random):
     try:
         (invalid,), crcs = host.decode([Payload(bad, 0, 0, len(raw))], bad, got, tables)
         got = ErrorCode.CODED_INVALID if invalid else got.tobytes()
+    except UnsupportedError as error:  # a flipped extent may ask for more bases than a kernel has
+        assert error.expected == PERIOD_MAX < error.actual
+        return
     except KvwireError as error:
         got = error.code
     assert got == expected
@@ -168,10 +171,15 @@ def test_a_bad_block_id_is_reported_and_never_followed(host, block):
     side = Side(spec, (0, 20), 3, writable=True)
     copies = CopyPlan.of_items(spec, [Item(0, 0, 3, 0, 20)], side.memory)
     copies.block_ids[3] = block
-    for pack in (True, False):
+    for raw in side.storage:
+        raw[:] = 1
+    for pack, segment in (True, aligned(copies.bytes, 9)), (False, aligned(copies.bytes, 2)):
         host.bad_entry[0] = NO_BAD_ENTRY
-        host.copy(copies, aligned(copies.bytes), pack)
+        host.copy(copies, segment, pack)
         assert host.bad_entry[0] == 3
+        if pack:  # zeros stand for the block
+            assert np.bincount(segment).tolist() == [copies.bytes // 5, copies.bytes // 5 * 4]
+    assert sum((raw == 2).sum() for raw in side.storage) == copies.bytes // 5 * 4
     host.bad_entry[0] = NO_BAD_ENTRY
     host.crc([(0, copies.bytes)], copies)
     assert host.bad_entry[0] == 3

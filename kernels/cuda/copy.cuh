@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_pipeline.h>
+#include <string.h>
 
 #include "cta.cuh"
 
@@ -33,8 +34,8 @@ KVWIRE_DEVICE void narrow_down(const int64_t* starts, int step, int64_t value, i
 // reported and never followed.
 KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_ids,
                                 int64_t* bad_entry) {
-    if (leg.address == 0) return nullptr;
     int64_t address = leg.address, entry = leg.table_start;
+    const int64_t block_count = leg.block_count, block_stride = leg.block_stride;
     for (int level = LEVELS - 1; n > 0 && level >= 0; --level) {
         if (leg.counts[level] == 1) continue;
         const int64_t outer = n / leg.counts[level], index = n - outer * leg.counts[level];
@@ -42,29 +43,30 @@ KVWIRE_DEVICE uint8_t* place_of(const Leg& leg, int64_t n, const int64_t* block_
         address += index * leg.strides[level];
         entry += index * leg.table_steps[level];
     }
-    if (leg.block_count > 0) {
+    if (block_count > 0) {
         const int64_t block = block_ids[entry];
-        if (block < 0 || block >= leg.block_count) {
+        if (block < 0 || block >= block_count) {
             lower_to(bad_entry, entry);
             return nullptr;
         }
-        address += block * leg.block_stride;
+        address += block * block_stride;
     }
-    return reinterpret_cast<uint8_t*>(address);
+    return leg.address ? reinterpret_cast<uint8_t*>(address) : nullptr;
 }
 
-// The fp8 e4m3 code nearest to a bf16 number: kernels/narrow.py.
-KVWIRE_DEVICE uint8_t e4m3_of_bf16(uint16_t bits) {
-    const int magnitude = bits & 0x7FFF, sign = bits >> 15 << 7;
-    if (magnitude > 0x7F80) return uint8_t(sign | 0x7F);
-    if (magnitude >= 121 << 7) {
-        const int code = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (120 << 3);
-        return uint8_t(sign | (code < 0x7E ? code : 0x7E));
-    }
-    const int significand = (magnitude & 0x7F) | 0x80, exponent = magnitude >> 7;
-    const int places = exponent < 115 ? 10 : 125 - exponent;
-    const int half = (1 << (places - 1)) - 1 + (significand >> places & 1);
-    return uint8_t(sign | (significand + half) >> places);
+// The fp8 e4m3 code nearest to a bf16 number: kernels/narrow.py. Below the least normal number its
+// unit is 2^-9, the lowest bit of a float that is 2^14 and little more: the addition rounds.
+KVWIRE_DEVICE uint32_t e4m3_of_bf16(uint32_t bits) {
+    const uint32_t magnitude = bits & 0x7FFF, sign = bits >> 8 & 0x80, wide = magnitude << 16;
+    const uint32_t normal = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (120 << 3);
+    const uint32_t top = magnitude > 0x7F80 ? 0x7F : 0x7E;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    value += 16384;
+    uint32_t tiny;
+    memcpy(&tiny, &value, sizeof tiny);
+    const uint32_t code = magnitude >= 121 << 7 ? (normal < top ? normal : top) : tiny & 0xF;
+    return sign | code;
 }
 
 // How a word of a page goes to the segment, which has SHRINK times fewer bytes.
@@ -76,11 +78,10 @@ struct AsItIs {
 
 struct ToE4m3 {
     static constexpr int SHRINK = 2;
-    static KVWIRE_DEVICE uint8_t of(uint16_t word) { return e4m3_of_bf16(word); }
+    static KVWIRE_DEVICE uint8_t of(uint16_t word) { return uint8_t(e4m3_of_bf16(word)); }
     static KVWIRE_DEVICE uint32_t of(uint64_t word) {
         uint32_t codes = 0;
-        for (int i = 0; i < 4; ++i)
-            codes |= uint32_t(e4m3_of_bf16(uint16_t(word >> 16 * i))) << 8 * i;
+        for (int i = 0; i < 4; ++i) codes |= e4m3_of_bf16(uint16_t(word >> 16 * i)) << 8 * i;
         return codes;
     }
 };
@@ -109,11 +110,13 @@ struct Tile {
 };
 
 // Copies a tile of `rows` iterations by `words` words, a power of two, of one leg. Before its first
-// byte memory is waited for three times: where legs begin, the leg, block ids.
+// byte memory is waited for three times: where legs begin, the leg, block ids. May be called again
+// at once: what a slow thread still reads is overwritten behind the next call's first sync().
 template <class Word, bool PACK, class Change = AsItIs>
-KVWIRE_DEVICE void copy_tile(DeviceCta& cta, int64_t number, const Leg* legs, const int64_t* tile_starts,
-                             int64_t leg_count, const int64_t* block_ids, uint8_t* segment,
-                             int64_t* bad_entry, int rows, int words, Tile& tile) {
+KVWIRE_DEVICE void copy_tile(DeviceCta& cta, int64_t number, const Leg* legs,
+                             const int64_t* tile_starts, int64_t leg_count,
+                             const int64_t* block_ids, uint8_t* segment, int64_t* bad_entry,
+                             int rows, int words, Tile& tile) {
     constexpr int WORD_BYTES = sizeof(Word), LEG_WORDS = sizeof(Leg) / 8;
     int low = 0, high = int(leg_count);
     narrow_down(tile_starts, 1, number, THREADS, low, high);
@@ -167,7 +170,6 @@ KVWIRE_DEVICE void copy_tile(DeviceCta& cta, int64_t number, const Leg* legs, co
             }
         });
     }
-    cta.sync();
 }
 
 // A segment, where it lies: side by side at `bytes`, or, where that is null, in pages.

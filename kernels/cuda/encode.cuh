@@ -133,7 +133,8 @@ KVWIRE_DEVICE Coded encode_strip(DeviceCta& cta, int rest_bits, int64_t tier_bit
         }
         const uint32_t mask = every_byte(0xFF >> rest_bits);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) top[i] = bytes_minus(top[i] >> rest_bits & mask, base[i]) & mask;
+        for (int i = 0; i < 4; ++i)
+            top[i] = bytes_minus(top[i] >> rest_bits & mask, base[i]) & mask;
         tail_bytes = write_tiers(cta, tier_bits, top, count, bytes - verbatim_bytes,
                                  body + verbatim_bytes, tail, memory);
     }

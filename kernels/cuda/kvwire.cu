@@ -18,13 +18,13 @@ __device__ void copy_block(int64_t tile_count, const Leg* legs, const int64_t* t
 #pragma unroll 1
     for (int64_t tile = blockIdx.x; tile < tile_count; tile += gridDim.x)
         copy_tile<Word, PACK, Change>(cta, tile, legs, tile_starts, leg_count, block_ids, segment,
-                              bad_entry, rows, words, room);
+                                     bad_entry, rows, words, room);
 }
 
 }  // namespace
 
 #define KVWIRE_COPY(NAME, WORD, PACK, CHANGE)                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 5)                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                     \
     NAME(int64_t tile_count, const Leg* legs, const int64_t* tile_starts, int64_t leg_count,     \
          const int64_t* block_ids, uint8_t* segment, int64_t* bad_entry, int rows, int words) {  \
         copy_block<WORD, PACK, CHANGE>(tile_count, legs, tile_starts, leg_count, block_ids,      \
@@ -44,7 +44,7 @@ KVWIRE_COPY(kvwire_unpack_16, Word16, false, AsItIs)
 KVWIRE_COPY(kvwire_narrow_2, uint16_t, true, ToE4m3)
 KVWIRE_COPY(kvwire_narrow_8, uint64_t, true, ToE4m3)
 
-// By chunks. Three blocks to a multiprocessor leave it registers enough not to spill.
+// By chunks. With three blocks to a multiprocessor, some of a loop's state is spilled.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 kvwire_encode(int64_t chunk_count, uint8_t* bytes, const Leg* legs, int64_t leg_count,
               const int64_t* block_ids, int64_t* bad_entry, const ChunkRow* chunks,
