@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["CUDA_SPAN_BYTES", "LANES", "TILE_BYTES", "beginning", "cuda_tables", "lane_weights", "multiply",
-           "row_step", "tile_weights", "x_to_the"]
+__all__ = ["CUDA_SPAN_BYTES", "LANES", "TILE_BYTES", "beginning", "cuda_tables", "lane_weights",
+           "multiply", "row_step", "tile_weights", "x_to_the"]
 
 LANES = 1024          # words side by side; each lane goes down its column by Horner's rule
 TILE_BYTES = 65_536   # what one program reads

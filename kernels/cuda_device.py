@@ -13,7 +13,7 @@ __all__ = ["CudaDevice"]
 
 _EVENT_DISABLE_TIMING = 2
 _STREAM_NON_BLOCKING = 1
-BLOCKS_PER_SM = 2  # of the coding kernels: kernels/cuda/kvwire.cu
+BLOCKS_PER_SM = 3  # of the coding kernels: kernels/cuda/kvwire.cu
 
 
 class _Event:
