@@ -36,21 +36,18 @@ public:
     KVWIRE_DEVICE int scan(int mine, int* total) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         int before = mine;  // of this warp, with this thread
+        if (__any_sync(ALL_LANES, mine != 0)) {
 #pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int lower = __shfl_up_sync(ALL_LANES, before, step);
-            if (lane >= step) before += lower;
+            for (int step = 1; step < 32; step *= 2) {
+                const int lower = __shfl_up_sync(ALL_LANES, before, step);
+                if (lane >= step) before += lower;
+            }
         }
         if (lane == 31) room_[warp] = before;
         __syncthreads();
-        before -= mine;
-        *total = 0;
-#pragma unroll
-        for (int other = 0; other < WARPS; ++other) {
-            if (other < warp) before += room_[other];
-            *total += room_[other];
-        }
-        return before;
+        const unsigned of_warp = lane < WARPS ? room_[lane] : 0;
+        *total = int(__reduce_add_sync(ALL_LANES, of_warp));
+        return before - mine + int(__reduce_add_sync(ALL_LANES, lane < warp ? of_warp : 0));
     }
 
 private:

@@ -107,9 +107,11 @@ KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
     }
     int count;
     go += cta.scan(__popc(going), &count);
+    if (going != 0) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (going >> i & 1) *go++ = IS_FIRST ? uint16_t(from + i) : come[from + i];
+        for (int i = 0; i < EACH; ++i)
+            if (going >> i & 1) *go++ = IS_FIRST ? uint16_t(from + i) : come[from + i];
+    }
     cta.sync();
     return count;
 }

@@ -80,9 +80,11 @@ KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&dist
         if (tier == 0) first_bytes = taken;
         planes = tail + (taken - first_bytes);
         uint8_t* next = memory.waiting + cta.scan(__popc(going), &left);
+        if (going != 0) {  // all have read what waited before
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)  // all have read what waited before
-            if (going >> i & 1) *next++ = uint8_t(distances[i / 4] >> 8 * (i % 4));
+            for (int i = 0; i < EACH; ++i)
+                if (going >> i & 1) *next++ = uint8_t(distances[i / 4] >> 8 * (i % 4));
+        }
         cta.sync();
     }
     if (taken + left >= bytes_max) return -1;
