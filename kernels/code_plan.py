@@ -27,7 +27,7 @@ KEPT_BYTES_MAX = 64 << 20  # of unrolled bases, for the plans to come
 UNROLL_STEP = 1 << 16  # elements: each needs some 64 bytes on the way
 TABLE_BYTES_MAX = 48 + 65_536
 
-# Columns of the rows; kernels/cuda/tiered.cuh has the same.
+# Columns of the rows; kernels/cuda/encode.cuh and decode.cuh have the same.
 CHUNK = ("RAW_OFFSET", "RAW_BYTES", "OUT_OFFSET", "FIRST_PART", "PART_COUNT")
 PART_ROW = ("RAW_BYTES", "TABLE_INDEX", "POSITION", "FIRST_STRIP", "STRIP_COUNT", "INSIDE_AT",
             "INSIDE_BYTES", "CODE_AT", "DTYPE", "TIER_BITS", "BASES_AT", "PERIOD")
