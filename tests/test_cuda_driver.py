@@ -1,0 +1,89 @@
+"""The code that talks to the CUDA driver meets one: tests/simt plays it, strictly."""
+
+import threading
+
+import numpy as np
+import pytest
+from cuda_driver import DriverArrays, cuda
+from test_staging import SMALL, Cache, hybrid
+from test_staging_faults import small_spec
+
+import kvwire
+from kvwire import _native
+from kvwire.control import Item
+from kvwire.errors import InternalError, KvwireError, LimitError
+from kvwire.kernels import backends, driver
+from kvwire.kernels.cuda_backend import CudaBackend
+from kvwire.kernels.cuda_device import CudaDevice
+from kvwire.kernels.driver import Driver
+
+__all__ = ["cuda"]
+
+
+def staging(**options):
+    return kvwire.Staging(**{**SMALL, **options})
+
+
+def moved(spec, source, target, codec="raw", **options):
+    """Carry a cache from one device to another over loopback TCP."""
+    with kvwire.Receiver(staging=staging()) as receiver, \
+            kvwire.Sender(receiver.address, codec=codec, staging=staging(), **options) as sender:
+        ticket = receiver.expect(target.memory)
+        transfer = sender.send(ticket.id, source.memory)
+        ticket.result(60)
+        transfer.result(60)
+
+
+def on_device(spec, ordinal, seed, **options):
+    return Cache(spec, DriverArrays(Driver(ordinal), f"cuda:{ordinal}"), seed, **options)
+
+
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+def test_a_cache_goes_from_device_to_device(cuda, codec):
+    spec = hybrid()
+    source, target = on_device(spec, 0, 1), on_device(spec, 1, 2, writable=True)
+    before = cuda.current()
+    moved(spec, source, target, codec)
+    assert cuda.current() == before
+    assert target.content(spec) == source.content(spec)
+    assert cuda.end() == ""
+
+
+def test_what_was_uploaded_is_there_on_any_stream(cuda):
+    data = np.random.default_rng(1).integers(0, 256, 100_000, np.uint8)
+    backend = CudaBackend(Driver())
+    stream = CudaDevice(Driver()).stream()
+    for _ in range(5):
+        crc = backend.prepare("crc32c", np.array([[0, len(data)]]), backend.upload(data))
+        crc.enqueue(stream)
+        backend._driver.call("cuStreamSynchronize", driver.ctypes.c_void_p(stream))
+        assert crc.results().tolist() == [_native.crc32c(data.tobytes())]
+
+
+def test_a_thread_needs_no_context_and_keeps_the_one_it_has(cuda):
+    before, failed = cuda.current(), []
+    backend = backends.load("cuda")
+    assert cuda.current() == before
+
+    def call():
+        try:
+            data = backend.upload(np.zeros(4096, np.uint8))
+            assert backend.crc32c(np.array([[0, 4096]]), data).tolist() == [
+                _native.crc32c(bytes(4096))]
+            assert cuda.current() == -1
+        except BaseException as error:
+            failed.append(error)
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(60)
+    assert not failed
+    other = CudaDevice(Driver(1))
+    event, pinned = other.engine_event(), other.pinned(100)
+    event.wait()
+    del event, pinned
+    assert cuda.current() == before
+
+
+def test_nothing_to_do_is_no_launch(cuda):
+    backend = backends.load("cuda")
+    assert backend.crc32c(np.zeros((0, 2), np.int64), backend.empty(1)).tolist() == []
