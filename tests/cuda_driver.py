@@ -61,7 +61,7 @@ class FakeCuda:
             if self.held() == expected:
                 return
             time.sleep(0.02)
-        assert self.held() == expected
+        assert self.held() == expected, (self.held(), expected)
 
 
 class DriverArrays:

@@ -87,3 +87,74 @@ def test_a_thread_needs_no_context_and_keeps_the_one_it_has(cuda):
 def test_nothing_to_do_is_no_launch(cuda):
     backend = backends.load("cuda")
     assert backend.crc32c(np.zeros((0, 2), np.int64), backend.empty(1)).tolist() == []
+
+
+def outcomes(receiver, sender, source, target):
+    """Carry a cache; return what each side says of it, None: that it arrived."""
+    said = []
+    try:
+        ticket = receiver.expect(target.memory)
+    except KvwireError as error:
+        return [error]
+    try:
+        handles = [sender.send(ticket.id, source.memory), ticket]
+    except KvwireError as error:
+        said.append(error)
+        ticket.cancel()
+        handles = [ticket]
+    for handle in handles:
+        try:
+            handle.result(60)
+            said.append(None)
+        except KvwireError as error:
+            said.append(error)
+    return said
+
+
+ROOM_CALLS = ("cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreateWithPriority", "cuEventCreate")
+
+
+@pytest.mark.parametrize("call", ROOM_CALLS)
+def test_a_call_that_finds_no_room_fails_its_transfer_only(cuda, call):
+    spec, nth = small_spec(), 0
+    source, target = on_device(spec, 0, 1), on_device(spec, 0, 2, writable=True)
+    held = cuda.held()
+    while True:
+        nth += 1
+        with kvwire.Receiver(staging=staging()) as receiver, \
+                kvwire.Sender(receiver.address, codec="tiered", staging=staging()) as sender:
+            before = cuda.calls(call)
+            cuda.fail(call, nth)
+            said = outcomes(receiver, sender, source, target)
+            if cuda.calls(call) - before < nth:
+                break
+            assert any(isinstance(error, LimitError) for error in said), (nth, said)
+            again = outcomes(receiver, sender, source, target)
+            assert again == [None, None], (nth, said, again)
+        assert target.content(spec, [0]) == source.content(spec, [0])
+    assert said == [None, None] and nth > 3
+    del receiver, sender, said
+    cuda.wait_held(held)
+
+
+def test_a_context_lost_anywhere_fails_all_and_leaves_nothing(cuda):
+    spec, nth = small_spec(), 1
+    source, target = on_device(spec, 0, 1), on_device(spec, 0, 2, writable=True)
+    device = backends.open_device("cuda:0")
+    held = cuda.held()
+    while True:
+        with kvwire.Receiver(staging=staging()) as receiver, \
+                kvwire.Sender(receiver.address, codec="tiered", staging=staging()) as sender:
+            cuda.fail("*", nth, 700)
+            said = outcomes(receiver, sender, source, target)
+            if said == [None, None]:  # lost later, if at all
+                break
+            assert any(isinstance(error, InternalError) for error in said), (nth, said)
+            with pytest.raises(InternalError, match="context is lost"):
+                device.pinned(100)
+        del receiver, sender, said
+        assert cuda.end() == ""
+        cuda.wait_held(held)
+        nth += 7
+    assert nth > 50
+    cuda.end()

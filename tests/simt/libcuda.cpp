@@ -11,6 +11,17 @@ extern "C" size_t simt_parameter_bytes(const char* name, int number);
 
 namespace {
 
+// Of a lost context nothing is left to be given back; that it was given back is counted all the
+// same. `give` does so and returns what the call answers otherwise.
+template <class Give>
+CUresult give_back(Entry& entry, Give give) {
+    const CUresult lost = entry.device < 0 ? SUCCESS : world.devices[entry.device].lost;
+    if (entry.result && !lost) return entry.result;
+    entry.result = SUCCESS;
+    const CUresult result = give();
+    return lost ? lost : result;
+}
+
 // A copy that is run later, if what it touches is still there then.
 void enqueue_copy(Stream& stream, const char* name, void* to, const void* from, size_t bytes,
                   bool to_device, bool from_device) {
@@ -222,8 +233,8 @@ API cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
 }
 
 API cuMemFree_v2(CUdeviceptr address) {
-    ENTER("cuMemFree_v2");
-    return release(entry.name, address, false);
+    Entry entry("cuMemFree_v2");
+    return give_back(entry, [&] { return release(entry.name, address, false); });
 }
 
 API cuMemHostAlloc(void** room, size_t bytes, unsigned flags) {
@@ -234,8 +245,8 @@ API cuMemHostAlloc(void** room, size_t bytes, unsigned flags) {
 }
 
 API cuMemFreeHost(void* room) {
-    ENTER("cuMemFreeHost");
-    return release(entry.name, number(room), true);
+    Entry entry("cuMemFreeHost");
+    return give_back(entry, [&] { return release(entry.name, number(room), true); });
 }
 
 API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
@@ -304,13 +315,15 @@ API cuStreamCreateWithPriority(CUstream* handle, unsigned flags, int priority) {
 }
 
 API cuStreamDestroy_v2(CUstream handle) {
-    ENTER("cuStreamDestroy_v2");
-    const auto stream = handle ? entry.stream(handle) : nullptr;
-    if (!stream) return entry.refuse(INVALID_HANDLE, "no such stream");
-    stream->closing = true;
-    world.streams.erase(number(handle));
-    world.changed.notify_all();
-    return SUCCESS;
+    Entry entry("cuStreamDestroy_v2");
+    return give_back(entry, [&] {
+        const auto stream = handle ? entry.stream(handle) : nullptr;
+        if (!stream) return entry.refuse(INVALID_HANDLE, "no such stream");
+        stream->closing = true;
+        world.streams.erase(number(handle));
+        world.changed.notify_all();
+        return int(SUCCESS);
+    });
 }
 
 API cuStreamSynchronize(CUstream handle) {
@@ -389,15 +402,16 @@ API cuEventElapsedTime(float* passed_ms, CUevent begin, CUevent end) {
 }
 
 API cuEventDestroy_v2(CUevent handle) {
-    ENTER("cuEventDestroy_v2");
-    if (!entry.event(handle)) return entry.result;
-    world.events.erase(number(handle));
-    return SUCCESS;
+    Entry entry("cuEventDestroy_v2");
+    return give_back(entry, [&] {
+        if (entry.event(handle)) world.events.erase(number(handle));
+        return entry.result;
+    });
 }
 
 // ---- what the tests ask
 
-// Lets the `nth` call from now on of `name` ("*": of any) fail with `code`.
+// Lets the `nth` call from now on of `name` ("*": of any in a context) fail with `code`.
 extern "C" void fake_cuda_fail(const char* name, int nth, CUresult code) {
     const std::lock_guard<std::mutex> lock(world.lock);
     world.fails.push_back({name, nth, code});

@@ -263,13 +263,14 @@ struct Entry {
         } else if (needs_context && world.devices[device].lost) {
             result = world.devices[device].lost;
         } else {
-            inject();
+            inject(needs_context);
         }
     }
 
-    void inject() {
+    void inject(bool in_context) {
         for (Fail& fail : world.fails) {
-            if ((fail.name != "*" && fail.name != name) || --fail.left != 0) continue;
+            const bool meant = fail.name == name || (fail.name == "*" && in_context);
+            if (!meant || --fail.left != 0) continue;
             result = fail.code;
             if (fail.code >= ILLEGAL_ADDRESS && device >= 0)
                 world.devices[device].lost = fail.code;
