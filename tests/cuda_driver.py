@@ -37,6 +37,10 @@ class FakeCuda:
         """Let the nth call from now on of `name` fail; "*": of any."""
         self.library.fake_cuda_fail(name.encode(), nth, code)
 
+    def slow(self, wait_us):
+        """Let each piece of work on a stream begin so much later."""
+        self.library.fake_cuda_slow(wait_us)
+
     def calls(self, name):
         return self.library.fake_cuda_calls(name.encode())
 

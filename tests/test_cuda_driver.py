@@ -1,5 +1,6 @@
 """The code that talks to the CUDA driver meets one: tests/simt plays it, strictly."""
 
+import gc
 import threading
 
 import numpy as np
@@ -135,6 +136,30 @@ def test_a_call_that_finds_no_room_fails_its_transfer_only(cuda, call):
     assert said == [None, None] and nth > 3
     del receiver, sender, said
     cuda.wait_held(held)
+
+
+def test_memory_is_freed_after_what_was_enqueued_on_it(cuda):
+    """Whether staging is closed at once, or was never whole."""
+    def refused(nth):
+        count = 0
+        with kvwire.Receiver(staging=staging()) as receiver, \
+                kvwire.Sender(receiver.address, staging=staging()) as sender:
+            for endpoint in (receiver, sender):
+                cuda.slow(20_000)
+                cuda.fail("cuMemAlloc_v2", nth)
+                try:
+                    endpoint._staged_for("cuda:0")
+                except LimitError:
+                    count += 1
+        return count
+
+    backends.open_device("cuda:0")
+    counts = []
+    for nth in range(1, 15):
+        counts.append(refused(nth))
+        gc.collect()
+        assert cuda.end() == ""
+    assert counts[0] == 2 and counts[-1] == 0
 
 
 def test_a_context_lost_anywhere_fails_all_and_leaves_nothing(cuda):

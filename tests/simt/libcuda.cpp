@@ -417,6 +417,11 @@ extern "C" void fake_cuda_fail(const char* name, int nth, CUresult code) {
     world.fails.push_back({name, nth, code});
 }
 
+extern "C" void fake_cuda_slow(unsigned slow_us) {
+    const std::lock_guard<std::mutex> lock(world.lock);
+    world.slow_us = slow_us;
+}
+
 extern "C" int fake_cuda_calls(const char* name) {
     const std::lock_guard<std::mutex> lock(world.lock);
     return world.calls[name];
@@ -437,7 +442,7 @@ extern "C" void fake_cuda_held(int counts[4]) {
 }
 
 // What callers did wrong since the last call, red zones among it, once all work is done. All is
-// well again afterwards: a lost context, and calls that were to fail.
+// well again afterwards: a lost context, calls that were to fail, slow streams.
 extern "C" const char* fake_cuda_end() {
     static std::string told;
     std::unique_lock<std::mutex> lock(world.lock);
@@ -448,6 +453,7 @@ extern "C" const char* fake_cuda_end() {
     }
     for (const auto& each : world.memory) check_red("at the end", each.first, each.second);
     world.fails.clear();
+    world.slow_us = 0;
     told.swap(world.faults);
     world.faults.clear();
     return told.c_str();

@@ -83,6 +83,7 @@ struct World {
     std::map<uint64_t, Function> functions;
     uint64_t next_handle = 0x10000;  // never given twice, and nothing lies there
     std::vector<Fail> fails;
+    unsigned slow_us = 0;  // at least, before each piece of work
     std::string faults;  // of the caller, a line each
     std::map<std::string, int> calls;
     pthread_key_t contexts;  // of each thread: a stack of devices
@@ -214,8 +215,9 @@ void work(std::shared_ptr<Stream> stream) {
         const bool lost = world.devices[stream->device].lost != SUCCESS;
         stream->random = stream->random * 6364136223846793005 + 1442695040888963407;
         const unsigned late = unsigned(stream->random >> 40);
+        const unsigned wait_us = world.slow_us + (late % 4 == 0 ? late / 4 % 500 : 0);
         lock.unlock();
-        if (late % 4 == 0) usleep(late / 4 % 500);
+        if (wait_us) usleep(wait_us);
         const CUresult result = stream->tasks.front().run(lost);
         lock.lock();
         if (result && !lost) world.devices[stream->device].lost = result;
