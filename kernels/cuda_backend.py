@@ -83,7 +83,10 @@ class Launches:
         return [segment, 0, 0, 0, 0]
 
     def add(self, kernel: str, grid: tuple[int, int], args: list) -> None:
-        """Add a launch. Arrays are uploaded; they and DeviceBytes go by address."""
+        """Add a launch, unless there is nothing to do. Arrays are uploaded; they and DeviceBytes go
+        by address."""
+        if 0 in grid:
+            return
         held = [self._backend.upload(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
         self._kept += [arg for arg in held if isinstance(arg, DeviceBytes)]
         plain = [arg.address if isinstance(arg, DeviceBytes) else arg for arg in held]
@@ -194,10 +197,9 @@ class CudaBackend:
     def _copy(self, verb: str, plan: CopyPlan, segment: DeviceBytes, word_bytes: int) -> Launches:
         rows, words, starts = tiles_of(plan, word_bytes)
         made, tiles = Launches(self, lambda: None, plan), int(starts[-1])
-        if tiles:
-            made.add(f"kvwire_{verb}_{word_bytes}", (tiles, 1), [
-                tiles, plan.legs, starts, len(plan.legs), plan.block_ids, segment, made.state(0),
-                rows, words])
+        made.add(f"kvwire_{verb}_{word_bytes}", (tiles, 1), [
+            tiles, plan.legs, starts, len(plan.legs), plan.block_ids, segment, made.state(0),
+            rows, words])
         return made
 
     def _encode(self, plan: CodePlan, segment, out: DeviceBytes) -> Launches:

@@ -1,4 +1,5 @@
-"""The device that kvwire.kernels.staging works with, over the CUDA driver. Not yet run on a GPU."""
+"""The device that kvwire.kernels.staging works with, over the CUDA driver. Run over the driver
+that tests/simt plays; not yet on a GPU."""
 
 from __future__ import annotations
 
@@ -17,40 +18,51 @@ BLOCKS_PER_SM = 3  # of the coding kernels: kernels/cuda/kvwire.cu
 
 
 class _Event:
-    def __init__(self, device: CudaDevice, stream: int):
-        self._device, self.handle = device, ctypes.c_void_p()
-        device.call("cuEventCreate", ctypes.byref(self.handle),
+    def __init__(self, driver: Driver, stream: int):
+        self._driver, self.handle = driver, ctypes.c_void_p()
+        driver.call("cuEventCreate", ctypes.byref(self.handle),
                     ctypes.c_uint(_EVENT_DISABLE_TIMING))
-        device.call("cuEventRecord", self.handle, ctypes.c_void_p(stream))
+        driver.call("cuEventRecord", self.handle, ctypes.c_void_p(stream))
 
     def done(self) -> bool:
-        result = self._device.library.cuEventQuery(self.handle)
+        result = self._driver.answer("cuEventQuery", self.handle)
         if result not in (0, NOT_READY):
             raise error_of(result, "cuEventQuery")
         return result == 0
 
     def wait(self) -> None:
-        self._device.call("cuEventSynchronize", self.handle)
+        self._driver.call("cuEventSynchronize", self.handle)
 
     def __del__(self):
-        self._device.attach()
-        self._device.library.cuEventDestroy_v2(self.handle)
+        if self.handle.value:
+            self._driver.answer("cuEventDestroy_v2", self.handle)
+
+
+class _Stream(int):
+    """A stream's handle, destroyed with the object, once what it was given has run."""
+
+    def __new__(cls, driver: Driver, handle: int):
+        made = super().__new__(cls, handle)
+        made._driver = driver
+        return made
+
+    def __del__(self):
+        self._driver.answer("cuStreamDestroy_v2", ctypes.c_void_p(self))
 
 
 class _Pinned:
     """Page-locked memory, freed when no array refers to it any more."""
 
-    def __init__(self, device: CudaDevice, count: int):
-        self._device, self._address = device, ctypes.c_void_p()
-        device.call("cuMemHostAlloc", ctypes.byref(self._address),
+    def __init__(self, driver: Driver, count: int):
+        self._driver, self._address = driver, ctypes.c_void_p()
+        driver.call("cuMemHostAlloc", ctypes.byref(self._address),
                     ctypes.c_size_t(max(count, 1)), ctypes.c_uint(0))
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (count,),
                                     "data": (self._address.value, False)}
 
     def __del__(self):
         if self._address.value:
-            self._device.attach()
-            self._device.library.cuMemFreeHost(self._address)
+            self._driver.answer("cuMemFreeHost", self._address)
 
 
 class CudaDevice:
@@ -62,15 +74,10 @@ class CudaDevice:
     backend = "cuda"
 
     def __init__(self, driver: Driver):
-        self._driver, self.library = driver, driver.library
-
-    def call(self, name: str, *args) -> None:
-        if result := getattr(self.library, name)(*args):
-            raise error_of(result, name)
+        self._driver, self.call = driver, driver.call
 
     def attach(self) -> None:
-        """To be called once by each thread that calls."""
-        self._driver.attach()
+        """Nothing: each call brings its context, and the caller's own stays what it is."""
 
     def stream(self) -> int:
         """Return a stream of the lowest priority, which the default stream does not wait for."""
@@ -78,15 +85,15 @@ class CudaDevice:
         self.call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
         self.call("cuStreamCreateWithPriority", ctypes.byref(handle),
                   ctypes.c_uint(_STREAM_NON_BLOCKING), least)
-        return handle.value
+        return _Stream(self._driver, handle.value)
 
     def engine_event(self) -> _Event:
-        """Return an event of what the calling thread has enqueued: on torch's current stream where
-        torch is in use, else on the default stream."""
-        self.attach()
+        """Return an event of what the calling thread has enqueued: on torch's current stream of
+        this device where torch is in use, else on the default stream."""
         torch = sys.modules.get("torch")
         has_torch = torch is not None and torch.cuda.is_initialized()
-        return self.record(torch.cuda.current_stream().cuda_stream if has_torch else 0)
+        return self.record(torch.cuda.current_stream(self._driver.ordinal).cuda_stream
+                           if has_torch else 0)
 
     def blocks_max(self, sm_share: float) -> int:
         """Return how many blocks of a kernel take that share of the multiprocessors."""
@@ -96,7 +103,6 @@ class CudaDevice:
         return self._driver.allocate(count)
 
     def free(self, address: int) -> None:
-        self.attach()  # a garbage collection may run on any thread
         self._driver.free(address)
 
     def launch(self, kernel: str, grid: tuple[int, int], args: list[int], stream: int) -> None:
@@ -104,10 +110,10 @@ class CudaDevice:
 
     def pinned(self, count: int) -> np.ndarray:
         """Return `count` bytes of page-locked memory."""
-        return np.asarray(_Pinned(self, count))
+        return np.asarray(_Pinned(self._driver, count))
 
     def record(self, stream: int) -> _Event:
-        return _Event(self, stream)
+        return _Event(self._driver, stream)
 
     def wait_for(self, stream: int, event: _Event) -> None:
         """Enqueue the waiting: no thread waits."""

@@ -1,6 +1,7 @@
 """The CUDA driver, loaded where it is: no CUDA library is linked, and none is needed to import.
 
-Written from the driver API's documentation. It has not yet run on a GPU: see kernels/README.md.
+Written from the driver API's documentation, and run over the one that tests/simt plays. It has not
+yet run on a GPU: see kernels/README.md.
 """
 
 from __future__ import annotations
@@ -51,46 +52,56 @@ class Driver:
         if absent := why_no_library():
             raise UnsupportedError(absent)
         self.library = ctypes.CDLL(LIBRARY)
-        self._call("cuInit", ctypes.c_uint(0))
-        device, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        device, module = ctypes.c_int(), ctypes.c_void_p()
+        self._context = ctypes.c_void_p()
+        self._answered("cuInit", ctypes.c_uint(0))
         if ordinal is not None or self.library.cuCtxGetDevice(ctypes.byref(device)):
-            self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal or 0))
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
-        self._context = context
+            self._answered("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal or 0))
         if not FATBIN.exists():
             raise UnsupportedError("kvwire was built without CUDA kernels: install it where nvcc "
                                    "is, or use KVWIRE_BACKEND=triton")
-        self._call("cuModuleLoadData", ctypes.byref(module), FATBIN.read_bytes())
-        self._module = module
+        self._answered("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self.call("cuModuleLoadData", ctypes.byref(module), FATBIN.read_bytes())
+        self._module, self.ordinal = module, device.value
         count = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(count),
-                   ctypes.c_int(_MULTIPROCESSOR_COUNT), device)
+        self.call("cuDeviceGetAttribute", ctypes.byref(count),
+                  ctypes.c_int(_MULTIPROCESSOR_COUNT), device)
         self.multiprocessors = count.value
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self.timed, self.kernel_s = False, 0.0  # while timed, launches are waited for and added up
 
-    def _call(self, name: str, *args) -> None:
+    def _answered(self, name: str, *args) -> None:
         if result := getattr(self.library, name)(*args):
             raise error_of(result, name)
 
-    def attach(self) -> None:
-        """Make the context this thread's: every thread that calls must do so once."""
-        self._call("cuCtxSetCurrent", self._context)
+    def call(self, name: str, *args) -> None:
+        """Call an entry point of the library; raises `error_of` its answer."""
+        if result := self.answer(name, *args):
+            raise error_of(result, name)
+
+    def answer(self, name: str, *args) -> int:
+        """Call an entry point in this device's context. The thread gets back the one it had: an
+        engine's may work with another device, and so may one that collects garbage."""
+        if result := self.library.cuCtxPushCurrent_v2(self._context):
+            return result
+        try:
+            return getattr(self.library, name)(*args)
+        finally:
+            self.library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def launch(self, kernel: str, grid: tuple[int, int], args: list[int], stream: int = 0) -> None:
         """Enqueue a kernel. Numbers go as 8 bytes, which serve for 4 as well."""
         if kernel not in self._kernels:
             function = ctypes.c_void_p()
-            self._call("cuModuleGetFunction", ctypes.byref(function), self._module,
-                       kernel.encode())
+            self.call("cuModuleGetFunction", ctypes.byref(function), self._module,
+                      kernel.encode())
             self._kernels[kernel] = function
         values = [ctypes.c_int64(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         u = ctypes.c_uint
         marks = [self._mark(stream)] if self.timed else []
-        self._call("cuLaunchKernel", self._kernels[kernel], u(grid[0]), u(grid[1]), u(1),
-                   u(THREADS), u(1), u(1), u(0), ctypes.c_void_p(stream), pointers, None)
+        self.call("cuLaunchKernel", self._kernels[kernel], u(grid[0]), u(grid[1]), u(1),
+                  u(THREADS), u(1), u(1), u(0), ctypes.c_void_p(stream), pointers, None)
         if marks:
             self.kernel_s += self._since(marks[0], self._mark(stream))
 
@@ -103,39 +114,43 @@ class Driver:
 
     def copy_async(self, target: int, source: int, count: int, stream: int) -> None:
         """Enqueue a copy within the device; it is never timed."""
-        self._call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
-                   ctypes.c_size_t(count), ctypes.c_void_p(stream))
+        self.call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source),
+                  ctypes.c_size_t(count), ctypes.c_void_p(stream))
 
     def _mark(self, stream: int) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
-        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
-        self._call("cuEventRecord", event, ctypes.c_void_p(stream))
+        self.call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        self.call("cuEventRecord", event, ctypes.c_void_p(stream))
         return event
 
     def _since(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
         passed_ms = ctypes.c_float()
-        self._call("cuEventSynchronize", end)
-        self._call("cuEventElapsedTime", ctypes.byref(passed_ms), begin, end)
+        self.call("cuEventSynchronize", end)
+        self.call("cuEventElapsedTime", ctypes.byref(passed_ms), begin, end)
         for event in (begin, end):
-            self._call("cuEventDestroy_v2", event)
+            self.call("cuEventDestroy_v2", event)
         return passed_ms.value / 1000
 
     def allocate(self, count: int) -> int:
         address = ctypes.c_uint64()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(count, 1)))
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(count, 1)))
         return address.value
 
     def free(self, address: int) -> None:
-        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        """Free what `allocate` gave. Of a lost context nothing is left to be freed, nor to be said
+        by those who free."""
+        self.answer("cuMemFree_v2", ctypes.c_uint64(address))
 
     def write(self, address: int, data: np.ndarray) -> None:
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address),
-                   ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes))
+        """Copy `data` to the device: it is there, for all streams, when this returns."""
+        self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address),
+                  ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes))
+        self.call("cuStreamSynchronize", ctypes.c_void_p(0))  # it may only have been staged yet
 
     def read(self, address: int, data: np.ndarray) -> None:
         """Copy to `data`, once all that was enqueued on the default stream has run."""
-        self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(data.ctypes.data),
-                   ctypes.c_uint64(address), ctypes.c_size_t(data.nbytes))
+        self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(data.ctypes.data),
+                  ctypes.c_uint64(address), ctypes.c_size_t(data.nbytes))
 
 
 @lru_cache(maxsize=None)

@@ -16,7 +16,7 @@ from kvwire.errors import ErrorCode, InternalError, KvwireError, UsageError
 from kvwire.kernels.code_plan import Payload, ReadPlan, padded, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import DecodeStage, stages_of
-from kvwire.kernels.staging import Staging, typed
+from kvwire.kernels.staging import Staging, settle, settled, typed
 
 __all__ = ["StagedReceiver", "Target"]
 
@@ -68,10 +68,13 @@ class StagedReceiver:
         self._stream = device.stream()
         coded_bytes = max(staging.slice_bytes, chunk_bytes_max)
         _, decode_stage = stages_of(device)
-        self._stages = [decode_stage(device, staging.sm_share, coded_bytes, self._stream)
-                        for _ in range(STAGES)]
         rooms = staging.ring_bytes // ROOM_BYTES
-        self._pinned = device.pinned(rooms * ROOM_BYTES)
+        self._stages: list[DecodeStage] = []
+        with settled(device, self._stream):
+            for _ in range(STAGES):
+                self._stages.append(decode_stage(device, staging.sm_share, coded_bytes,
+                                                 self._stream))
+            self._pinned = device.pinned(rooms * ROOM_BYTES)
         self.room_count = rooms
         self.zone = _native.LandingZone(self._pinned.ctypes.data, rooms, ROOM_BYTES)
         self.changed = threading.Condition()
@@ -141,6 +144,7 @@ class StagedReceiver:
         except BaseException as error:  # the device's: none of its tickets can go on
             self._break_down(typed(error))
         finally:
+            settle(self._stages)
             for batch in self._under_way:
                 self._give_up(batch)
             self._under_way.clear()
@@ -249,10 +253,7 @@ class StagedReceiver:
         target.native.cancel()
 
     def _give_up(self, batch: _Batch) -> None:
-        try:
-            batch.stage.wait()
-        except Exception:  # the error that is on its way says it
-            pass
+        """Of what was under way, and is not any more."""
         self._not_written(batch.target)
         for landed in batch.landed:
             landed.release()

@@ -19,12 +19,13 @@ from kvwire import _native, plan
 from kvwire.codec import Codec
 from kvwire.control import Item
 from kvwire.errors import (
-    ErrorCode, InternalError, KvwireError, TransferCancelled, UnsupportedError, UsageError,
+    ErrorCode, InternalError, KvwireError, LimitError, TransferCancelled, UnsupportedError,
+    UsageError,
 )
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
 from kvwire.kernels.stages import EncodeStage, stages_of
-from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits, typed
+from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits, settle, settled, typed
 from kvwire.layout import CacheSpec
 from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import Part
@@ -166,10 +167,13 @@ class StagedSender:
         self._device, self._staging, self._book = device, staging, code_book
         self._compute, self._copy = device.stream(), device.stream()
         encode_stage, _ = stages_of(device)
-        self._stages = [encode_stage(device, staging.sm_share, staging.slice_bytes, self._compute)
-                        for _ in range(STAGES)]
-        self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
-                               staging.slice_bytes)
+        self._stages: list[EncodeStage] = []
+        with settled(device, self._compute):
+            for _ in range(STAGES):
+                self._stages.append(encode_stage(device, staging.sm_share, staging.slice_bytes,
+                                                 self._compute))
+            self.ring = PinnedRing(device, staging.ring_bytes // staging.slice_bytes,
+                                   staging.slice_bytes)
         self.changed = threading.Condition()
         self._queued: dict[Source, None] = {}  # that have slices waiting
         self._serial = itertools.count()
@@ -245,6 +249,7 @@ class StagedSender:
         except BaseException as error:  # the device's: none of its transfers can go on
             self._break_down(typed(error))
         finally:
+            settle(self._stages)
             for slice_ in (*self._made, *self._copying):
                 self._give_up(slice_)
             self._made.clear()
@@ -387,9 +392,17 @@ class StagedSender:
             else:
                 runs.append([address, count, at])
             at += count
-        for address, count, where in runs:
-            self._device.to_host(room[where:where + count], address, self._copy)
-        slice_.copied = self._device.record(self._copy)
+        try:
+            for address, count, where in runs:
+                self._device.to_host(room[where:where + count], address, self._copy)
+            slice_.copied = self._device.record(self._copy)
+        except LimitError as error:
+            self._device.record(self._copy).wait()  # if that fails too, the slot is lost
+            slice_.slot.release()
+            self._made.popleft()
+            self._fail(source, error)
+            self._done_with(slice_)
+            return
         self._copying.append(slice_)
         self._made.popleft()  # not before: what fails on the way is given up as made
 
@@ -458,11 +471,9 @@ class StagedSender:
 
     def _give_up(self, slice_: _Slice) -> None:
         """Of what was under way: wait for the device, which may have been lost."""
-        for wait in (slice_.stage.wait, getattr(slice_.copied, "wait", lambda: None)):
-            try:
-                wait()
-            except Exception:  # the error that is on its way says it
-                pass
+        if slice_.copied is not None:
+            with contextlib.suppress(Exception):  # the error that is on its way says it
+                slice_.copied.wait()
         self._not_read(slice_)
         if slice_.slot is not None:
             slice_.slot.release()

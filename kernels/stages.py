@@ -40,12 +40,11 @@ class _Stage:
         self._device, self._blocks_max = device, device.blocks_max(sm_share)
         self._arena, self._constants = Arena(device), Arena(device)
         self._tables, = self._constants.lay([crc_math.cuda_tables()], stream)
-        self._event = None
+        self._event = device.record(stream)
 
     def wait(self) -> None:
         """Until nothing of it runs any more; raises what the device raises."""
-        if self._event is not None:
-            self._event.wait()
+        self._event.wait()
 
     def _launch(self, kernel: str, count: int, args: list[int], stream, blocks=None) -> None:
         blocks = min(count if blocks is None else blocks, self._blocks_max)

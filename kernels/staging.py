@@ -10,6 +10,7 @@ engine's thread is never waited for; its stream is, by the device, through an ev
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -172,6 +173,25 @@ class PinnedRing:
                 raise UsageError("the slot was given back already")
             slot.held = False
             self._free.append(slot)
+
+
+@contextlib.contextmanager
+def settled(device, stream):
+    """Where the body fails, wait until nothing of it runs on `stream`: memory that outlives the
+    body may be freed then."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            device.record(stream).wait()
+        raise
+
+
+def settle(stages) -> None:
+    """Wait until the memory of stages may be freed, or their device is lost."""
+    for stage in stages:
+        with contextlib.suppress(Exception):
+            stage.wait()
 
 
 def typed(error: BaseException) -> KvwireError:

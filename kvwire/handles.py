@@ -59,6 +59,7 @@ class Endpoint:
         self._options = options
         self._staging = staging
         self._staged: dict[str, tuple] = {}  # by device: its staging thread, and the device
+        self._staged_finalizers: list[weakref.finalize] = []
         self._staged_lock = threading.Lock()
         self._links: dict[bytes, Link] = {}
         self._watch: CongestionWatch | None = None
@@ -91,6 +92,8 @@ class Endpoint:
                 staged = list(self._staged.values())
             for thread, _ in staged:
                 thread.close()
+            for finalizer in self._staged_finalizers:  # what broke a thread may refer to all of us
+                finalizer.detach()
         self._on_loop(self._leave_loop)
 
     def prepare(self, device: str) -> None:
@@ -112,7 +115,7 @@ class Endpoint:
                 device = staging.open(name)
                 thread = start(staging, device)
                 self._staged[name] = thread, device
-                weakref.finalize(self, thread.close)
+                self._staged_finalizers.append(weakref.finalize(self, thread.close))
             return self._staged[name]
 
     def stats(self) -> dict[str, int | str]:

@@ -4,6 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
+from cuda_driver import cuda  # noqa: F401
 from cuda_host import aligned, launch, library
 from test_plan import Side
 from test_tiered import kinds_of_bytes
@@ -51,11 +52,17 @@ class HostDriver:
         launch(self.library, kernel, grid, driver.THREADS, args)
 
 
-@pytest.fixture(params=["cpu", "cuda", "triton"])
+@pytest.fixture(params=["cpu", "cuda", "cuda over its driver", "triton"])
 def backend(request):
-    if request.param == "cuda":
-        return CudaBackend(HostDriver())
-    return TritonBackend("cpu") if request.param == "triton" else CpuBackend()
+    if request.param == "cuda over its driver":
+        request.getfixturevalue("cuda")
+        made = backends.load("cuda")
+        yield made
+        del made._crc_tables  # the request still holds the rest
+    elif request.param == "cuda":
+        yield CudaBackend(HostDriver())
+    else:
+        yield TritonBackend("cpu") if request.param == "triton" else CpuBackend()
 
 
 def paged(seed, block_tokens):
@@ -135,7 +142,7 @@ def test_bf16_is_packed_as_fp8(backend, head_dim):
     np.testing.assert_array_equal(backend.download(segment), want)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["cuda", "cuda over its driver", "triton"], indirect=True)
 def test_a_bad_block_id_is_an_error(backend):
     spec, side = paged(3, 4)
     copies = CopyPlan.of_items(spec, [Item(0, 0, 3, 0, 11)], side.memory)

@@ -3,6 +3,8 @@
 // backward and the last to be ready first, others at random.
 #include "simt.hpp"
 
+#include "context.hpp"
+
 #include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -16,9 +18,6 @@
 #include <mutex>
 #include <string>
 #include <vector>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -26,7 +25,6 @@ dim3 blockDim, gridDim;
 namespace simt {
 namespace {
 
-constexpr size_t STACK_BYTES = 128 << 10;
 constexpr unsigned THREADS_MAX = 1024;
 const char* const NAMES[] = {
     "__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count",
@@ -34,56 +32,6 @@ const char* const NAMES[] = {
     "__shfl_down_sync", "__shfl_xor_sync", "__reduce_add_sync", "__reduce_and_sync",
     "__reduce_or_sync", "__reduce_xor_sync", "__reduce_min_sync", "__reduce_max_sync",
     "__match_any_sync", "__match_all_sync"};
-
-// ---- contexts: where a fiber stopped
-
-#if defined(__x86_64__)
-struct Context {
-    void* stack_pointer;
-};
-extern "C" void simt_switch(void** from, void* to);
-asm(R"(
-    .text
-    .globl simt_switch
-    .hidden simt_switch
-    .type simt_switch, @function
-simt_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size simt_switch, .-simt_switch
-)");
-void change(Context& from, Context& to) { simt_switch(&from.stack_pointer, to.stack_pointer); }
-void begin(Context& context, char* stack, void (*entry)()) {
-    void** const top = reinterpret_cast<void**>(stack + STACK_BYTES);
-    top[-1] = nullptr;
-    top[-2] = reinterpret_cast<void*>(entry);
-    for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
-    context.stack_pointer = top - 8;
-}
-#else
-using Context = ucontext_t;
-void change(Context& from, Context& to) { swapcontext(&from, &to); }
-void begin(Context& context, char* stack, void (*entry)()) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = STACK_BYTES;
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
-}
-#endif
 
 struct Copy {
     void* to;
@@ -102,7 +50,7 @@ struct Fiber {
 };
 
 struct Described {
-    size_t parameters;
+    std::vector<size_t> parameter_bytes;
     Call call;
 };
 
@@ -385,8 +333,8 @@ void make_stacks() {
 
 }  // namespace
 
-void add_kernel(const char* name, size_t parameters, Call call) {
-    kernels()[name] = {parameters, std::move(call)};
+void add_kernel(const char* name, std::vector<size_t> parameter_bytes, Call call) {
+    kernels()[name] = {std::move(parameter_bytes), std::move(call)};
 }
 
 void fail(const char* format, ...) {
@@ -489,5 +437,9 @@ extern "C" const char* simt_launch(const char* name, unsigned grid_x, unsigned g
 // How many parameters a kernel takes; -1: there is none of that name.
 extern "C" int simt_parameters(const char* name) {
     const auto kernel = simt::kernels().find(name);
-    return kernel == simt::kernels().end() ? -1 : int(kernel->second.parameters);
+    return kernel == simt::kernels().end() ? -1 : int(kernel->second.parameter_bytes.size());
+}
+
+extern "C" size_t simt_parameter_bytes(const char* name, int number) {
+    return simt::kernels().at(name).parameter_bytes.at(size_t(number));
 }

@@ -10,6 +10,7 @@
 #include <functional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __CUDACC__ 1
 #define __CUDA_ARCH__ 900
@@ -18,7 +19,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 // At function scope static too, and the block of such variables can be found, to be poisoned.
@@ -78,7 +78,7 @@ T of_bits(uint64_t bits) {
 }
 
 using Call = std::function<void(void**)>;
-void add_kernel(const char* name, size_t parameters, Call call);
+void add_kernel(const char* name, std::vector<size_t> parameter_bytes, Call call);
 
 template <class... Args, size_t... I>
 void unpack(void (*kernel)(Args...), void** parameters, std::index_sequence<I...>) {
@@ -88,7 +88,7 @@ void unpack(void (*kernel)(Args...), void** parameters, std::index_sequence<I...
 struct Kernel {
     template <class... Args>
     Kernel(const char* name, void (*kernel)(Args...)) {
-        add_kernel(name, sizeof...(Args), [kernel](void** parameters) {
+        add_kernel(name, {sizeof(Args)...}, [kernel](void** parameters) {
             unpack(kernel, parameters, std::index_sequence_for<Args...>());
         });
     }
