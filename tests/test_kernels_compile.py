@@ -44,8 +44,8 @@ def test_triton_kernels_compile_without_spills(tmp_path, only):
 def test_cuda_sources_compile_without_warnings_and_spill_little(tmp_path):
     said = run(NVCC, "--options-file", KERNELS / "cuda" / "nvcc.options", "-Xptxas=-v",
                KERNELS / "cuda" / "kvwire.cu", "-o", tmp_path / "kvwire.fatbin").stderr
-    spills = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-                        said, re.DOTALL)
+    spills = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, "
+                        r"(\d+) bytes spill loads", said, re.DOTALL)
     assert len(spills) == 2 * 17
     for kernel, stored, loaded in spills:  # the encoder's: a loop's state, once a strip
         assert max(int(stored), int(loaded)) <= (128 if kernel == "kvwire_encode" else 0), kernel
