@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_driver import cuda  # noqa: F401
 from standin_device import StandInDevice
 from triton_interpreter import torch
 
@@ -30,6 +31,16 @@ def test_rows_of_the_cpu_are_verified(tmp_path, capsys):
     for row in record["rows"]:
         assert row["verified"] and row["gbps"] > 0 and row["bytes"] == 1 << 20
     assert record["rows"][4]["ratio"] > 1.2
+
+
+def test_rows_of_cuda_are_verified(cuda, monkeypatch):
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    backend = backends.load("cuda")
+    spec = CacheSpec("m", (attention([0], kv_heads=1, head_dim=128, block_tokens=4),))
+    rows = gpu.measured(backend, gpu.Case(backend, "pages", 1024, spec, 8))
+    assert [row["case"] for row in rows] == [
+        f"{what}, pages" for what in ("pack", "unpack", "pack to e4m3", "crc", "encode", "decode")]
+    assert all(row["verified"] for row in rows)
 
 
 def test_rows_of_triton_are_verified(monkeypatch):
