@@ -11,6 +11,17 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFF;
 
+// The sum of `mine` over this lane of a warp and those below it.
+KVWIRE_DEVICE int scan_warp(int mine) {
+    if (!__any_sync(ALL_LANES, mine != 0)) return 0;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int lower = __shfl_up_sync(ALL_LANES, mine, step);
+        if (int(threadIdx.x) % 32 >= step) mine += lower;
+    }
+    return mine;
+}
+
 class DeviceCta {
 public:
     // `room`: WARPS words of shared memory.
@@ -35,14 +46,7 @@ public:
     // another has to follow before the next scan.
     KVWIRE_DEVICE int scan(int mine, int* total) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        int before = mine;  // of this warp, with this thread
-        if (__any_sync(ALL_LANES, mine != 0)) {
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int lower = __shfl_up_sync(ALL_LANES, before, step);
-                if (lane >= step) before += lower;
-            }
-        }
+        const int before = scan_warp(mine);  // of this warp, with this thread
         if (lane == 31) room_[warp] = before;
         __syncthreads();
         const unsigned of_warp = lane < WARPS ? room_[lane] : 0;
@@ -52,6 +56,23 @@ public:
 
 private:
     int* room_;
+};
+
+// The first warp of a block by itself; the others wait for what it makes.
+class FirstWarp {
+public:
+    template <class F>
+    KVWIRE_DEVICE void spread(int count, F f) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < count; i += 32) f(i);
+    }
+    KVWIRE_DEVICE void sync() { __syncwarp(); }
+    KVWIRE_DEVICE int scan(int mine, int* total) {
+        const int before = scan_warp(mine);
+        *total = __shfl_sync(ALL_LANES, before, 31);
+        __syncwarp();
+        return before - mine;
+    }
 };
 
 KVWIRE_DEVICE void add_bits(uint32_t* word, uint32_t bits) { atomicXor(word, bits); }

@@ -78,72 +78,102 @@ KVWIRE_DEVICE void look_up(const uint32_t (&planes)[DIGIT_BITS_MAX], int bits,
     }
 }
 
-// Reads a tier of `left` elements, those that `come`: offsets of the ones that end here to
-// memory.distances, the others to `go`. Returns how many these are. Ends with a sync().
-template <bool IS_FIRST>
-KVWIRE_DEVICE int read_tier(DeviceCta& cta, int bits, const Offsets& offsets,
-                            const uint8_t* planes, int left, const uint16_t* come, uint16_t* go,
-                            DecodeMemory& memory) {
-    const int here = own_part(left), from = EACH * int(threadIdx.x);
+// What is left of a strip's tiers to read.
+struct Tiers {
+    int64_t tier_bits;  // from the next tier on; 0: only literals are left
+    Offsets offsets;
+    int left, tail_at;
+    uint16_t *come, *go;  // elements that came to the next tier; room for those that go on
+
+    KVWIRE_DEVICE int bits() const { return tier_width(tier_bits, 0); }
+};
+
+// Reads the next tier, which lies at `planes`: offsets of elements that end here to
+// memory.distances. Ends with a sync().
+template <bool IS_FIRST, class Group>
+KVWIRE_DEVICE void read_tier(Group& group, const uint8_t* planes, Tiers& tiers,
+                             DecodeMemory& memory) {
+    const int bits = tiers.bits(), each = plane_bytes(tiers.left);
+    const int here = own_part(tiers.left), from = EACH * int(threadIdx.x);
     uint32_t going = (1u << here) - 1;
     if (here > 0) {
         uint32_t digit[DIGIT_BITS_MAX] = {0, 0, 0, 0}, found[4], ending = going;
 #pragma unroll
         for (int bit = 0; bit < DIGIT_BITS_MAX; ++bit) {
             if (bit >= bits) break;
-            digit[bit] = load_bits(planes + bit * plane_bytes(left) + from / 8, here);
+            digit[bit] = load_bits(planes + bit * each + from / 8, here);
             going &= digit[bit];
         }
         ending &= ~going;
-        look_up(digit, bits, offsets, found);
+        look_up(digit, bits, tiers.offsets, found);
         if constexpr (IS_FIRST) {
             store_quads(memory.distances + from, found);
         } else {
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
                 if (ending >> i & 1)
-                    memory.distances[come[from + i]] = uint8_t(found[i / 4] >> 8 * (i % 4));
+                    memory.distances[tiers.come[from + i]] = uint8_t(found[i / 4] >> 8 * (i % 4));
         }
     }
-    int count;
-    go += cta.scan(__popc(going), &count);
+    uint16_t* next = tiers.go + group.scan(__popc(going), &tiers.left);
     if (going != 0) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (going >> i & 1) *go++ = IS_FIRST ? uint16_t(from + i) : come[from + i];
+            if (going >> i & 1) *next++ = IS_FIRST ? uint16_t(from + i) : tiers.come[from + i];
     }
-    cta.sync();
-    return count;
+    group.sync();
+    uint16_t* const came = tiers.come;
+    tiers.come = tiers.go;
+    tiers.go = came;
+    tiers.offsets.skip((1 << bits) - 1);
+    tiers.tier_bits >>= 4;
+}
+
+// Reads tiers from a tail while more than `most` elements are left. False: they break a rule.
+template <class Group>
+KVWIRE_DEVICE bool read_on(Group& group, const uint8_t* tail, int tail_bytes, int most,
+                           Tiers& tiers, DecodeMemory& memory) {
+    while (tiers.bits() > 0 && tiers.left > most) {
+        const uint8_t* const planes = tail + tiers.tail_at;
+        tiers.tail_at += tiers.bits() * plane_bytes(tiers.left);
+        if (tiers.tail_at > tail_bytes || unused_bits(planes, tiers.left, tiers.bits()))
+            return false;
+        read_tier<false>(group, planes, tiers, memory);
+    }
+    return true;
+}
+
+// Reads literals to memory.distances. False, in any thread: they break a rule.
+template <class Group>
+KVWIRE_DEVICE bool read_literals(Group& group, int rest_bits, const uint8_t* tail, int tail_bytes,
+                                 const Tiers& tiers, DecodeMemory& memory) {
+    if (tiers.tail_at + tiers.left != tail_bytes) return false;
+    bool is_right = true;
+    group.spread(tiers.left, [&](int i) {
+        const uint8_t literal = tail[tiers.tail_at + i];
+        is_right &= literal >> (8 - rest_bits) == 0;
+        memory.distances[tiers.come[i]] = literal;
+    });
+    return is_right;
 }
 
 // Distances of a strip of form TIERED to memory.distances. False: its planes break a rule.
-// Includes sync()s, the last one behind all that it writes.
-KVWIRE_DEVICE bool read_tiers(DeviceCta& cta, int rest_bits, int64_t tier_bits, Offsets offsets,
-                              const uint8_t* planes, const uint8_t* tail, int tail_bytes, int count,
-                              DecodeMemory& memory) {
-    int bits = tier_width(tier_bits, 0), tail_at = 0;
-    if (unused_bits(planes, count, bits)) return false;
-    uint16_t *come = memory.waiting[0], *go = memory.waiting[1];
-    int left = read_tier<true>(cta, bits, offsets, planes, count, nullptr, come, memory);
-    for (int tier = 1; tier < TIERS_MAX && tier_width(tier_bits, tier) > 0; ++tier) {
-        offsets.skip((1 << bits) - 1);
-        bits = tier_width(tier_bits, tier);
-        planes = tail + tail_at;
-        tail_at += bits * plane_bytes(left);
-        if (tail_at > tail_bytes || unused_bits(planes, left, bits)) return false;
-        left = read_tier<false>(cta, bits, offsets, planes, left, come, go, memory);
-        uint16_t* const was = come;
-        come = go;
-        go = was;
+// Includes sync()s, the last one behind all that it writes. When one warp can do the rest, it does.
+KVWIRE_DEVICE bool read_tiers(DeviceCta& cta, int rest_bits, int64_t tier_bits,
+                              const Offsets& offsets, const uint8_t* planes, const uint8_t* tail,
+                              int tail_bytes, int count, DecodeMemory& memory) {
+    if (unused_bits(planes, count, tier_width(tier_bits, 0))) return false;
+    Tiers tiers = {tier_bits, offsets, count, 0, memory.waiting[0], memory.waiting[1]};
+    read_tier<true>(cta, planes, tiers, memory);
+    bool is_right = read_on(cta, tail, tail_bytes, WARP_ELEMENTS, tiers, memory);
+    if (is_right && tiers.left > WARP_ELEMENTS) {
+        is_right = read_literals(cta, rest_bits, tail, tail_bytes, tiers, memory);
+    } else if (is_right && threadIdx.x < 32) {
+        FirstWarp warp;
+        is_right = read_on(warp, tail, tail_bytes, -1, tiers, memory) &&
+                   read_literals(warp, rest_bits, tail, tail_bytes, tiers, memory);
     }
-    if (tail_at + left != tail_bytes) return false;
-    const uint8_t* const literals = tail + tail_at;
-    bool is_wrong = false;
-    cta.spread(left, [&](int i) {
-        is_wrong |= literals[i] >> (8 - rest_bits) != 0;
-        memory.distances[come[i]] = literals[i];
-    });
-    return !cta.any(is_wrong);
+    return !cta.any(!is_right);
 }
 
 // Decodes one strip of form TIERED to memory.raw. False: its planes break a rule.

@@ -7,6 +7,7 @@ namespace kvwire {
 
 constexpr int EACH = 16;
 constexpr int STRIP_ELEMENTS = EACH * THREADS;
+constexpr int WARP_ELEMENTS = EACH * 32;  // so many are no work for a block
 constexpr int STRIP_BYTES_MAX = 4 * STRIP_ELEMENTS;
 constexpr int TIERS_MAX = 4;
 constexpr int DIGIT_BITS_MAX = 4;

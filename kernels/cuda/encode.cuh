@@ -25,7 +25,7 @@ struct EncodeMemory {  // shared
     alignas(16) uint8_t waiting[STRIP_ELEMENTS];  // distances of what goes on to the next tier
     uint32_t spread[TIERS_MAX][256];  // digits of a distance, bit p in byte p
     CrcMemory crc;
-    int scan[WARPS];
+    int scan[WARPS], tail_bytes;
 };
 
 // The digits of all distances, tier by tier, from the code of a table. Needs a sync().
@@ -46,16 +46,27 @@ struct Coded {
     int form, body_bytes, tail_bytes;
 };
 
-// Codes distances, of which a thread has sixteen: planes of the first tier to `planes`, all else to
-// `tail`. Returns the tail's bytes; -1: both together have `bytes_max` or more. Ends with a sync().
-KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&distances)[4],
-                              int count, int bytes_max, uint8_t* planes, uint8_t* tail,
-                              EncodeMemory& memory) {
-    int left = count, taken = 0, first_bytes = 0;
-    for (int tier = 0; tier < TIERS_MAX && tier_width(tier_bits, tier) > 0; ++tier) {
+// How far the tiers of a strip have been written.
+struct TiersWritten {
+    int tier, left;        // the next one, and how many elements came to it
+    int first_bytes, all_bytes;  // of the first tier; of all so far
+};
+
+// Writes tiers while there are some and more than `most` elements are left: planes of the first to
+// `planes`, all others to `tail`. A thread has its sixteen distances of the first tier in
+// `distances`. False: it would take `bytes_max` or more. Ends with a sync().
+template <class Group>
+KVWIRE_DEVICE bool write_tiers(Group& group, int64_t tier_bits, uint32_t (&distances)[4], int most,
+                               int bytes_max, uint8_t* planes, uint8_t* tail,
+                               TiersWritten& written, EncodeMemory& memory) {
+    int& left = written.left;
+    for (int& tier = written.tier; tier < TIERS_MAX && left > most; ++tier) {
         const int bits = tier_width(tier_bits, tier), each = plane_bytes(left);
-        if (taken + bits * each >= bytes_max) return -1;
-        taken += bits * each;
+        if (bits == 0) break;
+        if (tier > 0) planes = tail + (written.all_bytes - written.first_bytes);
+        written.all_bytes += bits * each;
+        if (written.all_bytes >= bytes_max) return false;
+        if (tier == 0) written.first_bytes = written.all_bytes;
         const int here = own_part(left);
         uint32_t going = 0;
         if (here > 0) {
@@ -77,19 +88,52 @@ KVWIRE_DEVICE int write_tiers(DeviceCta& cta, int64_t tier_bits, uint32_t (&dist
                 going &= plane;
             }
         }
-        if (tier == 0) first_bytes = taken;
-        planes = tail + (taken - first_bytes);
-        uint8_t* next = memory.waiting + cta.scan(__popc(going), &left);
+        uint8_t* next = memory.waiting + group.scan(__popc(going), &left);
         if (going != 0) {  // all have read what waited before
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
                 if (going >> i & 1) *next++ = uint8_t(distances[i / 4] >> 8 * (i % 4));
         }
-        cta.sync();
+        group.sync();
     }
-    if (taken + left >= bytes_max) return -1;
-    cta.spread(left, [&](int i) { planes[i] = memory.waiting[i]; });
-    return taken - first_bytes + left;
+    return true;
+}
+
+// Writes what is left as literals. Returns the tail's bytes; -1: all together has `bytes_max` or
+// more.
+template <class Group>
+KVWIRE_DEVICE int write_literals(Group& group, int bytes_max, uint8_t* tail,
+                                 const TiersWritten& written, EncodeMemory& memory) {
+    if (written.all_bytes + written.left >= bytes_max) return -1;
+    const int at = written.all_bytes - written.first_bytes;
+    group.spread(written.left, [&](int i) { tail[at + i] = memory.waiting[i]; });
+    return at + written.left;
+}
+
+// Codes `count` distances: planes of the first tier to `planes`, all else to `tail`. Returns the
+// tail's bytes; -1: both together have `bytes_max` or more. Ends with a sync(). When one warp can
+// do the rest, it does.
+KVWIRE_DEVICE int write_distances(DeviceCta& cta, int64_t tier_bits, uint32_t (&distances)[4],
+                                  int count, int bytes_max, uint8_t* planes, uint8_t* tail,
+                                  EncodeMemory& memory) {
+    TiersWritten written = {0, count, 0, 0};
+    if (!write_tiers(cta, tier_bits, distances, WARP_ELEMENTS, bytes_max, planes, tail, written,
+                     memory))
+        return -1;
+    if (written.left > WARP_ELEMENTS) {
+        const int tail_bytes = write_literals(cta, bytes_max, tail, written, memory);
+        cta.sync();
+        return tail_bytes;
+    }
+    if (threadIdx.x < 32) {
+        FirstWarp warp;
+        const bool fits = write_tiers(warp, tier_bits, distances, -1, bytes_max, planes, tail,
+                                      written, memory);
+        const int tail_bytes = fits ? write_literals(warp, bytes_max, tail, written, memory) : -1;
+        if (cta.leads()) memory.tail_bytes = tail_bytes;
+    }
+    cta.sync();
+    return memory.tail_bytes;
 }
 
 // Codes the `count` elements in `raw`, body to `body` and tail to `tail`, but nothing that would
@@ -137,8 +181,8 @@ KVWIRE_DEVICE Coded encode_strip(DeviceCta& cta, int rest_bits, int64_t tier_bit
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             top[i] = bytes_minus(top[i] >> rest_bits & mask, base[i]) & mask;
-        tail_bytes = write_tiers(cta, tier_bits, top, count, bytes - verbatim_bytes,
-                                 body + verbatim_bytes, tail, memory);
+        tail_bytes = write_distances(cta, tier_bits, top, count, bytes - verbatim_bytes,
+                                     body + verbatim_bytes, tail, memory);
     }
     if (tail_bytes >= 0) return {TIERED, body_bytes, tail_bytes};
     if (bytes < room) {
