@@ -61,7 +61,7 @@ class FakeCuda:
 
     def wait_held(self, expected):
         """Wait until as many things are held as `expected`: threads let go of theirs late."""
-        for _ in range(20):
+        for _ in range(50):
             if self.held() == expected:
                 return
             time.sleep(0.02)

@@ -26,13 +26,24 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragm
          "-fsanitize=undefined", "-fno-sanitize-recover=all", "-shared", "-fPIC"]
 
 
-def build(target, *sources, kernels=SOURCES):
-    """Compile CUDA sources, and what they need of tests/simt, into a shared library."""
+def build(target, *sources, kernels=SOURCES, races=False):
+    """Compile CUDA sources, and what they need of tests/simt, into a shared library.
+
+    Args:
+        races: have each touch of memory looked at; a launch takes some ten times as long.
+    """
     compiler = os.environ.get("CXX", "g++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"{compiler[0]} is not here")
-    subprocess.run([*compiler, *FLAGS, "-I", kernels, "-I", SIMT, "-include", SIMT / "simt.hpp",
-                    "-x", "c++", *sources, SIMT / "simt.cpp", "-o", target], check=True)
+    command = [*compiler, *FLAGS, "-I", kernels, "-I", SIMT, "-include", SIMT / "simt.hpp"]
+    with tempfile.TemporaryDirectory() as folder:
+        if races:  # objects first: the sanitizer's own library is to be left out
+            objects = [f"{folder}/{number}.o" for number in range(len(sources))]
+            for source, made in zip(sources, objects):
+                subprocess.run([*command, "-fsanitize=thread", "-c", "-x", "c++", source, "-o",
+                                made], check=True)
+            sources = [*objects, SIMT / "races.cpp"]
+        subprocess.run([*command, *sources, SIMT / "simt.cpp", "-o", target], check=True)
 
 
 def loaded(path):
@@ -42,10 +53,10 @@ def loaded(path):
     return made
 
 
-@lru_cache(maxsize=1)
-def library():
+@lru_cache(maxsize=2)
+def library(races=False):
     with tempfile.TemporaryDirectory() as folder:
-        build(f"{folder}/kernels.so", SIMT / "kernels.cpp")
+        build(f"{folder}/kernels.so", SIMT / "kernels.cpp", races=races)
         return loaded(f"{folder}/kernels.so")
 
 
@@ -76,16 +87,17 @@ class Host:
     Args:
         blocks_max: of a launch.
         seed: in which order threads run.
+        races: as for `build`.
     """
 
-    def __init__(self, blocks_max=1 << 30, seed=0):
-        self.blocks_max, self.seed = blocks_max, seed
+    def __init__(self, blocks_max=1 << 30, seed=0, races=False):
+        self.blocks_max, self.seed, self.races = blocks_max, seed, races
         self.bad_entry = np.array([NO_BAD_ENTRY])
 
     def _launch(self, kernel, blocks, args, blocks_y=1):
         if blocks:
-            launch(library(), kernel, (min(blocks, self.blocks_max), blocks_y), THREADS, args,
-                   self.seed)
+            launch(library(self.races), kernel, (min(blocks, self.blocks_max), blocks_y), THREADS,
+                   args, self.seed)
 
     def copy(self, plan: CopyPlan, segment, pack, rows=4, words=64):
         starts = plan.tile_starts(rows, words, plan.word_bytes)

@@ -1,8 +1,11 @@
 """The stand-in for a GPU that runs the CUDA kernels: what they do wrong together is found."""
 
+import ctypes
+
 import numpy as np
 import pytest
-from cuda_host import SIMT, build, launch, loaded
+from cuda_host import SIMT, Host, build, launch, loaded
+from test_cuda_host import test_coded_from_pages_and_decoded_into_pages as coded_and_decoded
 
 THREADS = 64
 
@@ -70,3 +73,40 @@ def test_a_kernel_is_called_by_name_and_grid(faults):
         launch(faults, "none_of_it", (1, 1), THREADS, [])
     with pytest.raises(AssertionError, match="no such grid"):
         launch(faults, "waits_for_each_other", (1, 1), 1025, [])
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    path = tmp_path_factory.mktemp("simt") / "watched.so"
+    build(path, SIMT / "faults.cpp", races=True)
+    return loaded(path)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_races_are_told_in_any_order(watched, seed):
+    numbers = np.arange(256, dtype=np.uint32)
+
+    def told(kernel, said, grid=1, arrays=()):
+        with pytest.raises(AssertionError, match=said):
+            launch(watched, kernel, (grid, 1), THREADS, [np.zeros(256, np.uint64), *arrays], seed)
+    told("forgets_a_barrier", "a race: thread .* of shared memory")
+    told("writes_what_others_read", "a race: thread .* byte .* of shared memory")
+    told("forgets_to_wait", "asynchronous copy to it is under way", arrays=[numbers])
+    tells_unwritten = ctypes.c_bool.in_dll(watched, "simt_tells_unwritten")
+    tells_unwritten.value = True
+    told("reads_before_it_writes", "reads byte .* of shared memory, which nobody wrote")
+    tells_unwritten.value = False
+    told("sums", "a race between blocks", grid=2, arrays=[numbers])
+    test_what_is_right_goes_through(watched, seed)
+    out = np.zeros(256, np.uint32)
+    launch(watched, "turns_words_by_warps", (1, 1), 256, [out], seed)
+    assert out.tolist() == (numbers ^ 31).tolist()
+
+
+@pytest.mark.parametrize("order, grid, seed", [
+    ("NHD", 1 << 30, 2),
+    pytest.param("HND", 1, 1, marks=pytest.mark.long),
+    pytest.param("NHD", 3, 0, marks=pytest.mark.long)])
+def test_no_kernel_races(order, grid, seed):
+    host = Host(grid, seed, races=True)
+    coded_and_decoded(host, order)

@@ -57,13 +57,28 @@ extern "C" __global__ void reads_before_it_writes(unsigned* out) {
     out[threadIdx.x] = word[threadIdx.x];
 }
 
+extern "C" __global__ void writes_what_others_read(unsigned* out) {
+    __shared__ unsigned word[1024];
+    word[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    out[threadIdx.x] = word[threadIdx.x ^ 32];
+    word[threadIdx.x] = 0;
+}
+
+extern "C" __global__ void turns_words_by_warps(unsigned* out) {
+    __shared__ unsigned word[1024];
+    word[threadIdx.x] = threadIdx.x;
+    __syncwarp();
+    out[threadIdx.x] = word[threadIdx.x ^ 31];
+}
+
 // Sums of a block's numbers by each way there is.
 extern "C" __global__ void sums(unsigned long long* out, const unsigned* in) {
     __shared__ unsigned word[1024], warps[32];
     __shared__ unsigned long long total;
     if (threadIdx.x == 0) total = 0;
     for (int half = 0; half < 2; ++half) {
-        __pipeline_memcpy_async(&word[threadIdx.x], &in[threadIdx.x], 4);
+        __pipeline_memcpy_async(&word[half * blockDim.x + threadIdx.x], &in[threadIdx.x], 4);
         __pipeline_commit();
     }
     __pipeline_wait_prior(1);
@@ -116,5 +131,7 @@ KERNEL(reads_a_lane_left_out);
 KERNEL(forgets_a_barrier);
 KERNEL(forgets_to_wait);
 KERNEL(reads_before_it_writes);
+KERNEL(writes_what_others_read);
+KERNEL(turns_words_by_warps);
 KERNEL(sums);
 KERNEL(bits);

@@ -11,6 +11,10 @@ extern "C" size_t simt_parameter_bytes(const char* name, int number);
 
 namespace {
 
+bool is_lost(const Entry& entry) {
+    return entry.device >= 0 && world.devices[entry.device].lost != SUCCESS;
+}
+
 // Of a lost context nothing is left to be given back; that it was given back is counted all the
 // same. `give` does so and returns what the call answers otherwise.
 template <class Give>
@@ -25,10 +29,12 @@ CUresult give_back(Entry& entry, Give give) {
 // A copy that is run later, if what it touches is still there then.
 void enqueue_copy(Stream& stream, const char* name, void* to, const void* from, size_t bytes,
                   bool to_device, bool from_device) {
+    const int device = stream.device;
     enqueue(stream, [=](bool lost) {
         if (lost || bytes == 0) return SUCCESS;
         {
             const std::lock_guard<std::mutex> lock(world.lock);
+            if (world.devices[device].lost) return SUCCESS;
             if ((to_device && !on_device(number(to), bytes)) ||
                 (from_device && !on_device(number(from), bytes))) {
                 note(std::string(name) + ": its memory was freed before it ran");
@@ -199,12 +205,14 @@ API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsign
     if (!stream) return entry.result;
     const std::string name = kernel.name;
     const uint64_t seed = new_handle() / 16 % 4;
+    const int device = entry.device;
     enqueue(*stream, [=](bool lost) mutable -> CUresult {
         if (lost) return SUCCESS;
         std::vector<void*> pointers;
         std::string fault;
         {
             const std::lock_guard<std::mutex> lock(world.lock);
+            if (world.devices[device].lost) return SUCCESS;
             for (uint64_t& value : values) {
                 if (find(world.freed, value, 1) != world.freed.end())
                     fault = name + ": an argument was freed before it ran";
@@ -215,8 +223,8 @@ API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsign
             if (const char* found =
                     simt_launch(name.c_str(), grid_x, grid_y, block_x, pointers.data(), seed))
                 fault = name + ": " + found;
-        if (fault.empty()) return SUCCESS;
         const std::lock_guard<std::mutex> lock(world.lock);
+        if (fault.empty() || world.devices[device].lost) return SUCCESS;
         note(fault);
         return LAUNCH_FAILED;
     }, values);
@@ -234,7 +242,7 @@ API cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
 
 API cuMemFree_v2(CUdeviceptr address) {
     Entry entry("cuMemFree_v2");
-    return give_back(entry, [&] { return release(entry.name, address, false); });
+    return give_back(entry, [&] { return release(entry.name, address, false, is_lost(entry)); });
 }
 
 API cuMemHostAlloc(void** room, size_t bytes, unsigned flags) {
@@ -246,7 +254,7 @@ API cuMemHostAlloc(void** room, size_t bytes, unsigned flags) {
 
 API cuMemFreeHost(void* room) {
     Entry entry("cuMemFreeHost");
-    return give_back(entry, [&] { return release(entry.name, number(room), true); });
+    return give_back(entry, [&] { return release(entry.name, number(room), true, is_lost(entry)); });
 }
 
 API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
@@ -288,15 +296,16 @@ API cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
     auto staged = std::make_shared<std::vector<char>>(
         static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
     const char* const name = entry.name;
-    enqueue(*stream, [=](bool lost) {
+    const int device = entry.device;
+    enqueue(*stream, [=](bool) {
         usleep(2000);
         const std::lock_guard<std::mutex> lock(world.lock);
-        if (!lost && on_device(to, bytes)) {
-            memcpy(handle_of<void*>(to), staged->data(), bytes);
-        } else if (!lost) {
+        if (world.devices[device].lost) return SUCCESS;
+        if (!on_device(to, bytes)) {
             note(std::string(name) + ": its memory was freed before it ran");
             return ILLEGAL_ADDRESS;
         }
+        memcpy(handle_of<void*>(to), staged->data(), bytes);
         return SUCCESS;
     }, {to});
     return SUCCESS;

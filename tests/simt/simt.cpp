@@ -23,6 +23,9 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
+
+Order order;
+
 namespace {
 
 constexpr unsigned THREADS_MAX = 1024;
@@ -70,6 +73,7 @@ struct Machine {
     std::vector<unsigned> ready;
     size_t next = 0;  // of `ready`, in order
     uint32_t arrived[THREADS_MAX / 32], gone[THREADS_MAX / 32];
+    uint32_t met[THREADS_MAX][32];  // when a thread and a lane of its warp met at __syncwarp
     uint64_t seed = 0, random = 0;
     std::string error;
     std::deque<std::string> faults;  // those that callers hold
@@ -95,7 +99,7 @@ void set_ready(unsigned thread) {
 template <class F>
 void release(unsigned begin, unsigned end, F chosen) {
     for (unsigned i = begin; i < end; ++i) {
-        const unsigned thread = machine.seed == 0 ? i : begin + end - 1 - i;  // 1: the last go first
+        const unsigned thread = machine.seed == 0 ? i : begin + end - 1 - i;
         if (chosen(thread)) set_ready(thread);
     }
 }
@@ -207,6 +211,10 @@ void meet_warp(unsigned thread, Fiber& fiber) {
     }
     if (!all) return;
     conclude_warp(lanes, mask, fiber.meeting);
+    ++order.time;
+    for (unsigned a = 0; a < 32 && fiber.meeting == WARP_SYNC && touched; ++a)
+        for (unsigned b = 0; b < 32; ++b)
+            if (mask >> a & mask >> b & 1) machine.met[warp * 32 + a][b] = order.time;
     machine.arrived[warp] &= ~mask;
     release(warp * 32, warp * 32 + here, [&](unsigned i) { return mask >> i % 32 & 1; });
 }
@@ -217,6 +225,7 @@ void meet_block(unsigned thread, Fiber& fiber) {
              NAMES[fiber.meeting]);
     if (++machine.waiting_block < machine.threads) return;
     machine.waiting_block = 0;
+    order.barrier = ++order.time;
     uint64_t count = 0;
     for (unsigned i = 0; i < machine.threads; ++i) {
         if (machine.fibers[i].meeting != fiber.meeting)
@@ -296,6 +305,9 @@ void run_block(const Range& shared) {
     machine.next = 0;
     memset(machine.arrived, 0, sizeof(machine.arrived));
     memset(machine.gone, 0, sizeof(machine.gone));
+    memset(machine.met, 0, sizeof(machine.met));
+    order.barrier = ++order.time;
+    ++order.block;
     for (unsigned i = 0; i < machine.threads; ++i) {
         Fiber& fiber = machine.fibers[i];
         fiber.left = fiber.waits = false;
@@ -306,6 +318,7 @@ void run_block(const Range& shared) {
     while (!machine.ready.empty() && machine.error.empty()) {
         machine.current = next_thread();
         threadIdx = {machine.current, 0, 0};
+        order.thread = machine.current;
         change(machine.main, machine.fibers[machine.current].context);
     }
     if (!machine.error.empty() || machine.left == machine.threads) return;
@@ -332,6 +345,8 @@ void make_stacks() {
 }
 
 }  // namespace
+
+uint32_t met(unsigned thread, unsigned other) { return machine.met[thread][other % 32]; }
 
 void add_kernel(const char* name, std::vector<size_t> parameter_bytes, Call call) {
     kernels()[name] = {std::move(parameter_bytes), std::move(call)};
@@ -380,6 +395,7 @@ void copy_later(void* to, const void* from, size_t bytes, size_t zeros) {
     if (bytes != 4 && bytes != 8 && bytes != 16) fail("an asynchronous copy of %zu bytes", bytes);
     if ((uintptr_t(to) | uintptr_t(from)) % bytes != 0 || zeros > bytes)
         fail("an asynchronous copy of %zu bytes is not aligned", bytes);
+    if (touched) touched(to, bytes, BEGIN);
     machine.fibers[machine.current].copies.back().push_back({to, from, bytes, zeros});
 }
 
@@ -389,6 +405,8 @@ void copies_wait(size_t batches_under_way) {
     auto& copies = machine.fibers[machine.current].copies;
     while (copies.size() - 1 > batches_under_way) {
         for (const Copy& copy : copies.front()) {
+            if (touched) touched(copy.from, copy.bytes - copy.zeros, READ);
+            if (touched) touched(copy.to, copy.bytes, END);
             memcpy(copy.to, copy.from, copy.bytes - copy.zeros);
             memset(static_cast<char*>(copy.to) + copy.bytes - copy.zeros, 0, copy.zeros);
         }
@@ -422,12 +440,19 @@ extern "C" const char* simt_launch(const char* name, unsigned grid_x, unsigned g
         blockDim = {threads, 1, 1};
         gridDim = {grid_x, grid_y, 1};
         const Range shared = shared_memory();
+        order.shared = shared.start;
+        order.shared_bytes = shared.bytes;
+        order.stacks = machine.stacks;
+        order.stacks_bytes = (STACK_BYTES + 4096) * THREADS_MAX;
+        ++order.launch;
+        order.running = true;
         const uint64_t blocks = uint64_t(grid_x) * grid_y;
         for (uint64_t i = 0; i < blocks && machine.error.empty(); ++i) {
             const uint64_t block = seed == 1 ? blocks - 1 - i : i;
             blockIdx = {unsigned(block % grid_x), unsigned(block / grid_x), 0};
             run_block(shared);
         }
+        order.running = false;
     }
     if (machine.error.empty()) return nullptr;
     machine.faults.push_back(machine.error);

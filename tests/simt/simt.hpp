@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "races.hpp"
+
 #define __CUDACC__ 1
 #define __CUDA_ARCH__ 900
 #define __global__
@@ -157,11 +159,13 @@ unsigned __match_all_sync(unsigned mask, T value, int* same) {
 
 // ---- atomics: fibers are switched at meetings only, so that plain updates are atomic
 
+#define SIMT_UNSEEN __attribute__((no_sanitize("thread")))  // of races.cpp, which is told instead
 #define SIMT_ATOMIC(NAME, UPDATE)                                                          \
     template <class T>                                                                     \
-    T NAME(T* word, std::common_type_t<T> value) {                                         \
+    SIMT_UNSEEN T NAME(T* word, std::common_type_t<T> value) {                             \
         static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics take 4 or 8 bytes");      \
         simt::atomic_pause();                                                              \
+        if (simt::touched) simt::touched(word, sizeof(T), simt::ATOMIC);                   \
         const T old = *word;                                                               \
         *word = UPDATE;                                                                    \
         return old;                                                                        \
@@ -177,8 +181,9 @@ SIMT_ATOMIC(atomicExch, value)
 #undef SIMT_ATOMIC
 
 template <class T>
-T atomicCAS(T* word, std::common_type_t<T> expected, std::common_type_t<T> value) {
+SIMT_UNSEEN T atomicCAS(T* word, std::common_type_t<T> expected, std::common_type_t<T> value) {
     simt::atomic_pause();
+    if (simt::touched) simt::touched(word, sizeof(T), simt::ATOMIC);
     const T old = *word;
     if (old == expected) *word = value;
     return old;

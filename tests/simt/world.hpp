@@ -165,7 +165,8 @@ void check_red(const char* where, uint64_t address, const Memory& memory) {
     }
 }
 
-CUresult release(const char* where, uint64_t address, bool pinned) {
+// Gives memory back. What a lost context was about to do with it no longer counts, but may go on.
+CUresult release(const char* where, uint64_t address, bool pinned, bool lost) {
     const Found found = world.memory.find(address);
     if (found == world.memory.end() || found->second.pinned != pinned) {
         note(std::string(where) + (world.freed.count(address) ? ": freed twice"
@@ -182,9 +183,9 @@ CUresult release(const char* where, uint64_t address, bool pinned) {
     for (auto& each : world.streams) in_use |= busy(*each.second);
     for (Device& each : world.devices)
         in_use |= each.default_stream && busy(*each.default_stream);
-    if (in_use) note(std::string(where) + ": freed while work on it is enqueued");
+    if (in_use && !lost) note(std::string(where) + ": freed while work on it is enqueued");
     check_red(where, address, found->second);
-    memset(found->second.room + RED_BYTES, FREED, found->second.bytes);
+    if (!lost) memset(found->second.room + RED_BYTES, FREED, found->second.bytes);
     world.quarantine.push_back(address);
     world.quarantine_bytes += found->second.bytes;
     world.freed[address] = found->second;
