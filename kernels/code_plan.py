@@ -57,6 +57,10 @@ class _Blob:
         self.data += data
         return len(self.data) - len(data)
 
+    def whole(self) -> np.ndarray:
+        """Return it all, uint8, up to a multiple of SLOT_ALIGNMENT: kernels read whole words."""
+        return np.frombuffer(bytes(self.data).ljust(padded(len(self.data)) or 1, b"\0"), np.uint8)
+
     def of(self, table: CodeTable) -> tuple[int, int, int]:
         """Return where the code of `table` and its unrolled bases lie, and their period."""
         if table not in self.tables:
@@ -204,8 +208,7 @@ class CodePlan:
                 strip_count += strips
                 at += part.raw_bytes
         return cls(_rows(chunk_rows, CHUNK), _rows(part_rows, PART_ROW), _stacked(strip_rows),
-                   np.frombuffer(bytes(blob.data) or b"\0", np.uint8), _by_format(formats), out,
-                   tuple(parts for _, parts in chunks))
+                   blob.whole(), _by_format(formats), out, tuple(parts for _, parts in chunks))
 
 
 def _cut(raw_bytes: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,8 +272,7 @@ class ReadPlan:
             if done != payload.raw_bytes:
                 _refuse("payload: the parts do not cover the chunk", expected=payload.raw_bytes,
                         actual=done)
-        return cls(_stacked(rows), np.frombuffer(bytes(blob.data) or b"\0", np.uint8),
-                   _by_format(formats))
+        return cls(_stacked(rows), blob.whole(), _by_format(formats))
 
 
 def _read_raw(payload: Payload, chunk: int, rows: list, formats: list) -> None:

@@ -15,11 +15,11 @@ from kvwire.layout import DType
 from kvwire.tiered import element_format
 
 __all__ = ["CudaBackend", "DeviceBytes", "Launches", "NO_BAD_ENTRY", "check_bf16",
-           "decoder_of", "decoding_blocks", "raise_bad_entry", "tiles_of"]
+           "decoder_of", "raise_bad_entry", "tiles_of"]
 
 NO_BAD_ENTRY = (1 << 63) - 1
 TILE_BYTES, TILE_ROWS_MAX = 16_384, 256  # kernels/cuda/copy.cuh has room for as many rows
-STRIPS_EACH = 8  # of a decoding block: their checksums are added up at once
+STRIPS_EACH = 8  # of a decoding block, where there are many: checksums are added up once for all
 
 
 def raise_bad_entry(plan: CopyPlan, entry: int) -> None:
@@ -50,10 +50,6 @@ def check_bf16(plan: CopyPlan) -> None:
 def decoder_of(dtype: int) -> str:
     """Return the kernel that decodes strips of a dtype's number; 0: opaque ones."""
     return f"kvwire_decode_{element_format(DType(dtype)).item_bytes if dtype else 1}"
-
-
-def decoding_blocks(strip_count: int) -> int:
-    return -(-strip_count // STRIPS_EACH)
 
 
 class Launches:
@@ -221,7 +217,9 @@ class CudaBackend:
         strips, blob = self.upload(plan.strips), self.upload(plan.blob)
         for (dtype, tier_bits), numbers in plan.strips_of.items():
             bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
-            made.add(decoder_of(dtype), (decoding_blocks(len(numbers)), 1), [
+            blocks = max(-(-len(numbers) // STRIPS_EACH),
+                         min(len(numbers), 4 * self._driver.multiprocessors))
+            made.add(decoder_of(dtype), (blocks, 1), [
                 len(numbers), *made.front(segment), coded, strips, numbers, dtype, bits, blob,
                 self._crc_tables, stops, made.state(1), made.state(2)])
         return made

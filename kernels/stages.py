@@ -14,8 +14,7 @@ from kvwire.errors import ErrorCode
 from kvwire.kernels import crc_math
 from kvwire.kernels.code_plan import CodePlan, Payload, ReadPlan, padded
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.cuda_backend import (
-    NO_BAD_ENTRY, decoder_of, decoding_blocks, raise_bad_entry, tiles_of)
+from kvwire.kernels.cuda_backend import NO_BAD_ENTRY, decoder_of, raise_bad_entry, tiles_of
 from kvwire.kernels.staging import Arena, DeviceBytes
 
 __all__ = ["DecodeStage", "EncodeStage", "stages_of"]
@@ -46,9 +45,8 @@ class _Stage:
         """Until nothing of it runs any more; raises what the device raises."""
         self._event.wait()
 
-    def _launch(self, kernel: str, count: int, args: list[int], stream, blocks=None) -> None:
-        blocks = min(count if blocks is None else blocks, self._blocks_max)
-        self._device.launch(kernel, (blocks, 1), [count, *args], stream)
+    def _launch(self, kernel: str, count: int, args: list[int], stream) -> None:
+        self._device.launch(kernel, (min(count, self._blocks_max), 1), [count, *args], stream)
 
 
 class EncodeStage(_Stage):
@@ -147,8 +145,7 @@ class DecodeStage(_Stage):
             bits = sum(width << 4 * tier for tier, width in enumerate(tier_bits))
             self._launch(decoder_of(dtype), len(chosen), [
                 0, legs, len(copies.legs), ids, bad, self._coded.address, strips, chosen_at, dtype,
-                bits, blob, self._tables, stops_at, crcs_at, invalid_at], stream,
-                decoding_blocks(len(chosen)))
+                bits, blob, self._tables, stops_at, crcs_at, invalid_at], stream)
         self._fetched = self._arena.fetch(bad, stream)
         self._offsets = crcs_at - bad, invalid_at - bad
         self._event = self._device.record(stream)

@@ -27,6 +27,8 @@ from kvwire.tiered import CodeTable, Part, encode_tiered
 class HostDriver:
     """Stands for the driver: the device's memory is the CPU's, kernels run there at once."""
 
+    multiprocessors = 2
+
     def __init__(self):
         self.library, self.rooms, self.freed = library(), {}, 0
 

@@ -85,20 +85,25 @@ struct alignas(16) Word16 {
     uint64_t low, high;
 };
 
-// `count` bytes, as wide as both ends allow. No sync().
-KVWIRE_DEVICE void copy_bytes(DeviceCta& cta, uint8_t* to, const uint8_t* from, int64_t count) {
-    const uint64_t ends = uint64_t(uintptr_t(to)) | uint64_t(uintptr_t(from)) | uint64_t(count);
-    if (ends % 16 == 0) {
-        cta.spread(int(count / 16), [&](int i) {
-            reinterpret_cast<Word16*>(to)[i] = reinterpret_cast<const Word16*>(from)[i];
-        });
-    } else if (ends % 4 == 0) {
-        cta.spread(int(count / 4), [&](int i) {
-            reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
-        });
-    } else {
-        cta.spread(int(count), [&](int i) { to[i] = from[i]; });
-    }
+// Words of `count` bytes; returns how many bytes are left over. No sync().
+template <class Word>
+KVWIRE_DEVICE int copy_words(uint8_t* to, const uint8_t* from, int count) {
+    const int words = count / int(sizeof(Word));
+#pragma unroll 4
+    for (int i = threadIdx.x; i < words; i += THREADS)
+        reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+    return count % int(sizeof(Word));
+}
+
+// `count` bytes, as wide as both addresses allow. No sync().
+KVWIRE_DEVICE void copy_bytes(uint8_t* to, const uint8_t* from, int count) {
+    const uint64_t places = uint64_t(uintptr_t(to)) | uint64_t(uintptr_t(from));
+    int left = count;
+    if (places % 16 == 0)
+        left = copy_words<Word16>(to, from, count);
+    else if (places % 4 == 0)
+        left = copy_words<uint32_t>(to, from, count);
+    copy_words<uint8_t>(to + (count - left), from + (count - left), left);
 }
 
 }  // namespace kvwire

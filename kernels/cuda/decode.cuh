@@ -17,7 +17,8 @@ struct StripRow {
 struct DecodeMemory {  // shared
     alignas(16) uint8_t raw[STRIP_BYTES_MAX];
     alignas(16) uint8_t distances[STRIP_ELEMENTS];
-    uint16_t waiting[2][STRIP_ELEMENTS];  // elements that go on to the next tier, in turns
+    // Elements that go on to the next tier, in turns.
+    alignas(16) uint16_t waiting[2][STRIP_ELEMENTS];
     CrcMemory crc;
     int scan[WARPS];
 };
@@ -95,15 +96,21 @@ KVWIRE_DEVICE void read_tier(Group& group, const uint8_t* planes, Tiers& tiers,
                              DecodeMemory& memory) {
     const int bits = tiers.bits(), each = plane_bytes(tiers.left);
     const int here = own_part(tiers.left), from = EACH * int(threadIdx.x);
-    uint32_t going = (1u << here) - 1;
+    uint32_t going = (1u << here) - 1, came[EACH / 2] = {};
+    const auto element = [&](int i) {
+        return IS_FIRST ? uint32_t(from + i) : came[i / 2] >> 16 * (i % 2) & 0xFFFF;
+    };
     if (here > 0) {
+        if constexpr (!IS_FIRST) load_quads(tiers.come + from, came);
         uint32_t digit[DIGIT_BITS_MAX] = {0, 0, 0, 0}, found[4], ending = going;
 #pragma unroll
         for (int bit = 0; bit < DIGIT_BITS_MAX; ++bit) {
             if (bit >= bits) break;
             digit[bit] = load_bits(planes + bit * each + from / 8, here);
-            going &= digit[bit];
         }
+#pragma unroll
+        for (int bit = 0; bit < DIGIT_BITS_MAX; ++bit)  // not above: loads would wait in turn
+            if (bit < bits) going &= digit[bit];
         ending &= ~going;
         look_up(digit, bits, tiers.offsets, found);
         if constexpr (IS_FIRST) {
@@ -112,19 +119,19 @@ KVWIRE_DEVICE void read_tier(Group& group, const uint8_t* planes, Tiers& tiers,
 #pragma unroll
             for (int i = 0; i < EACH; ++i)
                 if (ending >> i & 1)
-                    memory.distances[tiers.come[from + i]] = uint8_t(found[i / 4] >> 8 * (i % 4));
+                    memory.distances[element(i)] = uint8_t(found[i / 4] >> 8 * (i % 4));
         }
     }
     uint16_t* next = tiers.go + group.scan(__popc(going), &tiers.left);
     if (going != 0) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (going >> i & 1) *next++ = IS_FIRST ? uint16_t(from + i) : tiers.come[from + i];
+            if (going >> i & 1) *next++ = uint16_t(element(i));
     }
     group.sync();
-    uint16_t* const came = tiers.come;
+    uint16_t* const done = tiers.come;
     tiers.come = tiers.go;
-    tiers.go = came;
+    tiers.go = done;
     tiers.offsets.skip((1 << bits) - 1);
     tiers.tier_bits >>= 4;
 }
@@ -220,7 +227,7 @@ KVWIRE_DEVICE bool decode_strip(DeviceCta& cta, const uint8_t* coded, const Stri
         const uint8_t* const item = coded + strip.tail_at;
         cta.spread(bytes, [&](int i) { memory.raw[i] = item[i % width]; });
     } else if (strip.form == EXACT) {
-        copy_bytes(cta, memory.raw, coded + strip.body_at, bytes);
+        copy_bytes(memory.raw, coded + strip.body_at, bytes);
     } else {
         is_right = decode_tiered<WIDTH>(cta, coded, strip, rest_bits_of(dtype), tier_bits, blob,
                                         memory);

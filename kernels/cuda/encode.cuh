@@ -111,8 +111,8 @@ KVWIRE_DEVICE int write_literals(Group& group, int bytes_max, uint8_t* tail,
 }
 
 // Codes `count` distances: planes of the first tier to `planes`, all else to `tail`. Returns the
-// tail's bytes; -1: both together have `bytes_max` or more. Ends with a sync(). When one warp can
-// do the rest, it does.
+// tail's bytes; -1: both together have `bytes_max` or more. Includes sync()s, one behind the first
+// tier. When one warp can do the rest, it does.
 KVWIRE_DEVICE int write_distances(DeviceCta& cta, int64_t tier_bits, uint32_t (&distances)[4],
                                   int count, int bytes_max, uint8_t* planes, uint8_t* tail,
                                   EncodeMemory& memory) {
@@ -120,11 +120,8 @@ KVWIRE_DEVICE int write_distances(DeviceCta& cta, int64_t tier_bits, uint32_t (&
     if (!write_tiers(cta, tier_bits, distances, WARP_ELEMENTS, bytes_max, planes, tail, written,
                      memory))
         return -1;
-    if (written.left > WARP_ELEMENTS) {
-        const int tail_bytes = write_literals(cta, bytes_max, tail, written, memory);
-        cta.sync();
-        return tail_bytes;
-    }
+    if (written.left > WARP_ELEMENTS)
+        return write_literals(cta, bytes_max, tail, written, memory);
     if (threadIdx.x < 32) {
         FirstWarp warp;
         const bool fits = write_tiers(warp, tier_bits, distances, -1, bytes_max, planes, tail,
@@ -185,10 +182,7 @@ KVWIRE_DEVICE Coded encode_strip(DeviceCta& cta, int rest_bits, int64_t tier_bit
                                      body + verbatim_bytes, tail, memory);
     }
     if (tail_bytes >= 0) return {TIERED, body_bytes, tail_bytes};
-    if (bytes < room) {
-        cta.sync();
-        copy_bytes(cta, body, raw, bytes);
-    }
+    if (bytes < room) copy_bytes(body, raw, bytes);
     return {EXACT, bytes, 0};
 }
 
@@ -211,7 +205,8 @@ struct Slot {
     }
 };
 
-// Codes a part from `at` of the slot on; returns where it ends.
+// Codes a part from `at` of the slot on; returns where it ends. Begins with nobody working on
+// `memory`, and leaves it so.
 template <int WIDTH>
 KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t raw_offset,
                               const PartRow& part, const uint8_t* blob, RunningCrc& crc, int at,
@@ -232,7 +227,6 @@ KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t ra
     // Not beyond kernels/code_plan.py's PERIOD_MAX.
     const uint32_t period = uint32_t(part.period), step = STRIP_ELEMENTS % period;
     uint32_t base = uint32_t(part.position) % period;
-    cta.sync();
     if (part.tier_bits != 0) spread_digits(cta, blob + part.code_at, part.tier_bits, memory);
     move_range<READ>(segment, raw_offset, count_at(0) * WIDTH, memory.raw[0]);
     for (int strip = 0, first = 0; first < elements; ++strip, first += STRIP_ELEMENTS) {
@@ -262,7 +256,7 @@ KVWIRE_DEVICE int encode_part(DeviceCta& cta, const Segment& segment, int64_t ra
     const int used = body_at + tail_bytes - at, stop = at + padded(used);
     cta.sync();
     if (!slot.room(stop)) return stop;
-    copy_bytes(cta, slot.out + body_at, slot.tails, tail_bytes);
+    copy_bytes(slot.out + body_at, slot.tails, tail_bytes);
     cta.spread(stop - at - used, [&](int i) { slot.out[at + used + i] = 0; });
     if (cta.leads()) {
         store_le32(slot.out + at, uint32_t(part.raw_bytes));
@@ -287,12 +281,13 @@ KVWIRE_DEVICE void read_through(DeviceCta& cta, const Segment& segment, int64_t 
         if (const int next = done + STRIP_BYTES_MAX; next < count)
             move_range<READ>(segment, offset + next, bytes_at(next), memory.raw[1 - turn % 2]);
         crc.add(cta, memory.raw[turn % 2], bytes_at(done));
-        if (out) copy_bytes(cta, out + done, memory.raw[turn % 2], bytes_at(done));
+        if (out) copy_bytes(out + done, memory.raw[turn % 2], bytes_at(done));
     }
 }
 
 // Codes one chunk into its slot: raw where the code does not make it shorter, or where it has no
-// parts. `*coded_bytes`: what lies there. Adds the remainder of the raw bytes to `*crc_sum`.
+// parts. `*coded_bytes`: what lies there. Adds the remainder of the raw bytes to `*crc_sum`. Ends
+// with a sync().
 KVWIRE_DEVICE void encode_chunk(DeviceCta& cta, const Segment& segment, const ChunkRow& chunk,
                                 const PartRow* parts, const uint8_t* blob, RunningCrc& crc,
                                 uint8_t* out, uint8_t* tails, int64_t* coded_bytes,
