@@ -34,6 +34,7 @@ def run_target(target, sanitizers, directory):
     assert " passed, 0 failed" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(BUILD_AND_RUN_SECONDS_MAX)
 def test_cpp_tests_pass_under_sanitizers(tmp_path):
     run_target("cpp-test", "address,undefined", tmp_path)
