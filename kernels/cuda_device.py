@@ -14,6 +14,7 @@ __all__ = ["CudaDevice"]
 
 _EVENT_DISABLE_TIMING = 2
 _STREAM_NON_BLOCKING = 1
+_HOST_ALLOC_DEVICE_MAP = 2  # kernels may touch it, at the same address
 BLOCKS_PER_SM = 3  # of the coding kernels: kernels/cuda/kvwire.cu
 
 
@@ -51,12 +52,12 @@ class _Stream(int):
 
 
 class _Pinned:
-    """Page-locked memory, freed when no array refers to it any more."""
+    """Page-locked memory that kernels may write, too; freed when no array refers to it any more."""
 
     def __init__(self, driver: Driver, count: int):
         self._driver, self._address = driver, ctypes.c_void_p()
         driver.call("cuMemHostAlloc", ctypes.byref(self._address),
-                    ctypes.c_size_t(max(count, 1)), ctypes.c_uint(0))
+                    ctypes.c_size_t(max(count, 1)), ctypes.c_uint(_HOST_ALLOC_DEVICE_MAP))
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (count,),
                                     "data": (self._address.value, False)}
 

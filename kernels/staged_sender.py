@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,13 +24,13 @@ from kvwire.errors import (
 )
 from kvwire.kernels.code_plan import CodePlan, table_of_bytes
 from kvwire.kernels.copy_plan import CopyPlan
+from kvwire.kernels.slices import cut, slices_of
 from kvwire.kernels.stages import EncodeStage, stages_of
-from kvwire.kernels.staging import PinnedRing, Slot, Staging, check_fits, settle, settled, typed
+from kvwire.kernels.staging import PinnedRing, Slot, Staging, settle, settled, typed
 from kvwire.layout import CacheSpec
-from kvwire.limits import ITEM_COUNT_MAX
 from kvwire.tiered import Part
 
-__all__ = ["Source", "StagedSender", "slices_of"]
+__all__ = ["Source", "StagedSender"]
 
 STAGES = 3  # slices under way: one is made, one is copied, one waits for room
 GRANT_POLL_S, RECLAIM_POLL_S = 0.004, 0.02
@@ -77,7 +77,7 @@ class Source:
         kept = []
         for item in items:
             if self.spec.groups[item.group_index].tensors[item.tensor_index].has_tokens:
-                item = _cut(item, max(item.token_start, start), min(item.token_stop, stop))
+                item = cut(item, max(item.token_start, start), min(item.token_stop, stop))
                 if item.token_start >= item.token_stop:
                     continue
             kept.append(item)
@@ -104,56 +104,6 @@ class _Slice:
     is_read: bool = False  # its pages, by the device
     chunks: list = field(default_factory=list)
     copied: object = None
-
-
-def slices_of(spec: CacheSpec, items: Sequence[Item], slice_bytes: int) -> Iterator[list[Item]]:
-    """Yield the items of a push in portions of at most `slice_bytes`: states, then the layers of a
-    group as many together as fit; blocks stay whole where they do.
-
-    Raises LimitError: a token's row, or a state, is larger.
-    """
-    def tensor(item):
-        return spec.groups[item.group_index].tensors[item.tensor_index]
-
-    portion, left = [], slice_bytes
-    for item in (item for item in items if not tensor(item).has_tokens):
-        count = tensor(item).row_bytes
-        check_fits(f"layer {item.layer}, tensor {tensor(item).name}", count, slice_bytes)
-        if count > left or len(portion) == ITEM_COUNT_MAX:
-            yield portion
-            portion, left = [], slice_bytes
-        portion.append(item)
-        left -= count
-    tokened = [item for item in items if tensor(item).has_tokens]
-    for (group, _, start, stop), same in itertools.groupby(
-            tokened, lambda item: (item.group_index, item.layer, item.token_start,
-                                   item.token_stop)):
-        same = list(same)
-        row_bytes = sum(tensor(item).row_bytes for item in same)
-        check_fits(f"a token of group {group}", row_bytes, slice_bytes)
-        block = spec.groups[group].block_tokens or 1
-        if portion and (portion[0].group_index != group or (stop - start) * row_bytes > left
-                        or len(portion) + len(same) > ITEM_COUNT_MAX):
-            yield portion
-            portion, left = [], slice_bytes
-        while start < stop:
-            end = min(start + left // row_bytes, stop)
-            if end < stop and end - end % block > start:
-                end -= end % block
-            portion += [_cut(item, start, end) for item in same]
-            left -= (end - start) * row_bytes
-            if end < stop:
-                yield portion
-                portion, left = [], slice_bytes
-            start = end
-    if portion:
-        yield portion
-
-
-def _cut(item: Item, start: int, stop: int) -> Item:
-    if (item.token_start, item.token_stop) == (start, stop):
-        return item
-    return Item(item.group_index, item.tensor_index, item.layer, start, stop)
 
 
 class StagedSender:
@@ -317,10 +267,15 @@ class StagedSender:
             copies = CopyPlan.of_items(source.spec, slice_.items, source.memory,
                                        source.memory.block_counts)
             self._device.wait_for(self._compute, slice_.ready)
-            slice_.stage.enqueue(copies, self._codes(slice_, copies), self._compute)
+            codes, where = self._codes(slice_, copies), ()
+            if self._staging.maps_ring:
+                slice_.slot = self._slot()
+                where = (slice_.slot.room.ctypes.data,)
+            slice_.stage.enqueue(copies, codes, self._compute, *where)
         except BaseException as error:
             with contextlib.suppress(Exception):  # a part of it may have been enqueued
                 self._device.record(self._compute).wait()
+            self._let_go(slice_)
             self._not_read(slice_)
             self._fail(source, typed(error))  # first: the last slice to be handed says the end
             self._done_with(slice_)
@@ -365,7 +320,7 @@ class StagedSender:
         return raw.tobytes()
 
     def _copy_oldest(self) -> None:
-        """Enqueue the copy of what is made: payloads side by side, neighbours in one copy."""
+        """Enqueue the copy of what is made; what was made in its slot is there already."""
         slice_ = self._made[0]
         source = slice_.source
         try:
@@ -373,38 +328,51 @@ class StagedSender:
         except UsageError as error:  # of this transfer's block ids
             made, source.error = [], source.error or error
         self._not_read(slice_)  # from here on: a slot may be long in coming
+        try:
+            if made and slice_.slot is None:
+                slice_.slot = self._slot()
+                made = self._copied(slice_, made)
+            elif made:
+                slice_.copied = slice_.stage.event
+        except LimitError as error:
+            self._device.record(self._copy).wait()  # if that fails too, the slot is lost
+            made, source.error = [], source.error or error
         if not made:
             self._made.popleft()
+            self._let_go(slice_)
             self._fail(source, source.error)
             self._done_with(slice_)
             return
-        slice_.slot = self._slot()
-        room, at, raw_chunk = slice_.slot.room, 0, source.terms[0]
-        left = slice_.stage.raw_bytes
-        runs: list[list[int]] = []  # address, bytes, where to
+        raw_chunk, left = source.terms[0], slice_.stage.raw_bytes
         for address, count, crc in made:
             raw = count == min(raw_chunk, left)
             left -= min(raw_chunk, left)
-            slice_.chunks.append((room.ctypes.data + at, count, crc,
-                                  int(Codec.RAW if raw else Codec.TIERED)))
+            slice_.chunks.append((address, count, crc, int(Codec.RAW if raw else Codec.TIERED)))
+        self._copying.append(slice_)
+        self._made.popleft()  # not before: what fails on the way is given up as made
+
+    def _copied(self, slice_: _Slice, made: list) -> list[tuple[int, int, int]]:
+        """Enqueue the copies to its slot, payloads side by side, neighbours in one copy; return
+        `made` with the addresses there."""
+        room, at, copied = slice_.slot.room, 0, []
+        runs: list[list[int]] = []  # address, bytes, where to
+        for address, count, crc in made:
+            copied.append((room.ctypes.data + at, count, crc))
             if runs and runs[-1][0] + runs[-1][1] == address:
                 runs[-1][1] += count
             else:
                 runs.append([address, count, at])
             at += count
-        try:
-            for address, count, where in runs:
-                self._device.to_host(room[where:where + count], address, self._copy)
-            slice_.copied = self._device.record(self._copy)
-        except LimitError as error:
-            self._device.record(self._copy).wait()  # if that fails too, the slot is lost
+        for address, count, where in runs:
+            self._device.to_host(room[where:where + count], address, self._copy)
+        slice_.copied = self._device.record(self._copy)
+        return copied
+
+    def _let_go(self, slice_: _Slice) -> None:
+        """Of its slot, which nothing goes to any more."""
+        if slice_.slot is not None:
             slice_.slot.release()
-            self._made.popleft()
-            self._fail(source, error)
-            self._done_with(slice_)
-            return
-        self._copying.append(slice_)
-        self._made.popleft()  # not before: what fails on the way is given up as made
+            slice_.slot = None
 
     def _slot(self) -> Slot:
         while (slot := self.ring.try_acquire()) is None:
@@ -412,6 +380,8 @@ class StagedSender:
                 raise TransferCancelled("the sender was closed", code=ErrorCode.CANCELLED)
             if self._copying:
                 self._hand_oldest()
+            elif self._made and self._made[0].slot is not None:  # it was made there
+                self._copy_oldest()
             elif self._lent:
                 native, number, _ = self._lent[0]
                 native.wait_push(number, RECLAIM_POLL_S)
@@ -475,8 +445,7 @@ class StagedSender:
             with contextlib.suppress(Exception):  # the error that is on its way says it
                 slice_.copied.wait()
         self._not_read(slice_)
-        if slice_.slot is not None:
-            slice_.slot.release()
+        self._let_go(slice_)
         self._done_with(slice_)
 
     def _drop_waiting(self) -> None:

@@ -63,11 +63,17 @@ class EncodeStage(_Stage):
         """Of the slice that was enqueued."""
         return self._copies.bytes
 
-    def enqueue(self, copies: CopyPlan, codes: CodePlan, stream) -> None:
+    @property
+    def event(self):
+        """After it, payloads are whole."""
+        return self._event
+
+    def enqueue(self, copies: CopyPlan, codes: CodePlan, stream, out: int | None = None) -> None:
         """Enqueue one small copy, one launch (two where runs are short), and the copy of its
-        results. Neither allocates nor waits, once a plan as large has been seen: so may be
-        captured into a CUDA graph."""
+        results. Payloads go to `out`, or to the stage's own memory. Neither allocates nor waits,
+        once a plan as large has been seen: so may be captured into a CUDA graph."""
         self._copies, self._codes = copies, codes
+        self._payloads_at = self._out.address if out is None else out
         is_packed, starts = copies.mean_run_bytes < RUN_BYTES_MIN, np.zeros(1, np.int64)
         if is_packed:
             tile_rows, tile_words, starts = tiles_of(copies, copies.word_bytes)
@@ -86,7 +92,7 @@ class EncodeStage(_Stage):
                 tile_words], stream)
             segment = [self._packed.address, 0, 0, 0, 0]
         self._launch("kvwire_encode", len(codes.chunks), [
-            *segment, chunks, parts, blob, self._tables, self._out.address, self._tails.address,
+            *segment, chunks, parts, blob, self._tables, self._payloads_at, self._tails.address,
             sizes, crcs], stream)
         self._fetched = self._arena.fetch(bad, stream)
         self._offsets = sizes - bad, crcs - bad
@@ -104,7 +110,7 @@ class EncodeStage(_Stage):
         raise_bad_entry(self._copies, int(self._fetched[:8].view(np.int64)[0]))
         sizes = self._fetched[sizes_at:sizes_at + 8 * count].view(np.int64).tolist()
         crcs = self._fetched[crcs_at:crcs_at + 4 * count].view(np.uint32).tolist()
-        slots = (self._out.address + self._codes.chunks[:, 2]).tolist()
+        slots = (self._payloads_at + self._codes.chunks[:, 2]).tolist()
         return list(zip(slots, sizes, crcs))
 
 

@@ -35,12 +35,15 @@ class Staging:
         slice_bytes: what one launch takes; no state tensor may be larger.
         sm_share: of the device's multiprocessors that the kernels may use, above 0 and up to 1.
             Triton's take what is free.
+        maps_ring: a `Sender`'s kernels write payloads straight to page-locked memory; a copy brings
+            them there otherwise. `bench.gpu_staging` measures which is faster. CUDA kernels only.
         device: what to work with; None: the GPU whose number the tensors say.
     """
 
     ring_bytes: int = 128 << 20
     slice_bytes: int = 8 << 20
     sm_share: float = 0.125
+    maps_ring: bool = False
     device: object | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class Staging:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be an integer")
         if not 0 < self.sm_share <= 1:
             raise UsageError(f"sm_share is {self.sm_share}; it must be above 0 and up to 1")
+        if type(self.maps_ring) is not bool:
+            raise UsageError(f"maps_ring is {self.maps_ring!r}; it must be true or false")
         if self.slice_bytes < 1 << 16 or self.slice_bytes % 4096:
             raise UsageError(f"slice_bytes is {self.slice_bytes}; it must be a multiple of 4096, "
                              "at least 65536")
@@ -59,12 +64,18 @@ class Staging:
     def open(self, name: str):
         """Return the device that tensors call `name`, e.g. "cuda:1".
 
-        Raises: as `kvwire.kernels.backends.open_device`.
+        Raises:
+            UsageError: `maps_ring`, and its kernels cannot.
+            As `kvwire.kernels.backends.open_device`.
         """
-        if self.device is not None:
-            return self.device
-        from kvwire.kernels import backends
-        return backends.open_device(name)
+        device = self.device
+        if device is None:
+            from kvwire.kernels import backends
+            device = backends.open_device(name)
+        if self.maps_ring and device.backend != "cuda":
+            raise UsageError(f"maps_ring: only CUDA kernels write to the host's memory, and {name} "
+                             f"has those of {device.backend}")
+        return device
 
 
 class DeviceBytes:

@@ -25,10 +25,10 @@ def staging(**options):
     return kvwire.Staging(**{**SMALL, **options})
 
 
-def moved(spec, source, target, codec="raw", **options):
+def moved(spec, source, target, codec, **options):
     """Carry a cache from one device to another over loopback TCP."""
     with kvwire.Receiver(staging=staging()) as receiver, \
-            kvwire.Sender(receiver.address, codec=codec, staging=staging(), **options) as sender:
+            kvwire.Sender(receiver.address, codec=codec, staging=staging(**options)) as sender:
         ticket = receiver.expect(target.memory)
         transfer = sender.send(ticket.id, source.memory)
         ticket.result(60)
@@ -39,12 +39,13 @@ def on_device(spec, ordinal, seed, **options):
     return Cache(spec, DriverArrays(Driver(ordinal), f"cuda:{ordinal}"), seed, **options)
 
 
+@pytest.mark.parametrize("maps_ring", [False, True], ids=["copied", "mapped"])
 @pytest.mark.parametrize("codec", ["raw", "tiered"])
-def test_a_cache_goes_from_device_to_device(cuda, codec):
+def test_a_cache_goes_from_device_to_device(cuda, codec, maps_ring):
     spec = hybrid()
     source, target = on_device(spec, 0, 1), on_device(spec, 1, 2, writable=True)
     before = cuda.current()
-    moved(spec, source, target, codec)
+    moved(spec, source, target, codec, maps_ring=maps_ring)
     assert cuda.current() == before
     assert target.content(spec) == source.content(spec)
     assert cuda.end() == ""
@@ -162,14 +163,16 @@ def test_memory_is_freed_after_what_was_enqueued_on_it(cuda):
     assert counts[0] == 2 and counts[-1] == 0
 
 
-def test_a_context_lost_anywhere_fails_all_and_leaves_nothing(cuda):
+@pytest.mark.parametrize("maps_ring", [False, True], ids=["copied", "mapped"])
+def test_a_context_lost_anywhere_fails_all_and_leaves_nothing(cuda, maps_ring):
     spec, nth = small_spec(), 1
     source, target = on_device(spec, 0, 1), on_device(spec, 0, 2, writable=True)
     device = backends.open_device("cuda:0")
     held = cuda.held()
     while True:
         with kvwire.Receiver(staging=staging()) as receiver, \
-                kvwire.Sender(receiver.address, codec="tiered", staging=staging()) as sender:
+                kvwire.Sender(receiver.address, codec="tiered",
+                              staging=staging(maps_ring=maps_ring)) as sender:
             cuda.fail("*", nth, 700)
             said = outcomes(receiver, sender, source, target)
             if said == [None, None]:  # lost later, if at all

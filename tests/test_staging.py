@@ -17,7 +17,7 @@ from kvwire.errors import (
 )
 from kvwire.kernels.code_plan import CodePlan
 from kvwire.kernels.copy_plan import CopyPlan
-from kvwire.kernels.staged_sender import slices_of
+from kvwire.kernels.slices import slices_of
 from kvwire.kernels.stages import EncodeStage
 from kvwire.kernels.staging import PinnedRing
 from kvwire.layout import CacheSpec, attention, convolution, latent, recurrent, sliding_window
@@ -120,6 +120,24 @@ def test_a_hybrid_cache_arrives_bit_for_bit(device, codec, sides):
         least = sum(map(len, source.content(spec))) / SMALL["slice_bytes"]
         assert launched < 4 * least + 30  # by slices, not by pages
     assert max(device.grids, default=1) <= device.blocks_max(0.125)
+
+
+@pytest.mark.parametrize("codec", ["raw", "tiered"])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_kernels_write_straight_to_the_ring(device, codec, slots):
+    spec = hybrid()
+    source, target = Cache(spec, device, 1), Cache(spec, None, 2, writable=True)
+    mapped = staging(device, maps_ring=True, ring_bytes=slots * SMALL["slice_bytes"])
+    with kvwire.Receiver() as receiver, \
+            kvwire.Sender(receiver.address, codec=codec, staging=mapped) as sender:
+        for _ in range(2):
+            ticket = receiver.expect(target.memory)
+            transfer = sender.send(ticket.id, source.memory)
+            ticket.result(100)
+            transfer.result(100)
+            assert target.content(spec) == source.content(spec)
+        (staged, _), = sender._staged.values()
+        eventually(lambda: staged.ring.free_count == slots)
 
 
 def test_the_engines_stream_is_waited_for_and_its_thread_is_not(device):
@@ -403,6 +421,6 @@ def test_slots_are_given_back_once(device):
         ring.try_acquire()
     with pytest.raises(UsageError):
         PinnedRing(device, 0, 1)
-    for wrong in (dict(sm_share=0), dict(slice_bytes=5), dict(ring_bytes=1)):
+    for wrong in (dict(sm_share=0), dict(slice_bytes=5), dict(ring_bytes=1), dict(maps_ring=1)):
         with pytest.raises(UsageError):
             kvwire.Staging(**wrong)

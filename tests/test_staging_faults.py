@@ -18,7 +18,7 @@ from kvwire.errors import (
     ErrorCode, FormatError, InternalError, LimitError, TransferCancelled, UnsupportedError,
     UsageError,
 )
-from kvwire.kernels import code_plan, staged_receiver, staged_sender
+from kvwire.kernels import code_plan, slices, staged_receiver, staged_sender
 from kvwire.kernels.code_plan import Payload, ReadPlan
 from kvwire.layout import CacheSpec, DType, attention, recurrent
 from kvwire.limits import ITEM_COUNT_MAX
@@ -203,7 +203,7 @@ def test_a_last_slice_that_fails_is_no_end(device, monkeypatch, codec):
 def test_slices_keep_to_what_a_segment_may_hold():
     spec = CacheSpec("m", (recurrent([0], heads=1, key_dim=1, value_dim=2),))
     items = [Item(0, 0, 0)] * (ITEM_COUNT_MAX + 4)
-    assert [len(part) for part in staged_sender.slices_of(spec, items, 1 << 20)] == [
+    assert [len(part) for part in slices.slices_of(spec, items, 1 << 20)] == [
         ITEM_COUNT_MAX, 4]
 
 

@@ -137,3 +137,5 @@ def test_triton_stages_where_the_cuda_kernels_cannot(monkeypatch):
     cannot.clear()
     monkeypatch.setenv(backends.VARIABLE, "triton")
     assert kvwire.Staging().open("cuda:0").backend == "triton"
+    with pytest.raises(UsageError, match="maps_ring"):
+        kvwire.Staging(maps_ring=True).open("cuda:0")

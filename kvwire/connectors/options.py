@@ -36,9 +36,9 @@ class Options:
         security: {"kind": "tls", "ca", "certificate", "key"[, "peer_name"]}, {"kind": "psk",
             "identity", "key"} or {"kind": "hmac", "key"}; of the latter two the key is base64.
         allow_unauthenticated: listen beyond loopback without any security.
-        staging: {"ring_bytes", "slice_bytes", "sm_share"}, each if wanted, as of `Staging`: how
-            caches on a GPU are brought to the wire and from it. A prefill engine has a ring for
-            each decode rank that it pushes to, and one for its offers.
+        staging: {"ring_bytes", "slice_bytes", "sm_share", "maps_ring"}, each if wanted, as of
+            `Staging`: how caches on a GPU are brought to the wire and from it. A prefill engine has
+            a ring for each decode rank that it pushes to, and one for its offers.
     """
 
     decode_listen: str | None = None
@@ -125,7 +125,7 @@ def _of_rank(address: str, rank: int) -> str:
 
 
 def _staging(config: object) -> Staging:
-    known = ("ring_bytes", "slice_bytes", "sm_share")
+    known = ("ring_bytes", "slice_bytes", "sm_share", "maps_ring")
     if not isinstance(config, Mapping) or not set(config) <= set(known) or not all(
             isinstance(value, (int, float)) for value in config.values()):
         raise UsageError(f"staging is {config!r}; it may have {', '.join(known)}, numbers each")

@@ -329,6 +329,7 @@ API cuStreamDestroy_v2(CUstream handle) {
         const auto stream = handle ? entry.stream(handle) : nullptr;
         if (!stream) return entry.refuse(INVALID_HANDLE, "no such stream");
         stream->closing = true;
+        ++world.closing;
         world.streams.erase(number(handle));
         world.changed.notify_all();
         return int(SUCCESS);
@@ -456,6 +457,7 @@ extern "C" const char* fake_cuda_end() {
     static std::string told;
     std::unique_lock<std::mutex> lock(world.lock);
     for (auto& each : world.streams) drain(lock, *each.second);
+    world.changed.wait(lock, [] { return world.closing == 0; });
     for (Device& each : world.devices) {
         if (each.default_stream) drain(lock, *each.default_stream);
         each.lost = SUCCESS;

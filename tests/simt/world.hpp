@@ -78,6 +78,7 @@ struct World {
     std::deque<uint64_t> quarantine;
     size_t quarantine_bytes = 0;
     std::map<uint64_t, std::shared_ptr<Stream>> streams;
+    int closing = 0;  // streams that were destroyed and may have still to do
     std::map<uint64_t, std::shared_ptr<Event>> events;
     std::map<uint64_t, int> modules;  // the device of each
     std::map<uint64_t, Function> functions;
@@ -212,7 +213,11 @@ void work(std::shared_ptr<Stream> stream) {
     std::unique_lock<std::mutex> lock(world.lock);
     for (;;) {
         world.changed.wait(lock, [&] { return stream->closing || !stream->tasks.empty(); });
-        if (stream->tasks.empty()) return;
+        if (stream->tasks.empty()) {
+            --world.closing;
+            world.changed.notify_all();
+            return;
+        }
         const bool lost = world.devices[stream->device].lost != SUCCESS;
         stream->random = stream->random * 6364136223846793005 + 1442695040888963407;
         const unsigned late = unsigned(stream->random >> 40);
