@@ -125,7 +125,10 @@ async def _census(source: Peer, sink: Peer) -> dict[str, dict[str, int]]:
 
 
 def _growth(census: list[dict[str, dict[str, int]]]) -> list[str]:
-    first, last = census[0], census[-1]
+    # Of two: what a process opens but once, early, is no growth; what transfers leave grows on.
+    first, second, last = census[0], census[min(1, len(census) - 2)], census[-1]
+    before = {side: {what: max(count, second[side][what]) for what, count in held.items()}
+              for side, held in first.items()}
     return [f"the {side} process holds {last[side][what]} {what}, {count} at the beginning"
-            for side, held in first.items() for what, count in held.items()
+            for side, held in before.items() for what, count in held.items()
             if last[side][what] > count + (_GROWTH_MAX_MIB if "MiB" in what else 0)]
