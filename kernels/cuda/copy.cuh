@@ -120,17 +120,15 @@ KVWIRE_DEVICE void copy_tile(DeviceCta& cta, int64_t number, const Leg* legs,
     constexpr int WORD_BYTES = sizeof(Word), LEG_WORDS = sizeof(Leg) / 8;
     int low = 0, high = int(leg_count);
     narrow_down(tile_starts, 1, number, THREADS, low, high);
-    cta.each([&](int i) {
-        const int64_t* const starts = tile_starts + low + i;
-        if (i < high - low && starts[0] <= number && number < starts[1]) tile.leg_number = low + i;
-    });
+    const int thread = threadIdx.x;
+    const int64_t* const starts = tile_starts + low + thread;
+    if (thread < high - low && starts[0] <= number && number < starts[1])
+        tile.leg_number = low + thread;
     cta.sync();
     const int64_t within = number - tile_starts[tile.leg_number];
-    cta.each([&](int i) {
-        if (i >= LEG_WORDS) return;
-        reinterpret_cast<int64_t*>(&tile.leg)[i] =
-            reinterpret_cast<const int64_t*>(legs + tile.leg_number)[i];
-    });
+    if (thread < LEG_WORDS)
+        reinterpret_cast<int64_t*>(&tile.leg)[thread] =
+            reinterpret_cast<const int64_t*>(legs + tile.leg_number)[thread];
     cta.sync();
     const Leg& leg = tile.leg;
     const int shift = 31 - __clz(words);
@@ -139,36 +137,33 @@ KVWIRE_DEVICE void copy_tile(DeviceCta& cta, int64_t number, const Leg* legs,
     const int64_t first = down * rows, word = (within - down * across) << shift;
     const int64_t left = leg.iterations - first, wide = run_words - word;
     const int here = int(left < rows ? left : rows), width = int(wide < words ? wide : words);
-    cta.each([&](int row) {
-        if (row >= here) return;
-        const int64_t n = first + row, inside = word * WORD_BYTES;
+    if (thread < here) {
+        const int64_t n = first + thread, inside = word * WORD_BYTES;
         uint8_t* const run = place_of(leg, n, block_ids, bad_entry);
         const int64_t offset = leg.wire_offset + n * leg.wire_step + inside;
-        tile.rows[row] = {run ? run + inside : nullptr, segment + offset / Change::SHRINK};
-    });
+        tile.rows[thread] = {run ? run + inside : nullptr, segment + offset / Change::SHRINK};
+    }
     cta.sync();
     using Sent = decltype(Change::of(Word{}));
     constexpr int TOGETHER = IN_FLIGHT<Word>;
     const int count = here << shift;
-    for (int begin = 0; begin < count; begin += TOGETHER * THREADS) {
-        cta.each([&](int i) {
-            Word held[TOGETHER];
-            uint8_t* to[TOGETHER];
-            bool moves[TOGETHER];
-            for (int k = 0; k < TOGETHER; ++k) {
-                const int at = begin + k * THREADS + i, column = at & (words - 1);
-                const auto [page, wire] = tile.rows[(at < count ? at : count - 1) >> shift];
-                const bool is_inside = at < count && column < width;
-                const Word* const from = reinterpret_cast<const Word*>(PACK ? page : wire);
-                held[k] = is_inside && page ? load_once(from + column) : Word{};
-                moves[k] = is_inside && (PACK || page);
-                to[k] = PACK ? wire : page;
-            }
-            for (int k = 0; k < TOGETHER; ++k) {
-                const int column = (begin + k * THREADS + i) & (words - 1);
-                if (moves[k]) reinterpret_cast<Sent*>(to[k])[column] = Change::of(held[k]);
-            }
-        });
+    for (int begin = thread; begin < count; begin += TOGETHER * THREADS) {
+        Word held[TOGETHER];
+        uint8_t* to[TOGETHER];
+        bool moves[TOGETHER];
+        for (int k = 0; k < TOGETHER; ++k) {
+            const int at = begin + k * THREADS, column = at & (words - 1);
+            const auto [page, wire] = tile.rows[(at < count ? at : count - 1) >> shift];
+            const bool is_inside = at < count && column < width;
+            const Word* const from = reinterpret_cast<const Word*>(PACK ? page : wire);
+            held[k] = is_inside && page ? load_once(from + column) : Word{};
+            moves[k] = is_inside && (PACK || page);
+            to[k] = PACK ? wire : page;
+        }
+        for (int k = 0; k < TOGETHER; ++k) {
+            const int column = (begin + k * THREADS) & (words - 1);
+            if (moves[k]) reinterpret_cast<Sent*>(to[k])[column] = Change::of(held[k]);
+        }
     }
 }
 

@@ -33,9 +33,6 @@ public:
 #pragma unroll 1
         for (int i = threadIdx.x; i < count; i += THREADS) f(i);
     }
-    // f(i) for all i below THREADS.
-    template <class F>
-    KVWIRE_DEVICE void each(F f) { f(int(threadIdx.x)); }
     KVWIRE_DEVICE void sync() { __syncthreads(); }
     KVWIRE_DEVICE bool leads() const { return threadIdx.x == 0; }
 

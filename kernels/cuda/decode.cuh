@@ -66,7 +66,7 @@ KVWIRE_DEVICE void look_up(const uint32_t (&planes)[DIGIT_BITS_MAX], int bits,
             const uint32_t upper = __byte_perm(uint32_t(offsets.high),
                                                uint32_t(offsets.high >> 32), digits & 0x7777);
             const uint32_t is_upper = __byte_perm(0xFF00, 0, digits >> 3 & 0x1111);
-            column[i] = (column[i] & ~is_upper) | (upper & is_upper);
+            column[i] = chosen(is_upper, upper, column[i]);
         }
     }
 #pragma unroll
